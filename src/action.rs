@@ -1,0 +1,182 @@
+//! Everything the core can ask of the world. Plain data: the shell is one `match` over it and never blocks on it.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    event::{CallId, DeliveryTicket, FetchTicket, LinkId, StoreTicket},
+    model::{
+        AppKey, AppRecord, ConnectorVersion, Ending, FailureReason, Message, MessageSeq, Owner, Registration,
+        RegistrationId, TargetId,
+    },
+};
+
+/// One thing to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Open a WebSocket to an upstream. The shell adds the configured base URL, credentials and TLS; the core never sees
+    /// a secret.
+    Connect {
+        /// Its name from now on.
+        link: LinkId,
+        /// Which upstream.
+        upstream: Arc<str>,
+        /// Appended to the base URL; may be empty.
+        path: String,
+    },
+    /// Send a text frame.
+    Send(LinkId, String),
+    /// Send a ping frame.
+    Ping(LinkId),
+    /// Close a link: with a close frame where it is open. No event follows.
+    Close(LinkId),
+    /// Download an attachment.
+    Fetch {
+        /// Comes back with the result.
+        ticket: FetchTicket,
+        /// Which upstream's credentials and TLS, if the URL is on its host.
+        upstream: Arc<str>,
+        /// Absolute URL.
+        url: String,
+        /// Most bytes to take.
+        limit: u32,
+    },
+    /// Write to the store.
+    Store(StoreOp, Option<StoreTicket>),
+    /// Answer a call on a bus.
+    Reply(CallId, Reply),
+    /// Tell of the owner of an app's name, now and at each change.
+    Watch(AppKey),
+    /// Stop telling.
+    Unwatch(AppKey),
+    /// Call an app's connector. Never starts the app (NO_AUTO_START). Ends with `BusEvent::CallDone`, however late.
+    Call {
+        /// Comes back with the outcome.
+        ticket: DeliveryTicket,
+        /// Which app.
+        app: AppKey,
+        /// Which instance; the call goes to this unique name.
+        owner: Owner,
+        /// Which interface.
+        version: ConnectorVersion,
+        /// Which method.
+        call: ConnectorCall,
+    },
+    /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
+    Start(AppKey),
+    /// Hold an app still. Ends with an `Outcome` within 2 s; what cannot be frozen is rolled back.
+    Freeze(TargetId),
+    /// Let an app run. Ends with an `Outcome`.
+    Thaw(TargetId),
+    /// Move a frozen app's memory to swap. Ends with an `Outcome`.
+    PageOut(TargetId),
+    /// End an app: thaw, SIGTERM, and SIGKILL after `grace`.
+    Kill {
+        /// Which instance.
+        target: TargetId,
+        /// Between SIGTERM and SIGKILL.
+        grace: Duration,
+    },
+    /// Nobody asks for this target any more; forget it (thawing it, if it is frozen).
+    Forget(TargetId),
+    /// Measure an app. Ends with `Event::Sampled`.
+    Sample(TargetId),
+    /// Measure this daemon. Ends with `Event::SampledSelf`.
+    SampleSelf,
+    /// Everything is thawed and closed: end the process.
+    Exit,
+}
+
+/// A method of the app's connector (push.md §0).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConnectorCall {
+    /// `NewEndpoint`.
+    NewEndpoint {
+        /// The app's name for the registration.
+        token: Arc<str>,
+        /// The capability URL.
+        endpoint: Arc<str>,
+    },
+    /// `Message`.
+    Message {
+        /// The app's name for the registration.
+        token: Arc<str>,
+        /// Exactly as received.
+        body: Arc<[u8]>,
+        /// The upstream's id.
+        id: Arc<str>,
+    },
+    /// `Unregistered`.
+    Unregistered {
+        /// The app's name for the registration; empty for v1's confirmation of the app's own request.
+        token: Arc<str>,
+    },
+}
+
+/// A write to the store. Operations are applied in order, several in one transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreOp {
+    /// Insert or replace a registration.
+    PutRegistration(Registration),
+    /// Remove a registration with all its messages.
+    DeleteRegistration(RegistrationId),
+    /// Keep a message until it ends.
+    PutMessage(Message),
+    /// A message's life ended: drop the body, keep its id for duplicates. May be delayed up to 2 s to join another write.
+    EndMessage(MessageSeq, Ending),
+    /// Read a body; answered with `Event::Body`.
+    LoadBody(MessageSeq),
+    /// Remember something for an upstream. May be delayed up to 2 s to join another write.
+    PutUpstream {
+        /// Which upstream.
+        upstream: Arc<str>,
+        /// Its key (`uaid`, `cursor`).
+        key: Arc<str>,
+        /// The value; empty forgets it.
+        value: Arc<str>,
+    },
+    /// Insert or replace an app's lifecycle record. May be delayed up to 2 s to join another write.
+    PutApp(AppRecord),
+    /// Remove an app's lifecycle record.
+    DeleteApp(AppKey),
+}
+
+impl StoreOp {
+    /// Whether the operation may wait for company: nothing is lost but work if the power goes before it is written.
+    pub const fn is_lazy(&self) -> bool {
+        matches!(self, Self::EndMessage(..) | Self::PutUpstream { .. } | Self::PutApp(_))
+    }
+}
+
+/// The answer to a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// Register: succeeded.
+    Registered,
+    /// Register: failed. The text is for the log of the app's developer.
+    RegisterFailed(FailureReason, String),
+    /// Done; nothing to say.
+    Done,
+    /// A JSON document.
+    Json(String),
+    /// A D-Bus error.
+    Error(ErrorKind, String),
+}
+
+/// The errors our interfaces reply with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// `org.freedesktop.DBus.Error.InvalidArgs`.
+    InvalidArgs,
+    /// `org.freedesktop.DBus.Error.LimitsExceeded`.
+    LimitsExceeded,
+    /// `org.nightporter1.Error.NotAuthorized`.
+    NotAuthorized,
+    /// `org.nightporter1.Error.NoSuchApp`.
+    NoSuchApp,
+    /// `org.nightporter1.Error.NotRunning`.
+    NotRunning,
+    /// `org.nightporter1.Error.Refused`: it must not be done, the text says why.
+    Refused,
+    /// `org.nightporter1.Error.Failed`: it was tried and did not work.
+    Failed,
+}

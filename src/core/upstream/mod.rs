@@ -1,0 +1,1 @@
+//! Upstream sessions: one protocol each, sans-IO, behind one enum.

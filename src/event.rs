@@ -1,0 +1,336 @@
+//! Everything the world can tell the core. Plain data: the shell translates, the core decides.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Snapshot, TargetId};
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Nothing but time passed; deadlines may be due.
+    Tick,
+    /// The store was read: the first event of a daemon's life.
+    Restored(Box<Snapshot>),
+    /// Something on an upstream link.
+    Link(LinkId, LinkEvent),
+    /// Something on a bus.
+    Bus(BusEvent),
+    /// A store operation that carried this ticket, and every one before it, is durable, or failed.
+    Stored(StoreTicket, Result<(), StoreError>),
+    /// A body asked for with `StoreOp::LoadBody`; `None` when the row is gone or unreadable.
+    Body(MessageSeq, Option<Arc<[u8]>>),
+    /// An attachment asked for with `Action::Fetch`.
+    Fetched(FetchTicket, Result<Arc<[u8]>, FetchError>),
+    /// The process behind an app's name was looked at; on error it stays untouchable, with the reason.
+    Identified {
+        /// Which app.
+        app: AppKey,
+        /// Which instance of it.
+        owner: Owner,
+        /// The handle and what is known of it.
+        process: Result<(TargetId, ProcessFacts), Arc<str>>,
+    },
+    /// A lifecycle operation ended.
+    Outcome(TargetId, Outcome),
+    /// The process behind the target ended.
+    TargetGone(TargetId),
+    /// An app's memory, as asked with `Action::Sample`.
+    Sampled(TargetId, Result<Memory, Arc<str>>),
+    /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.
+    SampledSelf {
+        /// This process.
+        daemon: Memory,
+        /// `mem_used_total` over all zram devices, in KiB.
+        zram_used: u64,
+        /// `orig_data_size` over all zram devices, in KiB.
+        zram_stored: u64,
+    },
+    /// An address or a route came: worth an attempt at once.
+    NetworkReturned,
+    /// The machine slept and is awake again.
+    Resumed,
+    /// Asked to end (SIGTERM, SIGINT): thaw, close, exit.
+    Shutdown,
+}
+
+/// A WebSocket link as the core names it; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LinkId(pub u64);
+
+/// What happens on a WebSocket link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkEvent {
+    /// The WebSocket handshake is done.
+    Open,
+    /// A text frame, within the size limit.
+    Text(String),
+    /// A binary frame came; its content is dropped.
+    Binary,
+    /// A ping came (the pong is already on its way).
+    Ping,
+    /// A pong came.
+    Pong,
+    /// The peer closed, or the connection ended: the last event of a link.
+    Closed {
+        /// Close code, where one was sent (RFC 6455 §7.4).
+        code: Option<u16>,
+        /// Close reason, possibly empty.
+        reason: String,
+    },
+    /// The link could not be made or broke: the last event of a link.
+    Failed(LinkError),
+}
+
+/// Why a link could not be made or broke.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// Name resolution.
+    #[error("cannot resolve the server's name: {0}")]
+    Resolve(String),
+    /// TCP.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// TLS: certificate, protocol.
+    #[error("TLS: {0}")]
+    Tls(String),
+    /// Not done in time.
+    #[error("the server did not answer in time")]
+    Timeout,
+    /// The server answered the WebSocket handshake with another status.
+    #[error("the server answered {status}: {body}")]
+    Http {
+        /// HTTP status.
+        status: u16,
+        /// The first 512 bytes of the body, as text.
+        body: String,
+        /// `Retry-After`, if it was given in seconds.
+        retry_after: Option<Duration>,
+    },
+    /// A frame over the limit, invalid UTF-8, or another breach of RFC 6455.
+    #[error("the server broke the WebSocket protocol: {0}")]
+    Protocol(String),
+    /// Reading or writing.
+    #[error("the connection broke: {0}")]
+    Io(String),
+}
+
+/// Orders store operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StoreTicket(pub u64);
+
+/// Why the store could not write.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// ENOSPC or SQLITE_FULL.
+    #[error("the disk is full")]
+    Full,
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Names an attachment download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FetchTicket(pub u64);
+
+/// Why an attachment could not be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// Over the limit given with the action.
+    #[error("larger than {limit} bytes")]
+    TooLarge {
+        /// The limit in bytes.
+        limit: u32,
+    },
+    /// The server says it is not there (any more): 404 or 410.
+    #[error("the server does not have it (any more)")]
+    Gone,
+    /// May work later.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A call on a bus that waits for our reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallId(pub u64);
+
+/// A call to an app that we wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeliveryTicket(pub u64);
+
+/// What happens on a bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BusEvent {
+    /// Connected, names owned.
+    Up(Bus),
+    /// The connection is gone; every owner on it with it.
+    Down(Bus, String),
+    /// An app, or a tool, calls us. Each is answered with exactly one `Action::Reply`.
+    Call {
+        /// To reply with.
+        call: CallId,
+        /// Who calls.
+        caller: Caller,
+        /// What for.
+        request: Request,
+    },
+    /// Who owns a watched name now; sent once at `Action::Watch` and at each change.
+    OwnerChanged(AppKey, Option<Owner>),
+    /// A call to an app ended.
+    CallDone(DeliveryTicket, CallOutcome),
+    /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
+    Started(AppKey, StartOutcome),
+}
+
+/// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// The bus the call came over.
+    pub bus: Bus,
+    /// Its unique name.
+    pub owner: Owner,
+    /// Its user id.
+    pub uid: u32,
+    /// Its process id, for people.
+    pub pid: u32,
+    /// Its application id where the system vouches for one: Flatpak's, or that of its `app-*.scope`/`.service` unit.
+    pub app_id: Option<Arc<str>>,
+    /// Whether it runs in a sandbox (then it is an app, never the user's own tool).
+    pub sandboxed: bool,
+    /// Whether it owns the service name its request is about (the unique name itself counts).
+    pub owns_service: bool,
+}
+
+/// What a caller wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// `org.unifiedpush.Distributor{1,2}.Register`.
+    Register {
+        /// The app's bus name.
+        service: Arc<str>,
+        /// The app's name for the registration.
+        token: Arc<str>,
+        /// Shown to the user.
+        description: Arc<str>,
+        /// VAPID public key.
+        vapid: Option<Arc<str>>,
+        /// Which interface was called.
+        version: ConnectorVersion,
+    },
+    /// `org.unifiedpush.Distributor{1,2}.Unregister`.
+    Unregister {
+        /// The app's name for the registration.
+        token: Arc<str>,
+        /// Which interface was called.
+        version: ConnectorVersion,
+    },
+    /// `org.nightporter1.App.SetState` (no service: itself) or `SetStateOf`.
+    Declare {
+        /// Whom it is about; `None`: the caller.
+        service: Option<Arc<str>>,
+        /// What it is now.
+        claim: Claim,
+    },
+    /// `org.nightporter1.Manager`: reading.
+    Query(Query),
+    /// `org.nightporter1.Manager`: acting on an app.
+    Command {
+        /// Whom to act on.
+        service: Arc<str>,
+        /// What to do.
+        command: Command,
+    },
+}
+
+/// A declared lifecycle state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Claim {
+    /// Somebody looks at it.
+    Foreground,
+    /// Nobody looks at it.
+    Background,
+}
+
+/// What can be read; each is answered with `Reply::Json`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// Upstreams, buses, counts.
+    Status,
+    /// All apps, one line each.
+    Apps,
+    /// One app in full.
+    Show(Arc<str>),
+    /// One app's last decisions with their reasons.
+    Why(Arc<str>),
+    /// The memory report, measured now.
+    Report,
+    /// One app's endpoints: capability URLs, so only for whom may act on it.
+    Endpoints(Arc<str>),
+}
+
+/// What a user can do to an app by hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// Freeze now.
+    Freeze,
+    /// Thaw now.
+    Thaw,
+    /// Leave a tombstone now.
+    Kill,
+}
+
+/// How a call to an app ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CallOutcome {
+    /// It replied without an error: the message is its own now.
+    Accepted,
+    /// It replied with an error, at both paths connectors are known to use.
+    Refused(String),
+    /// The name had no owner, or the owner vanished before it replied.
+    Vanished,
+    /// The call could not be sent (bus gone, message refused by the bus).
+    NotSent(String),
+}
+
+/// How a start ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StartOutcome {
+    /// It owns its name, or will shortly.
+    Started,
+    /// Nothing on this system says how to start it: no D-Bus service file.
+    NotActivatable,
+    /// It was tried and failed or took too long; may work later.
+    Failed(String),
+}
+
+/// How a lifecycle operation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// `cgroup.events` says frozen, or every process is stopped.
+    Frozen {
+        /// From the write to the kernel's word.
+        took: Duration,
+    },
+    /// Not frozen: rolled back, thawed.
+    FreezeFailed(Arc<str>),
+    /// Running again.
+    Thawed {
+        /// From the write to the kernel's word.
+        took: Duration,
+    },
+    /// Could not be thawed; tried again by the core.
+    ThawFailed(Arc<str>),
+    /// Paged out.
+    PagedOut {
+        /// Memory before minus memory after, KiB of PSS.
+        freed: u64,
+        /// Growth of zram's real memory meanwhile, KiB.
+        zram: u64,
+        /// How long it took.
+        took: Duration,
+    },
+    /// Not paged out.
+    PageOutFailed(Arc<str>),
+    /// Not killed, with why; a kill that worked is announced by `Event::TargetGone`.
+    KillFailed(Arc<str>),
+}

@@ -1,0 +1,326 @@
+//! The nouns both halves share: plain data, no behaviour that needs the world.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::time::UnixTime;
+
+/// Which bus an app lives on. Users are kept apart by it: nothing crosses from one bus to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Bus {
+    /// The system bus: system services on a board.
+    System,
+    /// The session bus of the user with this uid.
+    Session(u32),
+}
+
+impl Bus {
+    /// As a number for the store: the uid, or -1 for the system bus.
+    pub fn to_number(self) -> i64 {
+        match self {
+            Self::System => -1,
+            Self::Session(uid) => i64::from(uid),
+        }
+    }
+
+    /// The inverse of [`Bus::to_number`]; `None` for a number that names no bus.
+    pub fn from_number(number: i64) -> Option<Self> {
+        match number {
+            -1 => Some(Self::System),
+            uid => u32::try_from(uid).ok().map(Self::Session),
+        }
+    }
+}
+
+impl fmt::Display for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::System => f.write_str("system"),
+            Self::Session(uid) => write!(f, "user {uid}"),
+        }
+    }
+}
+
+/// An app: a bus and the name it registers under (its well-known bus name, or a unique name as KDE's self test does).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AppKey {
+    /// The bus the app lives on.
+    pub bus: Bus,
+    /// The `service` of UnifiedPush's Register.
+    pub service: Arc<str>,
+}
+
+impl AppKey {
+    /// The app `service` on `bus`.
+    pub fn new(bus: Bus, service: impl Into<Arc<str>>) -> Self {
+        Self { bus, service: service.into() }
+    }
+
+    /// Whether the name is a unique bus name, which dies with its connection.
+    pub fn is_unique_name(&self) -> bool {
+        self.service.starts_with(':')
+    }
+}
+
+impl fmt::Display for AppKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.service)
+    }
+}
+
+/// Who holds an app's name right now: the unique bus name, which is never used twice in a bus's life. Together with the
+/// app it is the instance's identity (design.md, invariant 5).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Owner(pub Arc<str>);
+
+/// A handle on one process instance, given out by `sys::targets`: behind it a pidfd and, where there is one, a cgroup
+/// directory fd with its inode. Never used twice while the daemon lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TargetId(pub u64);
+
+/// What `sys::targets` found out about the process behind an app's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessFacts {
+    /// Process id, for people only; the pidfd behind the [`TargetId`] is what is acted on.
+    pub pid: u32,
+    /// How it would be frozen.
+    pub freezer: Freezer,
+    /// Whether its memory can be paged out (`memory.reclaim`, or `process_madvise` with swap present).
+    pub can_page_out: bool,
+    /// Set when the process must never be touched, with the reason as a sentence part ("it is the message bus").
+    pub protected: Option<Arc<str>>,
+}
+
+/// How a process is held still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Freezer {
+    /// `cgroup.freeze` of a cgroup v2 that holds the app and nothing else.
+    Cgroup2,
+    /// SIGSTOP of the process and its descendants.
+    Signal,
+}
+
+/// Counter that names a registration for good; a registration made again gets another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RegistrationId(pub u64);
+
+/// Which UnifiedPush connector interface an app speaks (push.md §0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ConnectorVersion {
+    /// `org.unifiedpush.Connector1`: no acknowledgement of its own.
+    V1,
+    /// `org.unifiedpush.Connector2`: dictionaries, the reply is the acknowledgement.
+    V2,
+}
+
+/// One registration of one app, as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// Its own identity.
+    pub id: RegistrationId,
+    /// Who registered.
+    pub app: AppKey,
+    /// The app's own name for it; at most 100 bytes (UnifiedPush D-Bus 0.3.0).
+    pub token: Arc<str>,
+    /// Shown to the user; at most 100 bytes.
+    pub description: Arc<str>,
+    /// VAPID public key of the app's server: 87 characters of base64url, or none.
+    pub vapid: Option<Arc<str>>,
+    /// Interface to call back on.
+    pub version: ConnectorVersion,
+    /// Name of the upstream that serves it.
+    pub upstream: Arc<str>,
+    /// The upstream's name for it: an autopush channelID or an ntfy topic.
+    pub channel: Arc<str>,
+    /// The capability URL senders post to.
+    pub endpoint: Arc<str>,
+}
+
+/// Our own number of a message: the order of arrival, and its row in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MessageSeq(pub u64);
+
+/// RFC 8030 §5.3.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Urgency {
+    /// On mains and on Wi-Fi only.
+    VeryLow,
+    /// On mains or on Wi-Fi.
+    Low,
+    /// The default.
+    #[default]
+    Normal,
+    /// Even at low battery.
+    High,
+}
+
+impl Urgency {
+    /// The header's value (`very-low`, `low`, `normal`, `high`), any case; `None` for anything else.
+    pub fn parse(text: &str) -> Option<Self> {
+        [("very-low", Self::VeryLow), ("low", Self::Low), ("normal", Self::Normal), ("high", Self::High)]
+            .into_iter()
+            .find_map(|(name, urgency)| text.eq_ignore_ascii_case(name).then_some(urgency))
+    }
+}
+
+/// A message as it came from an upstream, validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Our number.
+    pub seq: MessageSeq,
+    /// Whom it is for.
+    pub registration: RegistrationId,
+    /// The upstream's id of it: what duplicates are known by, and the `id` the app sees.
+    pub id: Arc<str>,
+    /// 1 to 4096 bytes, exactly as received.
+    pub body: Arc<[u8]>,
+    /// When it arrived here.
+    pub received: UnixTime,
+    /// When it is of no use any more (TTL).
+    pub expires: UnixTime,
+    /// RFC 8030 §5.4: replaces a waiting message with the same topic.
+    pub topic: Option<Arc<str>>,
+    /// RFC 8030 §5.3.
+    pub urgency: Urgency,
+}
+
+/// A stored message without its body, as read back at start-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Our number.
+    pub seq: MessageSeq,
+    /// Whom it is for.
+    pub registration: RegistrationId,
+    /// The upstream's id.
+    pub id: Arc<str>,
+    /// Length of the body in bytes.
+    pub size: u32,
+    /// When it is of no use any more.
+    pub expires: UnixTime,
+    /// Replaces a waiting message with the same topic.
+    pub topic: Option<Arc<str>>,
+    /// RFC 8030 §5.3.
+    pub urgency: Urgency,
+}
+
+/// How a message's life here ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// The app took it.
+    Accepted,
+    /// Its TTL passed first.
+    Expired,
+    /// A newer message with the same topic took its place.
+    Replaced,
+    /// The app could not be made to take it in the tries allowed.
+    GivenUp,
+    /// The app's queue was full and this was the oldest.
+    Overflowed,
+    /// The registration went away.
+    Unregistered,
+}
+
+/// Memory of one process or one app, in KiB. All from `/proc/PID/smaps_rollup`, summed over the app's processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Proportional set size: sums to the truth over all processes.
+    pub pss: u64,
+    /// Unique set size: what killing gives back.
+    pub uss: u64,
+    /// Proportional share of swap, *uncompressed*.
+    pub swap: u64,
+}
+
+/// An app's lifecycle record as stored: the resident baseline must outlive the daemon (design.md, the ledger).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppRecord {
+    /// Which app.
+    pub app: AppKey,
+    /// Whether it, or a shell for it, has ever declared a lifecycle state; only then may an instance we start for a push
+    /// count as in the background.
+    pub declares: bool,
+    /// Cost while resident: measured in the background and idle, right before the first freeze.
+    pub resident: Option<Memory>,
+    /// When that was measured.
+    pub measured: Option<UnixTime>,
+}
+
+/// Everything the store gives back at start-up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// All registrations.
+    pub registrations: Vec<Registration>,
+    /// Messages not yet ended, in order of arrival.
+    pub messages: Vec<StoredMessage>,
+    /// Ids of the latest ended messages per registration, oldest first.
+    pub seen: Vec<(RegistrationId, Arc<str>)>,
+    /// What upstreams asked to remember: (upstream, key, value).
+    pub upstreams: Vec<(Arc<str>, Arc<str>, Arc<str>)>,
+    /// Lifecycle records.
+    pub apps: Vec<AppRecord>,
+    /// The first numbers not yet used.
+    pub next_registration: u64,
+    /// See `next_registration`.
+    pub next_message: u64,
+    /// Set when a damaged database was kept aside, with the path it was moved to.
+    pub damaged: Option<Arc<str>>,
+}
+
+/// Why a registration failed: UnifiedPush D-Bus 0.3.0, `reason`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FailureReason {
+    /// Something broke here or at the server; the app may try again later.
+    InternalError,
+    /// The server cannot be reached now.
+    Network,
+    /// The user must act: credentials refused, or this distributor's limit of registrations is reached.
+    ActionRequired,
+    /// The server takes registrations with a VAPID key only.
+    VapidRequired,
+    /// The caller may not register this service.
+    Unauthorized,
+}
+
+impl FailureReason {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::InternalError => "INTERNAL_ERROR",
+            Self::Network => "NETWORK",
+            Self::ActionRequired => "ACTION_REQUIRED",
+            Self::VapidRequired => "VAPID_REQUIRED",
+            Self::Unauthorized => "UNAUTHORIZED",
+        }
+    }
+}
+
+/// How much of the tombstone mechanism is enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// Like iOS: freeze, page out, kill after a while.
+    Tombstone,
+    /// Like Android: freeze and page out; kill only under pressure.
+    Cached,
+    /// Decide and measure, touch nothing.
+    #[default]
+    Observe,
+}
+
+/// The times of the lifecycle (design.md, "States of an app").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LifecycleTimes {
+    /// In the background before freezing.
+    pub grace: Duration,
+    /// Frozen before paging out.
+    pub page_out_after: Duration,
+    /// In the background before the tombstone.
+    pub tombstone_after: Duration,
+    /// Awake after a push was taken.
+    pub awake_window: Duration,
+}

@@ -1,0 +1,95 @@
+//! The one way into the loop from other threads: a bounded channel and a `mio::Waker`.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, SyncSender, TryRecvError},
+    },
+};
+
+use mio::{Registry, Token, Waker};
+
+use crate::{
+    event::{Event, LinkId},
+    model::{AppKey, Owner},
+};
+
+/// What other threads hand to the loop.
+#[derive(Debug)]
+pub enum Incoming {
+    /// For the core as it is.
+    Event(Event),
+    /// A bus told which process owns an app's name. For `sys::targets`, which makes `Event::Identified` of it.
+    Process {
+        /// Which app.
+        app: AppKey,
+        /// Which instance.
+        owner: Owner,
+        /// Its process, or why it could not be had.
+        process: Result<Process, Arc<str>>,
+    },
+    /// Name resolution for a link ended. For `sys::link`.
+    Resolved(LinkId, Result<Vec<SocketAddr>, String>),
+}
+
+/// A process that is proved to be the one meant: the pidfd was opened while the bus still vouched for the pid.
+#[derive(Debug)]
+pub struct Process {
+    /// Process id in our namespace.
+    pub pid: u32,
+    /// Its user id, as the bus knows it.
+    pub uid: u32,
+    /// pidfd_open(2).
+    pub pidfd: OwnedFd,
+}
+
+/// Messages waiting for the loop at most. Other threads block beyond it; the loop itself never does.
+const BOUND: usize = 1024;
+
+/// The loop's end.
+#[derive(Debug)]
+pub struct Inbox {
+    receiver: Receiver<Incoming>,
+}
+
+/// The other threads' end.
+#[derive(Clone, Debug)]
+pub struct Sender {
+    sender: SyncSender<Incoming>,
+    waker: Arc<Waker>,
+}
+
+/// Makes both ends; `token` becomes readable when something waits.
+///
+/// # Errors
+/// When the eventfd behind the waker cannot be made.
+pub fn channel(registry: &Registry, token: Token) -> io::Result<(Sender, Inbox)> {
+    let waker = Arc::new(Waker::new(registry, token)?);
+    let (sender, receiver) = mpsc::sync_channel(BOUND);
+    Ok((Sender { sender, waker }, Inbox { receiver }))
+}
+
+impl Inbox {
+    /// The next message, if one waits.
+    pub fn next(&mut self) -> Option<Incoming> {
+        match self.receiver.try_recv() {
+            Ok(incoming) => Some(incoming),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        }
+    }
+}
+
+impl Sender {
+    /// Hands `incoming` to the loop, waiting while the inbox is full. False once the loop is gone.
+    pub fn send(&self, incoming: Incoming) -> bool {
+        self.sender.send(incoming).is_ok() && self.waker.wake().is_ok()
+    }
+
+    /// [`Sender::send`] of a plain event.
+    pub fn event(&self, event: Event) -> bool {
+        self.send(Incoming::Event(event))
+    }
+}

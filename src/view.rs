@@ -1,0 +1,233 @@
+//! What the daemon shows of itself: the JSON documents of `org.nightporter1.Manager`, which `nightporter --json` prints
+//! as they are. Fields are only ever added.
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Ending, Freezer, Memory, Profile};
+
+/// `Status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// The profile in force.
+    pub profile: Profile,
+    /// Each configured upstream, in the order of the configuration; the first is the default.
+    pub upstreams: Vec<Upstream>,
+    /// The buses served now, as [`crate::model::Bus`] prints itself.
+    pub buses: Vec<String>,
+    /// Number of apps known.
+    pub apps: usize,
+    /// Number of registrations.
+    pub registrations: usize,
+    /// Messages accepted from upstreams and not yet ended.
+    pub messages_waiting: usize,
+    /// Messages since the daemon started, by how they ended.
+    pub messages: Messages,
+    /// Troubles a user should act on, each a sentence (full disk, damaged database, refused credentials). Often empty.
+    pub troubles: Vec<String>,
+}
+
+/// Counts since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Messages {
+    /// Came from upstreams, duplicates not counted.
+    pub received: u64,
+    /// Known already and not handed to the app again.
+    pub duplicates: u64,
+    /// Taken by their apps.
+    pub accepted: u64,
+    /// TTL passed.
+    pub expired: u64,
+    /// A newer one with the same topic came.
+    pub replaced: u64,
+    /// Not taken in the tries allowed.
+    pub given_up: u64,
+    /// Dropped from a full queue.
+    pub overflowed: u64,
+    /// Their registration went away.
+    pub unregistered: u64,
+    /// Empty or over 4096 bytes, or an attachment that could not be had: never queued.
+    pub unusable: u64,
+}
+
+impl Messages {
+    /// Counts one ending.
+    pub fn ended(&mut self, ending: Ending) {
+        let counter = match ending {
+            Ending::Accepted => &mut self.accepted,
+            Ending::Expired => &mut self.expired,
+            Ending::Replaced => &mut self.replaced,
+            Ending::GivenUp => &mut self.given_up,
+            Ending::Overflowed => &mut self.overflowed,
+            Ending::Unregistered => &mut self.unregistered,
+        };
+        *counter += 1;
+    }
+}
+
+/// One upstream's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Upstream {
+    /// The configured name.
+    pub name: String,
+    /// `autopush` or `ntfy`.
+    pub kind: String,
+    /// Where it stands.
+    pub state: LinkState,
+    /// Seconds it has been in this state.
+    pub since_secs: u64,
+    /// Seconds until the next attempt, when waiting for one.
+    pub retry_in_secs: Option<u64>,
+    /// Why the last connection ended or failed, if one did.
+    pub last_error: Option<String>,
+    /// Registrations served by it.
+    pub registrations: usize,
+}
+
+/// Where an upstream stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    /// No registration needs it: not connected on purpose.
+    Idle,
+    /// On the way.
+    Connecting,
+    /// Receiving.
+    Online,
+    /// Waiting for the next attempt.
+    Waiting,
+}
+
+/// One line of `Apps`; the document is an array of them, sorted by name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct App {
+    /// Its bus name.
+    pub name: String,
+    /// The bus it lives on.
+    pub bus: String,
+    /// Its lifecycle state: `foreground`, `background`, `awake`, `freezing`, `frozen`, `reclaimed`, `tombstone`, `gone`.
+    pub state: String,
+    /// Seconds in that state.
+    pub since_secs: u64,
+    /// Process id of the running instance.
+    pub pid: Option<u32>,
+    /// Number of registrations.
+    pub registrations: usize,
+    /// Messages waiting.
+    pub waiting: usize,
+    /// The latest decision about it, as a sentence.
+    pub reason: String,
+}
+
+/// `Show`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Show {
+    /// As in `Apps`.
+    #[serde(flatten)]
+    pub app: App,
+    /// How it would be frozen; none when it is not running.
+    pub freezer: Option<Freezer>,
+    /// Why it can not be touched at all, if so.
+    pub protected: Option<String>,
+    /// Its registrations.
+    pub registered: Vec<Registered>,
+    /// Its memory, as the ledger has it.
+    pub memory: LedgerRow,
+}
+
+/// One registration, without its endpoint (which is a secret).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Registered {
+    /// The app's name for it.
+    pub token: String,
+    /// What the app says it is for.
+    pub description: String,
+    /// Which upstream serves it.
+    pub upstream: String,
+    /// UnifiedPush D-Bus interface version, 1 or 2.
+    pub version: u8,
+    /// Whether senders must sign with VAPID.
+    pub vapid: bool,
+    /// Messages waiting.
+    pub waiting: usize,
+}
+
+/// `Endpoints`: an array of these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// The app's name for the registration.
+    pub token: String,
+    /// The capability URL.
+    pub endpoint: String,
+    /// Whether senders must sign with VAPID.
+    pub vapid: bool,
+    /// `autopush` or `ntfy`: senders need `Content-Encoding` for the one and UnifiedPush mode for the other.
+    pub kind: String,
+}
+
+/// `Why`: the last decisions, oldest first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Why {
+    /// The app's name.
+    pub name: String,
+    /// Its state now.
+    pub state: String,
+    /// At most ten.
+    pub decisions: Vec<Decision>,
+}
+
+/// One decision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Decision {
+    /// UTC, `2026-11-22T01:39:00Z`.
+    pub at: String,
+    /// What was decided: `freeze`, `thaw`, `page-out`, `kill`, `start`, `deliver`, `give-up`, `leave`, …
+    pub verdict: String,
+    /// Why, as a sentence a user can read.
+    pub reason: String,
+}
+
+/// `Report`. All memory in KiB.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// When it was measured, UTC.
+    pub at: String,
+    /// The profile in force: under `observe` nothing is saved.
+    pub profile: Profile,
+    /// One row an app, sorted by name.
+    pub apps: Vec<LedgerRow>,
+    /// What the daemon itself costs.
+    pub daemon: Memory,
+    /// Real memory behind what our page-outs put into zram, as measured around them.
+    pub zram: u64,
+    /// Sum of the baselines of the apps that have one.
+    pub resident: u64,
+    /// What those same apps cost now (PSS; swap is in `zram`).
+    pub now: u64,
+    /// `resident - now - zram - daemon`; negative when the daemon costs more than it saves.
+    pub saved: i64,
+    /// Apps without a baseline yet: they count neither way.
+    pub unmeasured: usize,
+}
+
+/// One app in the ledger. All memory in KiB.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LedgerRow {
+    /// Its bus name.
+    pub name: String,
+    /// Its lifecycle state.
+    pub state: String,
+    /// The baseline: in the background and idle, before the first freeze.
+    pub resident: Option<Memory>,
+    /// When the baseline was taken, UTC.
+    pub measured: Option<String>,
+    /// The latest sample while frozen.
+    pub frozen: Option<Memory>,
+    /// The latest sample after page-out.
+    pub paged_out: Option<Memory>,
+    /// Now; zero when it is not running, none when it could not be measured.
+    pub now: Option<Memory>,
+    /// `resident.pss - now.pss`, where both are known.
+    pub saved: Option<i64>,
+}
