@@ -6,7 +6,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc,
-        mpsc::{self, Receiver, SyncSender, TryRecvError},
+        mpsc::{self, Receiver, SyncSender},
     },
 };
 
@@ -74,11 +74,8 @@ pub fn channel(registry: &Registry, token: Token) -> io::Result<(Sender, Inbox)>
 
 impl Inbox {
     /// The next message, if one waits.
-    pub fn next(&mut self) -> Option<Incoming> {
-        match self.receiver.try_recv() {
-            Ok(incoming) => Some(incoming),
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-        }
+    pub fn take(&mut self) -> Option<Incoming> {
+        self.receiver.try_recv().ok()
     }
 }
 

@@ -1,5 +1,17 @@
 //! Everything the kernel, the network or a bus is asked. Knows events and actions, never the core.
 
+pub mod bus;
 pub mod clock;
+pub mod credentials;
+pub mod fetch;
 pub mod inbox;
 pub mod jobs;
+pub mod link;
+pub mod logger;
+pub mod memory;
+pub mod network;
+pub mod process;
+pub mod signals;
+pub mod store;
+pub mod timer;
+pub mod tls;

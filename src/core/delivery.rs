@@ -1,0 +1,1 @@
+//! Per-registration queues: duplicates, order, Topic, TTL, bounds, retries.

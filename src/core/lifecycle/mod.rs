@@ -1,0 +1,1 @@
+//! Per-app lifecycle: states, vetoes, verdicts with their reasons.

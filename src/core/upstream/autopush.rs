@@ -1,0 +1,1 @@
+//! Mozilla autopush (push.md §3a).

@@ -1,0 +1,1 @@
+//! Full-jitter reconnect delays with a ceiling.

@@ -1,0 +1,1 @@
+//! ntfy over its WebSocket stream (push.md §3b).

@@ -1,0 +1,1 @@
+//! The D-Bus side: one thread for every bus, UnifiedPush towards apps, `org.nightporter1` towards everybody.

@@ -1,0 +1,1 @@
+//! Reads secrets from files and systemd credentials when a link is made.

@@ -1,0 +1,1 @@
+//! Downloads attachments on a worker thread.

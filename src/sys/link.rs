@@ -1,0 +1,1 @@
+//! WebSocket links: mio TCP, rustls, tungstenite.

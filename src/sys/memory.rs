@@ -1,0 +1,1 @@
+//! Allocator settings and trimming for a small resident set.

@@ -1,0 +1,1 @@
+//! Network return, by rtnetlink.

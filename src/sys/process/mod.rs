@@ -1,0 +1,1 @@
+//! App processes: identity, freezing, paging out, killing, measuring.

@@ -1,0 +1,1 @@
+//! The loop's alarm on CLOCK_BOOTTIME, and notice of a resume.

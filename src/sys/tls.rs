@@ -1,0 +1,1 @@
+//! TLS configuration: system trust store or a CA file.
