@@ -40,9 +40,9 @@ use self::{
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
     config::{Settings, UpstreamSettings},
-    event::{BusEvent, CallId, Event, LinkId, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, TargetId},
-    time::{Instant, Now, UnixTime, earliest},
+    event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
+    model::{AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
+    time::{Instant, Now, earliest},
     view::{LinkState, Messages},
 };
 
@@ -96,7 +96,7 @@ struct Presence {
 /// What a sample is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
-    Lifecycle(SampleKind),
+    Lifecycle,
     Report,
 }
 
@@ -109,7 +109,8 @@ enum Stored {
 
 impl Core {
     /// A daemon that has `snapshot` in its store. `seed` feeds channel names and jitter and must be unpredictable.
-    pub fn new(settings: Settings, seed: [u8; 32], snapshot: Snapshot, now: Now) -> Self {
+    pub fn new(settings: Settings, seed: [u8; 32], mut snapshot: Snapshot, now: Now) -> Self {
+        adopt_orphans(&settings, &mut snapshot);
         let mut seeds = ChaCha12Rng::from_seed(seed);
         let count = settings.upstreams.len() as u64;
         let upstreams = settings
@@ -149,7 +150,7 @@ impl Core {
 
     fn restore(
         &mut self,
-        messages: Vec<crate::model::StoredMessage>,
+        messages: Vec<StoredMessage>,
         seen: &[(RegistrationId, Arc<str>)],
         records: &[AppRecord],
         now: Now,
@@ -158,7 +159,7 @@ impl Core {
             self.delivery.add(registration);
             self.lifecycle.add_app(&registration.app, now);
             self.apps.entry(registration.app.clone()).or_default();
-            if !registration.told {
+            if !registration.told && !registration.endpoint.is_empty() {
                 self.delivery.endpoint_due(registration.id, &registration.endpoint, now);
             }
         }
@@ -399,22 +400,28 @@ impl Core {
         if self.samples.get(&target).is_some_and(VecDeque::is_empty) {
             self.samples.remove(&target);
         }
-        if let (Some(app), Ok(memory), Some(purpose)) = (self.lifecycle.app_of(target).cloned(), &memory, purpose) {
-            let phase = match purpose {
-                Purpose::Lifecycle(SampleKind::Resident) => Phase::Resident,
-                Purpose::Lifecycle(SampleKind::Frozen) => Phase::Frozen,
-                Purpose::Lifecycle(SampleKind::PagedOut) => Phase::PagedOut,
-                Purpose::Report => Phase::Now,
-            };
-            self.ledger.sampled(&app, phase, *memory, now);
-            if phase == Phase::Resident {
-                self.put_record(&app);
+        let Some(app) = self.lifecycle.app_of(target).cloned() else { return };
+        let phase = match purpose {
+            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, &memory, now).map(|kind| match kind {
+                SampleKind::Resident => Phase::Resident,
+                SampleKind::Frozen => Phase::Frozen,
+                SampleKind::PagedOut => Phase::PagedOut,
+            }),
+            Some(Purpose::Report) => Some(Phase::Now),
+            None => None,
+        };
+        match (phase, memory) {
+            (Some(phase), Ok(memory)) => {
+                self.ledger.sampled(&app, phase, memory, now);
+                if phase == Phase::Resident {
+                    self.put_record(&app);
+                }
             }
+            (Some(Phase::Now), Err(_)) => self.ledger.unmeasured(&app),
+            (_, _) => {}
         }
-        match purpose {
-            Some(Purpose::Lifecycle(_)) => self.lifecycle.sampled(target, memory, now),
-            Some(Purpose::Report) => self.report_target_done(target, now),
-            None => {}
+        if purpose == Some(Purpose::Report) {
+            self.report_target_done(target, now);
         }
     }
 
@@ -543,7 +550,6 @@ impl Core {
             delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
             delivery::Output::Pending(app, pending) => self.lifecycle.set_pending(&app, pending, now),
             delivery::Output::Note(app, verdict, reason) => {
-                log::info!("{app}: {verdict}: {reason}");
                 self.lifecycle.note(&app, verdict, reason, now);
             }
         }
@@ -584,16 +590,16 @@ impl Core {
                 self.report_target_done(target, now);
                 self.actions.push_back(Action::Forget(target));
             }
-            lifecycle::Output::Sample(target, kind) => self.sample(target, Purpose::Lifecycle(kind)),
+            lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
             lifecycle::Output::Runnable(app) => {
                 if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
                     self.delivery.ready(&app, owner, now);
                 }
             }
             lifecycle::Output::CommandDone(app, command, result) => self.command_done(&app, command, result),
-            lifecycle::Output::Declares(app) => {
+            lifecycle::Output::Record { app, declares } => {
                 if let Some(presence) = self.apps.get_mut(&app) {
-                    presence.declares = true;
+                    presence.declares = declares;
                     self.put_record(&app);
                 }
             }
@@ -648,6 +654,25 @@ impl Core {
         if !std::mem::replace(&mut self.exited, true) {
             self.ending = None;
             self.actions.push_back(Action::Exit);
+        }
+    }
+}
+
+/// Registrations of an upstream that is not configured any more go to the default one, which makes them anew: without a
+/// channel there, and told to the app when it has an endpoint again.
+fn adopt_orphans(settings: &Settings, snapshot: &mut Snapshot) {
+    let Some(default) = settings.upstreams.first() else { return };
+    for registration in &mut snapshot.registrations {
+        if !settings.upstreams.iter().any(|upstream| upstream.name == registration.upstream) {
+            log::warn!(
+                "{}: upstream \"{}\" is not configured any more; it moves to \"{}\"",
+                registration.app,
+                registration.upstream,
+                default.name
+            );
+            registration.upstream = Arc::clone(&default.name);
+            registration.channel = "".into();
+            registration.endpoint = "".into();
         }
     }
 }

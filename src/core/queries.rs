@@ -8,7 +8,7 @@ use super::{Core, Purpose};
 use crate::{
     action::{Action, ErrorKind, Reply},
     event::{CallId, Caller, Query},
-    model::{AppKey, Bus, TargetId},
+    model::{AppKey, Bus, ConnectorVersion, TargetId},
     time::{Instant, Now},
     view,
 };
@@ -119,12 +119,12 @@ impl Core {
         Some(view::App {
             name: app.service.to_string(),
             bus: app.bus.to_string(),
-            state: shown.state.to_owned(),
+            state: shown.state.as_str().to_owned(),
             since_secs: shown.since.as_secs(),
             pid: shown.pid,
             registrations: self.registry.of_app(app).count(),
             waiting: self.delivery.waiting_for(app),
-            reason: shown.reason,
+            reason: shown.reason.as_deref().unwrap_or_default().to_owned(),
         })
     }
 
@@ -137,8 +137,8 @@ impl Core {
             description: r.description.to_string(),
             upstream: r.upstream.to_string(),
             version: match r.version {
-                crate::model::ConnectorVersion::V1 => 1,
-                crate::model::ConnectorVersion::V2 => 2,
+                ConnectorVersion::V1 => 1,
+                ConnectorVersion::V2 => 2,
             },
             vapid: r.vapid.is_some(),
             waiting: self.delivery.waiting_in(r.id),
@@ -147,7 +147,7 @@ impl Core {
             freezer: shown.freezer,
             protected: shown.protected.as_deref().map(str::to_owned),
             registered: registered.collect(),
-            memory: self.ledger.row(app, shown.state),
+            memory: self.ledger.row(app, shown.state.as_str()),
             app: line,
         })
     }
@@ -161,7 +161,7 @@ impl Core {
         });
         json(&view::Why {
             name: app.service.to_string(),
-            state: shown.state.to_owned(),
+            state: shown.state.as_str().to_owned(),
             decisions: decisions.collect(),
         })
     }
@@ -232,7 +232,7 @@ impl Core {
                 .apps
                 .keys()
                 .filter(|app| sees(&caller, app))
-                .filter_map(|app| self.lifecycle.show(app, now).map(|shown| (app.clone(), shown.state)));
+                .filter_map(|app| self.lifecycle.show(app, now).map(|shown| (app, shown.state.as_str())));
             let report = self.ledger.report(now, self.settings.profile, states);
             self.reply(call, json(&report));
         }

@@ -196,6 +196,14 @@ impl Session {
         }
     }
 
+    /// Messages were turned away that the server still has: connect anew, so that it sends them again.
+    pub fn restart(&mut self, now: Now) {
+        match self {
+            Self::Autopush(session) => session.restart(now),
+            Self::Ntfy(session) => session.restart(now),
+        }
+    }
+
     /// Make a registration. Ends with `Registered` or `RegisterFailed` within [`REGISTER_TIMEOUT`].
     pub fn register(&mut self, registration: RegistrationId, vapid: Option<Arc<str>>, now: Now) {
         match self {
