@@ -6,6 +6,7 @@
 pub mod autopush;
 pub mod backoff;
 pub mod ntfy;
+mod quiet;
 
 use std::{sync::Arc, time::Duration};
 
