@@ -180,7 +180,7 @@ impl Entry {
         self.op().is_some_and(StoreOp::is_lazy)
     }
 
-    /// Whether it makes the database smaller. These get a second chance on a full disk.
+    /// Whether it makes room in the database. These get a second chance on a full disk.
     const fn gives_space(&self) -> bool {
         matches!(self.work, Work::Op(StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_)))
     }
@@ -260,7 +260,11 @@ impl Writer {
         if batch.is_empty() {
             return;
         }
-        let error = match self.database.write(batch.iter().filter_map(Entry::op)) {
+        let mut result = self.database.write(batch.iter().filter_map(Entry::op));
+        if matches!(result, Err(WriteError::Full)) && self.database.reuse_journal() {
+            result = self.database.write(batch.iter().filter_map(Entry::op));
+        }
+        let error = match result {
             Ok(bodies) => {
                 self.note(None);
                 let mut bodies = bodies.into_iter();
@@ -283,17 +287,18 @@ impl Writer {
             }
             return;
         }
-        // Nothing may rely on these having come after what failed before them, and they are what helps.
-        let rescued = matches!(error, WriteError::Full)
-            && batch.iter().any(Entry::gives_space)
-            && self.database.write(batch.iter().filter(|e| e.gives_space()).filter_map(Entry::op)).is_ok();
+        let mut helping = matches!(error, WriteError::Full);
         let error = StoreError::from(error);
         for entry in batch {
+            // What makes room may fit alone; nothing relies on it having come after what failed before it.
+            let stored = helping && entry.gives_space() && {
+                helping = self.database.write(entry.op().into_iter()).is_ok();
+                helping
+            };
             if let Work::Op(StoreOp::LoadBody(seq)) = entry.work {
                 let body = self.database.body(seq);
                 self.tell(Event::Body(seq, body));
             }
-            let stored = rescued && entry.gives_space();
             self.answer(entry.ticket, if stored { Ok(()) } else { Err(error.clone()) });
         }
     }

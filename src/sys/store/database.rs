@@ -149,6 +149,12 @@ impl Database {
         }
     }
 
+    /// Folds the journal into the database so that its space is written again from the start; false if that failed.
+    pub(super) fn reuse_journal(&self) -> bool {
+        let busy = self.connection.query_row("PRAGMA wal_checkpoint(RESTART)", [], |row| row.get::<_, i64>(0));
+        busy == Ok(0)
+    }
+
     /// Folds the journal into the database and closes it.
     pub(super) fn close(self) {
         let checkpoint = self.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
