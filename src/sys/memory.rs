@@ -25,11 +25,9 @@ mod gnu {
 
     #[expect(unsafe_code, reason = "mallopt has no safe wrapper")]
     pub(super) fn tune() {
-        for (parameter, value) in [
-            (libc::M_ARENA_MAX, 1),
-            (libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD),
-            (libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD),
-        ] {
+        for (parameter, value) in
+            [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD), (libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD)]
+        {
             // SAFETY: mallopt(3) takes two integers and locks what it changes.
             let done = unsafe { libc::mallopt(parameter, value) };
             if done != 1 {

@@ -42,7 +42,9 @@ impl Alarm {
         }
         match deadline {
             // Zero would disarm it.
-            Some(at) => self.timer.set(Expiration::OneShot(spec(at.as_nanos().max(1))), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?,
+            Some(at) => {
+                self.timer.set(Expiration::OneShot(spec(at.as_nanos().max(1))), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?
+            }
             None => self.timer.unset()?,
         }
         self.armed = deadline;

@@ -64,8 +64,7 @@ impl TlsClient {
     /// [`TlsError::Library`] when the cryptography library cannot be set up.
     pub fn new(ca_file: Option<PathBuf>) -> Result<Self, TlsError> {
         let provider = provider();
-        let trust =
-            Arc::new(Trust { provider: Arc::clone(&provider), ca_file, verifier: Mutex::new(Weak::new()) });
+        let trust = Arc::new(Trust { provider: Arc::clone(&provider), ca_file, verifier: Mutex::new(Weak::new()) });
         let mut config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
             .map_err(|e| TlsError::Library(e.to_string()))?
@@ -87,6 +86,11 @@ impl TlsClient {
     /// [`TlsError`] naming the file or package at fault.
     pub fn roots(&self) -> Result<Roots, TlsError> {
         Ok(Roots { _verifier: self.trust.verifier()? })
+    }
+
+    #[cfg(test)]
+    pub(super) fn roots_held(&self) -> bool {
+        self.trust.verifier.lock().unwrap().strong_count() > 0
     }
 }
 
