@@ -245,6 +245,20 @@ impl Session {
         self.settle(now);
     }
 
+    /// Messages were turned away that the server still has: it sends them again on a new link.
+    pub fn restart(&mut self, now: Now) {
+        let id = match &self.link {
+            Link::Down => None,
+            Link::Greeting { id, .. } => Some(*id),
+            Link::Online(online) => Some(online.id),
+        };
+        if let Some(id) = id {
+            self.drop_link(id, "connected anew to get messages again that could not be stored", now.boot);
+            self.backoff.at_once(now.boot);
+        }
+        self.settle(now.boot);
+    }
+
     /// Make a registration.
     pub fn register(&mut self, registration: RegistrationId, vapid: Option<Arc<str>>, now: Now) {
         if self.channels.contains_key(&registration) {

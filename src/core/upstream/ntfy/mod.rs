@@ -241,6 +241,18 @@ impl Session {
         self.settle(now);
     }
 
+    /// Messages were turned away that the server still has: it sends them again on a new link, from the cursor on.
+    pub fn restart(&mut self, now: Now) {
+        let ids: Vec<LinkId> = [&self.main, &self.next].into_iter().flatten().map(|stream| stream.id).collect();
+        for id in ids {
+            self.drop_link(id, "connected anew to get messages again that could not be stored", now.boot);
+        }
+        if self.wants_link() {
+            self.backoff.at_once(now.boot);
+        }
+        self.settle(now.boot);
+    }
+
     /// Make a registration.
     pub fn register(&mut self, registration: RegistrationId, now: Now) {
         if self.topics.contains_key(&registration) {
