@@ -1,8 +1,8 @@
 //! The loop and the one `match` over actions. Nothing here blocks but the poll.
 
-use std::{collections::VecDeque, io, path::Path, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, path::{Path, PathBuf}, time::Duration};
 
-use mio::{Events, Interest, Poll, Token, unix::SourceFd};
+use mio::{Events, Interest, Poll, Token};
 
 use super::{DaemonError, Options};
 use crate::{
