@@ -107,6 +107,7 @@ fn registration(id: u64) -> Registration {
         upstream: "mozilla".into(),
         channel: format!("channel-{id}").into(),
         endpoint: format!("https://push.example/{id}").into(),
+        told: true,
     }
 }
 

@@ -41,7 +41,9 @@ use crate::{
     action::{Action, ConnectorCall, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
+    model::{
+        AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId,
+    },
     time::{Instant, Now, earliest},
     view::{LinkState, Messages},
 };

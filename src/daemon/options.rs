@@ -77,7 +77,10 @@ impl Task {
                 Arg::Short('V') | Arg::Long("version") => return Ok(Self::Version),
                 Arg::Short('h') | Arg::Long("help") => return Ok(Self::Help),
                 Arg::Value(value) => {
-                    return Err(DaemonError::Usage(format!("unexpected argument {:?}", value.string().unwrap_or_default())));
+                    return Err(DaemonError::Usage(format!(
+                        "unexpected argument {:?}",
+                        value.string().unwrap_or_default()
+                    )));
                 }
                 Arg::Short(_) | Arg::Long(_) => return Err(usage(arg.unexpected())),
             }

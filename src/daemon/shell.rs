@@ -1,6 +1,11 @@
 //! The loop and the one `match` over actions. Nothing here blocks but the poll.
 
-use std::{collections::VecDeque, io, path::{Path, PathBuf}, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use mio::{Events, Interest, Poll, Token};
 

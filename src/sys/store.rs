@@ -91,6 +91,18 @@ pub enum StoreOpenError {
     },
 }
 
+impl StoreOpenError {
+    /// The exit code of sysexits.h that says this.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Unusable { .. } => 73,
+            Self::Full { .. } => 74,
+            Self::Locked { .. } => 75,
+            Self::Newer { .. } => 78,
+        }
+    }
+}
+
 impl Store {
     /// Opens the store in `dir`, making what is missing, and reads everything but the bodies. Blocks; for start-up.
     ///

@@ -21,7 +21,7 @@ pub(super) const FORMAT_1: &str = "
     CREATE TABLE registrations (
         id INTEGER PRIMARY KEY, bus INTEGER NOT NULL, service TEXT NOT NULL, token TEXT NOT NULL,
         description TEXT NOT NULL, vapid TEXT, version INTEGER NOT NULL, upstream TEXT NOT NULL, channel TEXT NOT NULL,
-        endpoint TEXT NOT NULL
+        endpoint TEXT NOT NULL, told INTEGER NOT NULL
     ) STRICT;
     CREATE TABLE messages (
         seq INTEGER PRIMARY KEY, registration INTEGER NOT NULL, id TEXT NOT NULL, body BLOB, received INTEGER NOT NULL,
@@ -193,8 +193,8 @@ fn drop_orphans(db: &Connection, numbers: &Numbers) -> Result<()> {
 }
 
 fn put_registration(db: &Connection, registration: &Registration) -> Result<()> {
-    let Registration { id, app, token, description, vapid, version, upstream, channel, endpoint } = registration;
-    db.prepare_cached("INSERT OR REPLACE INTO registrations VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?
+    let Registration { id, app, token, description, vapid, version, upstream, channel, endpoint, told } = registration;
+    db.prepare_cached("INSERT OR REPLACE INTO registrations VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)")?
         .execute(params![
             signed(id.0),
             app.bus.to_number(),
@@ -205,7 +205,8 @@ fn put_registration(db: &Connection, registration: &Registration) -> Result<()> 
             version_number(*version),
             upstream,
             channel,
-            endpoint
+            endpoint,
+            told
         ])?;
     Ok(())
 }
@@ -309,6 +310,7 @@ fn registration(row: &Row<'_>) -> Result<Registration, RowError> {
         upstream: row.get(7)?,
         channel: row.get(8)?,
         endpoint: row.get(9)?,
+        told: row.get(10)?,
     })
 }
 
