@@ -2,9 +2,9 @@
 //! every method is one or a few statements inside a transaction its caller has begun.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, OpenOptions},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -83,6 +83,9 @@ pub(crate) enum OpenError {
     /// The directory.
     #[error("cannot make the state directory {0}: {1}")]
     Directory(PathBuf, io::Error),
+    /// The file.
+    #[error("cannot make or write the database {0}: {1}")]
+    File(PathBuf, io::Error),
     /// A damaged file that could not be renamed.
     #[error("cannot set the damaged database {0} aside: {1}")]
     Aside(PathBuf, io::Error),
@@ -454,6 +457,13 @@ fn open_file(path: &Path, limits: Limits) -> Result<Connection, OpenError> {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => OpenError::InUse(path.into()),
         _ => OpenError::Sqlite(path.into(), error),
     };
+    // SQLite gives its journals the mode of the database; whoever can read it can read and use every endpoint.
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| OpenError::File(path.into(), error))?;
     let connection = Connection::open(path).map_err(failed)?;
     connection.busy_timeout(Duration::from_secs(1)).map_err(failed)?;
     connection

@@ -253,7 +253,7 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::NoStateDirectory => EX_USAGE,
-            Self::Open(OpenError::Directory(..) | OpenError::Aside(..)) => EX_CANTCREAT,
+            Self::Open(OpenError::Directory(..) | OpenError::File(..) | OpenError::Aside(..)) => EX_CANTCREAT,
             Self::Open(OpenError::InUse(_)) | Self::Listen(..) => EX_UNAVAILABLE,
             Self::Open(OpenError::Newer { .. }) => EX_CONFIG,
             Self::Open(OpenError::Sqlite(..)) | Self::Start(_) | Self::Damaged => EX_IOERR,

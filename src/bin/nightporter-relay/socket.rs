@@ -62,6 +62,7 @@ impl Socket {
             }
             // Only when what was queued before is out, or it would be overtaken.
             if self.events.as_ref().is_some_and(mpsc::Receiver::is_empty) && self.gate.take_lagging() {
+                log::debug!("session {}: is behind, it reads from the database", self.number);
                 self.session.handle_lagging();
                 continue;
             }
