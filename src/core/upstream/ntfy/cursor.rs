@@ -277,7 +277,7 @@ mod tests {
     }
 
     /// A server as ntfy 2.11 is: rows in order of storing, seconds that lag behind it a little, a replay sorted by
-    /// second with ties in any order, live messages anywhere in it.
+    /// second with ties backwards, live messages anywhere in it.
     #[derive(Clone, Debug)]
     enum Step {
         Publish { took: u64 },
@@ -307,6 +307,7 @@ mod tests {
         fn nothing_stored_before_the_cursor_is_ever_unsafe(steps in prop::collection::vec(step(), 1..250)) {
             let mut rows: Vec<(u64, Arc<str>)> = Vec::new();
             let (mut replay, mut live) = (VecDeque::new(), VecDeque::new());
+            let mut live_since = VecDeque::new();
             let mut clock = 1_000_u64;
             let (mut tracker, mut mark) = (Tracker::new(None), Watermark::default());
             mark.open(clock);
@@ -318,9 +319,15 @@ mod tests {
                     Step::Publish { took } => {
                         let row = (clock.saturating_sub(took), id(rows.len() as u64));
                         rows.push(row.clone());
-                        // Concurrent senders overtake each other.
-                        let place = live.len().saturating_sub(took as usize % 3);
+                        // Concurrent senders overtake each other, but nobody overtakes one who has stood in line.
+                        let mut place = live.len();
+                        while place > live.len().saturating_sub(took as usize % 3)
+                            && clock - live_since[place - 1] < 5
+                        {
+                            place -= 1;
+                        }
                         live.insert(place, row);
+                        live_since.insert(place, clock);
                     }
                     Step::Seconds(secs) => clock += secs,
                     Step::Deliver(n) => for _ in 0..n {
@@ -348,8 +355,10 @@ mod tests {
                         stored.reverse();
                         stored.sort_by_key(|(time, _)| *time);
                         (replay, live) = (stored.into(), VecDeque::new());
+                        live_since.clear();
                     }
                 }
+                live_since.drain(..live_since.len() - live.len());
                 for (time, id) in arrived {
                     if tracker.look_up(&id) == Arrival::New && !safe.contains(&id) {
                         tracker.arrive(&id, None);

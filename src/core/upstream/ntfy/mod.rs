@@ -370,6 +370,7 @@ impl Session {
             self.outputs.push_back(Output::Close(old.id));
         }
         self.backoff.clear();
+        self.refusals = 0;
         self.trouble = None;
         let mut registered = Vec::new();
         for (registration, entry) in &mut self.topics {
