@@ -110,13 +110,21 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<Arc<ClientConfig>, TlsErr
 /// # Errors
 /// [`TlsError`] naming the file or package at fault.
 pub fn ureq_config(ca_file: Option<&Path>) -> Result<ureq::tls::TlsConfig, TlsError> {
-    let roots: Vec<_> =
-        certificates(ca_file)?.iter().map(|der| ureq::tls::Certificate::from_der(der).to_owned()).collect();
-    Ok(ureq::tls::TlsConfig::builder()
+    certificates(ca_file).map(|certificates| ureq_trusting(&certificates))
+}
+
+/// ureq's configuration for a server without TLS; should that redirect to one with TLS, it is not trusted.
+pub fn ureq_without_trust() -> ureq::tls::TlsConfig {
+    ureq_trusting(&[])
+}
+
+fn ureq_trusting(certificates: &[CertificateDer<'_>]) -> ureq::tls::TlsConfig {
+    let roots: Vec<_> = certificates.iter().map(|der| ureq::tls::Certificate::from_der(der).to_owned()).collect();
+    ureq::tls::TlsConfig::builder()
         .provider(ureq::tls::TlsProvider::Rustls)
         .unversioned_rustls_crypto_provider(provider())
         .root_certs(ureq::tls::RootCerts::from(roots))
-        .build())
+        .build()
 }
 
 /// A TLS failure in words a user can act on.

@@ -75,7 +75,7 @@ struct Link {
 enum State {
     /// A worker resolves the name and reads what is needed.
     Preparing(Handover),
-    Connected(Connection),
+    Connected(Box<Connection>),
 }
 
 /// Where the worker leaves what it read.
@@ -141,7 +141,7 @@ impl Links {
             (_, Err(problem)) => Err(LinkError::Resolve(problem)),
             (Some(Ok(_)), Ok(addresses)) if addresses.is_empty() => Err(LinkError::Resolve("it has no address".into())),
             (Some(Ok(Prepared { request, tls })), Ok(addresses)) => {
-                Ok(Connection::new(interleave(addresses), request, tls))
+                Ok(Box::new(Connection::new(interleave(addresses), request, tls)))
             }
             // Nobody prepared it, so nobody may answer for it.
             (None, _) => return,
