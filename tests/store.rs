@@ -1,5 +1,7 @@
 //! The store on real files: durability across SIGKILL, full disks, damaged files.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
@@ -94,6 +96,14 @@ impl Fixture {
         self.ticket(op, 0);
         assert_eq!(self.stored(), (0, Ok(())));
     }
+
+    /// Ends a message, with an eager write for company.
+    fn end(&mut self, seq: u64) {
+        self.ticket(end(seq), seq);
+        self.ticket(put_registration(1), 0);
+        assert_eq!(self.stored(), (seq, Ok(())));
+        assert_eq!(self.stored(), (0, Ok(())));
+    }
 }
 
 fn registration(id: u64) -> Registration {
@@ -102,8 +112,8 @@ fn registration(id: u64) -> Registration {
         app: AppKey::new(Bus::Session(1000), format!("org.example.App{id}")),
         token: format!("{{token-{id}}}").into(),
         description: "".into(),
-        vapid: (id % 2 == 0).then(|| "B".repeat(87).into()),
-        version: if id % 2 == 0 { ConnectorVersion::V2 } else { ConnectorVersion::V1 },
+        vapid: id.is_multiple_of(2).then(|| "B".repeat(87).into()),
+        version: if id.is_multiple_of(2) { ConnectorVersion::V2 } else { ConnectorVersion::V1 },
         upstream: "mozilla".into(),
         channel: format!("channel-{id}").into(),
         endpoint: format!("https://push.example/{id}").into(),
@@ -119,7 +129,7 @@ fn message(seq: u64, registration: u64) -> Message {
         body: body_of(seq),
         received: UnixTime::from_secs(1_000_000),
         expires: UnixTime::from_secs(2_000_000 + seq),
-        topic: (seq % 3 == 0).then(|| "mail".into()),
+        topic: seq.is_multiple_of(3).then(|| "mail".into()),
         urgency: [Urgency::VeryLow, Urgency::Low, Urgency::Normal, Urgency::High][seq as usize % 4],
     }
 }
@@ -188,7 +198,7 @@ fn everything_comes_back_after_a_restart() {
             upstream("cursor", ""),
             StoreOp::PutApp(app.clone()),
             StoreOp::PutApp(plain.clone()),
-            StoreOp::PutApp(AppRecord { app: AppKey::new(Bus::System, "gone"), ..plain.clone() }),
+            StoreOp::PutApp(AppRecord { app: AppKey::new(Bus::System, "gone"), ..plain }),
             StoreOp::DeleteApp(AppKey::new(Bus::System, "gone")),
         ] {
             f.apply(op);
@@ -720,7 +730,7 @@ fn child_full_disk() {
         f.write(put(seq, 1));
     }
     for seq in 1..=150 {
-        f.write(end(seq));
+        f.end(seq);
         waiting.remove(&seq);
     }
     // Something else fills the disk. Messages can still end, again and again.
@@ -731,7 +741,7 @@ fn child_full_disk() {
         f.write(put_registration(1 + n % 3));
     }
     for seq in 151..=160 {
-        f.write(end(seq));
+        f.end(seq);
         waiting.remove(&seq);
     }
     // What does not fit is told, one by one and many in one transaction, and is not half there.

@@ -391,3 +391,31 @@ fn keep_aside(path: &Path) -> io::Result<PathBuf> {
     }
     Ok(with(&mark))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_is_durable_and_the_connection_is_small() {
+        let dir = tempfile::tempdir().unwrap();
+        // The second time the file is there already.
+        for _ in 0..2 {
+            let (database, _) = Database::open(dir.path()).unwrap();
+            let pragma = |name: &str| {
+                database
+                    .connection
+                    .query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, rusqlite::types::Value>(0))
+                    .unwrap()
+            };
+            assert_eq!(pragma("journal_mode"), "wal".to_owned().into());
+            assert_eq!(pragma("synchronous"), 2.into());
+            assert_eq!(pragma("auto_vacuum"), 2.into());
+            assert_eq!(pragma("page_size"), 4096.into());
+            assert_eq!(pragma("cache_size"), (-128).into());
+            assert_eq!(pragma("application_id"), APPLICATION_ID.into());
+            assert_eq!(pragma("user_version"), FORMAT.into());
+            database.close();
+        }
+    }
+}
