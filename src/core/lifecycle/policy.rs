@@ -328,3 +328,327 @@ fn verdict(act: Act, reason: impl Into<Cow<'static, str>>) -> Verdict {
 fn wait(until: Option<Instant>) -> Verdict {
     verdict(Act::Wait { until }, "")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    fn at(secs: u64) -> Instant {
+        Instant::from_nanos(secs * S)
+    }
+
+    const fn frozen_at(secs: u64) -> Hold {
+        Hold::Frozen { since: Instant::from_nanos(secs * S), paged: Paged::NotYet }
+    }
+
+    const BACKGROUND: Standing =
+        Standing::Background { since: Instant::from_nanos(100 * S), grace_until: Instant::from_nanos(110 * S) };
+    const UNKNOWN: Standing = Standing::Unknown("nothing says that it is in the background");
+
+    /// In the background since 100 s, measured, with the default times.
+    fn app() -> Snapshot<'static> {
+        Snapshot {
+            profile: Profile::Tombstone,
+            times: LifecycleTimes::default(),
+            ending: false,
+            process: Process::Touchable { can_page_out: true },
+            hold: Hold::Running,
+            standing: &BACKGROUND,
+            awake_until: None,
+            pending: false,
+            by_hand: None,
+            baseline: Baseline::Done,
+            sampling_until: None,
+            paging: false,
+            uss: Some(20 * 1024),
+            freeze_again: Retry::Now,
+            kill_again: Retry::Now,
+        }
+    }
+
+    const fn leave(until: Option<Instant>) -> Act {
+        Act::Leave { until, told: true }
+    }
+
+    const fn until(secs: u64) -> Act {
+        Act::Wait { until: Some(Instant::from_nanos(secs * S)) }
+    }
+
+    /// Each line: what it says, how the app differs, when, and what must come out.
+    type Case = (&'static str, fn(&mut Snapshot<'static>), u64, Act, &'static str);
+
+    fn check(cases: &[Case]) {
+        for (name, change, now, act, reason) in cases {
+            let mut app = app();
+            change(&mut app);
+            let verdict = decide(&app, at(*now));
+            assert_eq!((verdict.act, &*verdict.reason), (*act, *reason), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_must_run_runs() {
+        const FOREGROUND: fn() -> &'static Standing =
+            || Box::leak(Box::new(Standing::Foreground { by: "the shell".into() }));
+        let none = leave(None);
+        check(&[
+            ("unknown", |a| a.standing = &UNKNOWN, 999, none, "nothing says that it is in the background"),
+            ("foreground", |a| a.standing = FOREGROUND(), 999, none, "the shell says that it is in the foreground"),
+            (
+                "frozen, then foreground",
+                |a| (a.standing, a.hold) = (FOREGROUND(), frozen_at(110)),
+                111,
+                Act::Thaw,
+                "the shell says that it is in the foreground",
+            ),
+            ("unknown process", |a| a.process = Process::Unknown, 999, none, "its process is not known yet"),
+            (
+                "protected",
+                |a| a.process = Process::Untouchable("it is the message bus"),
+                999,
+                none,
+                "it is the message bus",
+            ),
+            (
+                "protected, by hand too",
+                |a| (a.process, a.by_hand) = (Process::Untouchable("it is the message bus"), Some("root")),
+                999,
+                none,
+                "it is the message bus",
+            ),
+            ("pending", |a| a.pending = true, 110, none, "a message is waiting for it"),
+            (
+                "pending in grace vetoes nothing yet",
+                |a| a.pending = true,
+                105,
+                Act::Leave { until: None, told: false },
+                "a message is waiting for it",
+            ),
+            (
+                "pending, frozen by hand",
+                |a| (a.pending, a.by_hand, a.hold) = (true, Some("root"), frozen_at(101)),
+                102,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+            (
+                "pending while freezing",
+                |a| (a.pending, a.hold) = (true, Hold::Freezing { since: at(110) }),
+                110,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+            (
+                "awake",
+                |a| a.awake_until = Some(at(200)),
+                199,
+                leave(Some(at(200))),
+                "it may run for 10 s after a message or a thaw",
+            ),
+            ("shutdown", |a| a.ending = true, 999, none, "Night Porter is ending"),
+            (
+                "shutdown, frozen by hand",
+                |a| (a.ending, a.hold, a.by_hand) = (true, frozen_at(110), Some("root")),
+                999,
+                Act::Thaw,
+                "Night Porter is ending",
+            ),
+            (
+                "would be killed, then pending",
+                |a| (a.pending, a.hold) = (true, Hold::WouldBeKilled),
+                999,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_in_the_background_is_frozen_after_its_grace() {
+        let grace = "it has been in the background for 10 s";
+        let after = "it is in the background and its time after a message or a thaw is over";
+        check(&[
+            ("in grace", |_| (), 109, leave(Some(at(110))), "it went to the background and may run for 10 s more"),
+            ("grace over", |_| (), 110, Act::Freeze, grace),
+            ("observe decides the same", |a| a.profile = Profile::Observe, 110, Act::Freeze, grace),
+            ("cached too", |a| a.profile = Profile::Cached, 110, Act::Freeze, grace),
+            ("awake over", |a| a.awake_until = Some(at(200)), 200, Act::Freeze, after),
+            (
+                "awake over, grace not",
+                |a| a.awake_until = Some(at(105)),
+                106,
+                leave(Some(at(110))),
+                "it went to the background and may run for 10 s more",
+            ),
+            ("awake over before the grace was", |a| a.awake_until = Some(at(105)), 110, Act::Freeze, grace),
+            ("measured first", |a| a.baseline = Baseline::NotAsked, 110, Act::Measure, ""),
+            (
+                "measurement under way",
+                |a| (a.baseline, a.sampling_until) = (Baseline::Asked, Some(at(115))),
+                110,
+                until(115),
+                "",
+            ),
+            (
+                "measurement lost",
+                |a| (a.baseline, a.sampling_until) = (Baseline::Asked, Some(at(115))),
+                115,
+                Act::Freeze,
+                grace,
+            ),
+            ("failed before", |a| a.freeze_again = Retry::At(at(125)), 124, until(125), ""),
+            ("tried again", |a| a.freeze_again = Retry::At(at(125)), 125, Act::Freeze, grace),
+            (
+                "failed for good",
+                |a| a.freeze_again = Retry::Never,
+                999,
+                leave(None),
+                "it could not be frozen several times and is left alone until it starts again",
+            ),
+            (
+                "by hand, at once, whatever failed before",
+                |a| (a.by_hand, a.freeze_again, a.awake_until) = (Some("root"), Retry::Never, Some(at(999))),
+                101,
+                Act::Freeze,
+                "root asked for it",
+            ),
+            (
+                "by hand in the foreground: no baseline",
+                |a| (a.by_hand, a.standing, a.baseline) = (Some("root"), &UNKNOWN, Baseline::NotAsked),
+                101,
+                Act::Freeze,
+                "root asked for it",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_frozen_is_paged_out_and_becomes_a_tombstone() {
+        let paged_out = "it has been frozen for 60 s";
+        let killed = "it has been in the background without a message for 10 min";
+        check(&[
+            ("waits", |a| a.hold = frozen_at(110), 111, until(170), ""),
+            ("paged out", |a| a.hold = frozen_at(110), 170, Act::PageOut, paged_out),
+            (
+                "not while its frozen memory is measured",
+                |a| (a.hold, a.sampling_until) = (frozen_at(110), Some(at(175))),
+                170,
+                until(175),
+                "",
+            ),
+            ("page-out under way", |a| (a.hold, a.paging) = (frozen_at(110), true), 171, until(700), ""),
+            (
+                "cannot",
+                |a| (a.hold, a.process) = (frozen_at(110), Process::Touchable { can_page_out: false }),
+                170,
+                Act::LeavePages,
+                "its memory cannot be paged out on this system",
+            ),
+            (
+                "too small",
+                |a| (a.hold, a.uss) = (frozen_at(110), Some(PAGE_OUT_LEAST - 1)),
+                170,
+                Act::LeavePages,
+                "its memory is not paged out: it holds less than 8 MiB of its own",
+            ),
+            (
+                "just large enough",
+                |a| (a.hold, a.uss) = (frozen_at(110), Some(PAGE_OUT_LEAST)),
+                170,
+                Act::PageOut,
+                paged_out,
+            ),
+            (
+                "not measured",
+                |a| (a.hold, a.uss) = (frozen_at(110), None),
+                170,
+                Act::LeavePages,
+                "its memory is not paged out: it is not known how much that would free",
+            ),
+            ("killed", |a| a.hold = Hold::Frozen { since: at(110), paged: Paged::Done }, 700, Act::Kill, killed),
+            ("not before", |a| a.hold = Hold::Frozen { since: at(110), paged: Paged::Left }, 699, until(700), ""),
+            ("killed before it is paged out", |a| a.hold = frozen_at(690), 750, Act::Kill, killed),
+            (
+                "counted from the last awake window",
+                |a| (a.hold, a.awake_until) = (frozen_at(300), Some(at(300))),
+                899,
+                Act::PageOut,
+                paged_out,
+            ),
+            ("and then killed", |a| (a.hold, a.awake_until) = (frozen_at(300), Some(at(300))), 900, Act::Kill, killed),
+            (
+                "cached: never by time",
+                |a| (a.hold, a.profile) = (Hold::Frozen { since: at(110), paged: Paged::Done }, Profile::Cached),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "frozen by hand: stays",
+                |a| (a.hold, a.by_hand) = (Hold::Frozen { since: at(110), paged: Paged::Done }, Some("root")),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "frozen by hand under observe: not even paged out",
+                |a| (a.hold, a.by_hand, a.profile) = (frozen_at(110), Some("root"), Profile::Observe),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "the kill failed",
+                |a| {
+                    (a.hold, a.kill_again) = (Hold::Frozen { since: at(710), paged: Paged::Done }, Retry::At(at(790)));
+                },
+                720,
+                until(790),
+                "",
+            ),
+            (
+                "observe: would page out",
+                |a| {
+                    (a.profile, a.hold) =
+                        (Profile::Observe, Hold::WouldBeFrozen { since: at(110), paged: Paged::NotYet });
+                },
+                170,
+                Act::PageOut,
+                paged_out,
+            ),
+            (
+                "observe: would kill",
+                |a| {
+                    (a.profile, a.hold) =
+                        (Profile::Observe, Hold::WouldBeFrozen { since: at(110), paged: Paged::Done });
+                },
+                700,
+                Act::Kill,
+                killed,
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_was_asked_for_is_waited_for_but_not_for_ever() {
+        let lost = "the freezer did not answer";
+        check(&[
+            ("freezing", |a| a.hold = Hold::Freezing { since: at(110) }, 114, until(115), ""),
+            ("freeze lost", |a| a.hold = Hold::Freezing { since: at(110) }, 115, Act::NoAnswer, lost),
+            ("thawing", |a| a.hold = Hold::Thawing { since: at(110), retry: None }, 114, until(115), ""),
+            ("thaw lost", |a| a.hold = Hold::Thawing { since: at(110), retry: None }, 115, Act::NoAnswer, lost),
+            ("thaw failed", |a| a.hold = Hold::Thawing { since: at(110), retry: Some(at(112)) }, 111, until(112), ""),
+            (
+                "thawed again, pending or not",
+                |a| a.hold = Hold::Thawing { since: at(110), retry: Some(at(112)) },
+                112,
+                Act::Thaw,
+                "the last attempt to thaw it failed",
+            ),
+            ("killing", |a| (a.hold, a.pending) = (Hold::Killing { since: at(700) }, true), 729, until(730), ""),
+            ("kill lost", |a| a.hold = Hold::Killing { since: at(700) }, 730, Act::NoAnswer, "it did not end"),
+        ]);
+    }
+}
