@@ -1,2 +1,478 @@
-//! stub
-fn main() {}
+//! The app of the demo and the tests: plain, and small because its memory is measured. `nightporter demo --help` has the
+//! contract of its environment.
+//!
+//! `resident` is what every app does on its own: one process, one connection to the push server. `shared` is a UnifiedPush
+//! app: it registers with the daemon, says that it is in the background, and is called when something comes.
+//! `NIGHTPORTER_SAMPLE_FAULT` makes it a bad app, for tests: `never-reply`, `slow-reply:MS`, `error`, `crash-on:N`,
+//! `empty-reply`, `at-root`, `v1`.
+
+use std::{
+    collections::HashMap,
+    env,
+    error::Error,
+    fmt::Write,
+    future::pending,
+    os::unix::net::UnixDatagram,
+    process::{ExitCode, abort},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use nightporter::{sys::clock, time::Instant};
+use serde_json::{Value, json};
+use tungstenite::Message;
+use zbus::{Connection, ObjectPath, OwnedVariant, Variant, connection::Builder, fdo, interface};
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+type Dictionary = HashMap<String, OwnedVariant>;
+
+const DISTRIBUTOR: &str = "org.unifiedpush.Distributor.nightporter";
+const DISTRIBUTOR_PATH: &str = "/org/unifiedpush/Distributor";
+const CONNECTOR_PATH: &str = "/org/unifiedpush/Connector";
+const PORTER: &str = "org.nightporter1";
+const PORTER_PATH: &str = "/org/nightporter1";
+/// A registration takes up to 10 s at the daemon.
+const TIMEOUT: Duration = Duration::from_secs(30);
+const DEFAULT_BALLAST_KIB: usize = 8192;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            #[expect(clippy::print_stderr, reason = "a program of its own, with nowhere else to complain")]
+            {
+                eprintln!("nightporter-sample: {error}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    // Ends with status 0 from within the handler: a thread for it would count as the app's memory.
+    signal_hook::flag::register_conditional_shutdown(libc::SIGTERM, 0, Arc::new(AtomicBool::new(true)))?;
+    let name = required("NIGHTPORTER_SAMPLE_NAME")?;
+    let ballast = match env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB") {
+        Ok(kib) => kib.parse().map_err(|_| format!("NIGHTPORTER_SAMPLE_BALLAST_KIB={kib} is not a number"))?,
+        Err(_) => DEFAULT_BALLAST_KIB,
+    };
+    let history = history(&name, ballast * 1024);
+    let reporter = Reporter::new(&name)?;
+    match required("NIGHTPORTER_SAMPLE_MODE")?.as_str() {
+        "resident" => resident(&name, &required("NIGHTPORTER_SAMPLE_SERVER")?, &reporter)?,
+        "shared" => zbus::block_on(shared(&name, reporter, Fault::from_env()?))?,
+        other => return Err(format!("NIGHTPORTER_SAMPLE_MODE={other}; it is resident or shared").into()),
+    }
+    drop(history);
+    Ok(())
+}
+
+fn required(name: &str) -> Result<String> {
+    env::var(name).map_err(|_| format!("{name} is not set; see nightporter demo --help").into())
+}
+
+/// Tells the demo or a test what happened. Without a socket to report to, says nothing.
+struct Reporter {
+    app: String,
+    socket: Option<UnixDatagram>,
+}
+
+impl Reporter {
+    fn new(app: &str) -> Result<Self> {
+        let socket = match env::var("NIGHTPORTER_SAMPLE_REPORT") {
+            Ok(path) => {
+                let socket = UnixDatagram::unbound()?;
+                socket.connect(&path).map_err(|error| format!("cannot report to {path}: {error}"))?;
+                Some(socket)
+            }
+            Err(_) => None,
+        };
+        Ok(Self { app: app.to_owned(), socket })
+    }
+
+    fn report(&self, mut event: Value) {
+        if let Some(socket) = &self.socket {
+            event["app"] = json!(self.app);
+            // Whoever listened may be gone; the app goes on all the same.
+            let _ = socket.send(event.to_string().as_bytes());
+        }
+    }
+
+    fn message(&self, body: &[u8], id: Option<&str>, at: Instant) {
+        let body = String::from_utf8_lossy(body);
+        self.report(json!({ "event": "message", "body": body, "id": id, "boottime_ns": at.as_nanos() }));
+    }
+}
+
+/// One process, one connection: Mozilla autopush as a client.
+fn resident(name: &str, server: &str, reporter: &Reporter) -> Result<()> {
+    let (mut socket, _) = tungstenite::connect(server)?;
+    socket.send(Message::text(json!({ "messageType": "hello", "use_webpush": true }).to_string()))?;
+    let channel = uuid::Builder::from_random_bytes(digest(name).to_be_bytes()).into_uuid().hyphenated().to_string();
+    loop {
+        let text = match socket.read()? {
+            Message::Text(text) => text,
+            Message::Close(_) => return Err("the push server closed the connection".into()),
+            _ => continue,
+        };
+        let at = clock::boot();
+        let frame: Value = serde_json::from_str(&text)?;
+        match frame["messageType"].as_str() {
+            Some("hello") => {
+                let register = json!({ "messageType": "register", "channelID": channel });
+                socket.send(Message::text(register.to_string()))?;
+            }
+            Some("register") => {
+                let (Some(200), Some(endpoint)) = (frame["status"].as_u64(), frame["pushEndpoint"].as_str()) else {
+                    return Err(format!("the push server refused to register: {frame}").into());
+                };
+                reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
+                reporter.report(json!({ "event": "ready" }));
+            }
+            Some("notification") => {
+                let data = frame["data"].as_str().unwrap_or_default().trim_end_matches('=');
+                let version = frame["version"].as_str().unwrap_or_default();
+                reporter.message(&URL_SAFE_NO_PAD.decode(data)?, Some(version), at);
+                let update = json!({ "channelID": frame["channelID"], "version": version, "code": 100 });
+                socket.send(Message::text(json!({ "messageType": "ack", "updates": [update] }).to_string()))?;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A UnifiedPush app behind the daemon.
+async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
+    let app = Arc::new(App { reporter, fault, taken: AtomicU64::new(0) });
+    let path = if fault == Fault::AtRoot { "/" } else { CONNECTOR_PATH };
+    let builder = Builder::session().method_timeout(TIMEOUT);
+    let builder = match fault {
+        Fault::V1 => builder.serve_at(path, ConnectorV1(Arc::clone(&app))),
+        Fault::EmptyReply => builder.serve_at(path, EmptyConnector(Arc::clone(&app))),
+        _ => builder.serve_at(path, Connector(Arc::clone(&app))),
+    };
+    // The name is taken once the connector is there to be called.
+    let connection = builder.name(name.to_owned()).build().await?;
+    register(&connection, name, fault == Fault::V1).await?;
+    connection
+        .call_method(Some(PORTER), PORTER_PATH, Some("org.nightporter1.App"), "SetState", &("background",))
+        .await
+        .map_err(|error| format!("{PORTER} does not take our state: {error}"))?;
+    app.reporter.report(json!({ "event": "ready" }));
+    pending().await
+}
+
+async fn register(connection: &Connection, name: &str, v1: bool) -> Result<()> {
+    // The same token at each start, so that a new process takes over the registration of the one before.
+    let token = format!("{:032x}", digest(name));
+    let path = ObjectPath::try_from(DISTRIBUTOR_PATH)?;
+    let (result, reason) = if v1 {
+        let body = (name, token.as_str(), "Messages");
+        let interface = Some("org.unifiedpush.Distributor1");
+        let reply = connection.call_method(Some(DISTRIBUTOR), path, interface, "Register", &body).await?;
+        reply.body().deserialize::<(String, String)>()?
+    } else {
+        let body: HashMap<&str, Variant<'_>> = HashMap::from([
+            ("service", Variant::from(name)),
+            ("token", Variant::from(token.as_str())),
+            ("description", Variant::from("Messages")),
+        ]);
+        let interface = Some("org.unifiedpush.Distributor2");
+        let reply = connection.call_method(Some(DISTRIBUTOR), path, interface, "Register", &body).await?;
+        let reply: Dictionary = reply.body().deserialize()?;
+        (text(&reply, "success").to_owned(), text(&reply, "reason").to_owned())
+    };
+    match result.as_str() {
+        "REGISTRATION_SUCCEEDED" => Ok(()),
+        _ => Err(format!("the distributor refused to register: {result} {reason}").into()),
+    }
+}
+
+/// What is wrong with this app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    None,
+    /// Takes messages and never answers.
+    NeverReply,
+    /// Answers late.
+    SlowReply(Duration),
+    /// Answers with a D-Bus error and does not take the message.
+    Error,
+    /// Dies at its Nth message, before it answers.
+    CrashOn(u64),
+    /// Answers without the dictionary the specification wants.
+    EmptyReply,
+    /// Serves its connector at `/`, as an old library did.
+    AtRoot,
+    /// Speaks UnifiedPush version 1.
+    V1,
+}
+
+impl Fault {
+    fn from_env() -> Result<Self> {
+        let Ok(text) = env::var("NIGHTPORTER_SAMPLE_FAULT") else { return Ok(Self::None) };
+        let number = |digits: &str| digits.parse::<u64>().map_err(|_| format!("\"{digits}\" is not a number"));
+        Ok(match text.split_once(':') {
+            None if text.is_empty() => Self::None,
+            None if text == "never-reply" => Self::NeverReply,
+            None if text == "error" => Self::Error,
+            None if text == "empty-reply" => Self::EmptyReply,
+            None if text == "at-root" => Self::AtRoot,
+            None if text == "v1" => Self::V1,
+            Some(("slow-reply", ms)) => Self::SlowReply(Duration::from_millis(number(ms)?)),
+            Some(("crash-on", n)) => Self::CrashOn(number(n)?),
+            _ => return Err(format!("NIGHTPORTER_SAMPLE_FAULT={text} is not a fault known here").into()),
+        })
+    }
+}
+
+struct App {
+    reporter: Reporter,
+    fault: Fault,
+    taken: AtomicU64,
+}
+
+impl App {
+    /// Takes a message, in the way its fault has it.
+    async fn message(&self, body: &[u8], id: Option<&str>, at: Instant) -> fdo::Result<()> {
+        let number = self.taken.fetch_add(1, Ordering::Relaxed) + 1;
+        match self.fault {
+            Fault::Error => return Err(fdo::Error::Failed("this app takes no messages".into())),
+            Fault::CrashOn(n) if n == number => abort(),
+            _ => {}
+        }
+        self.reporter.message(body, id, at);
+        match self.fault {
+            Fault::NeverReply => pending().await,
+            Fault::SlowReply(delay) => sleep(delay).await,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn endpoint(&self, endpoint: &str) {
+        self.reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
+    }
+
+    fn unregistered(&self) {
+        self.reporter.report(json!({ "event": "unregistered" }));
+    }
+}
+
+/// Only for the slow fault: a thread that sleeps, since the runtime has no timer of its own to offer.
+async fn sleep(delay: Duration) {
+    let (sender, receiver) = async_channel::bounded::<()>(1);
+    thread::spawn(move || {
+        thread::sleep(delay);
+        drop(sender);
+    });
+    // Ends with an error as soon as the sender is dropped, which is the point.
+    let _ = receiver.recv().await;
+}
+
+struct Connector(Arc<App>);
+
+#[interface(name = "org.unifiedpush.Connector2")]
+impl Connector {
+    async fn message(&self, arguments: Dictionary) -> fdo::Result<Dictionary> {
+        let at = clock::boot();
+        let (body, id) = message_of(&arguments)?;
+        self.0.message(&body, id, at).await?;
+        Ok(arguments.iter().filter(|(key, _)| *key == "id").map(|(key, id)| (key.clone(), id.clone())).collect())
+    }
+
+    async fn new_endpoint(&self, arguments: Dictionary) -> Dictionary {
+        self.0.endpoint(text(&arguments, "endpoint"));
+        Dictionary::new()
+    }
+
+    async fn unregistered(&self, _arguments: Dictionary) -> Dictionary {
+        self.0.unregistered();
+        Dictionary::new()
+    }
+}
+
+struct EmptyConnector(Arc<App>);
+
+#[interface(name = "org.unifiedpush.Connector2")]
+impl EmptyConnector {
+    async fn message(&self, arguments: Dictionary) -> fdo::Result<()> {
+        let at = clock::boot();
+        let (body, id) = message_of(&arguments)?;
+        self.0.message(&body, id, at).await
+    }
+
+    async fn new_endpoint(&self, arguments: Dictionary) {
+        self.0.endpoint(text(&arguments, "endpoint"));
+    }
+
+    async fn unregistered(&self, _arguments: Dictionary) {
+        self.0.unregistered();
+    }
+}
+
+struct ConnectorV1(Arc<App>);
+
+#[interface(name = "org.unifiedpush.Connector1")]
+impl ConnectorV1 {
+    async fn message(&self, _token: String, message: Vec<u8>, id: String) {
+        let at = clock::boot();
+        // Version 1 has no answer to put an error into.
+        let _ = self.0.message(&message, Some(&id), at).await;
+    }
+
+    async fn new_endpoint(&self, _token: String, endpoint: String) {
+        self.0.endpoint(&endpoint);
+    }
+
+    async fn unregistered(&self, _token: String) {
+        self.0.unregistered();
+    }
+}
+
+fn message_of(arguments: &Dictionary) -> fdo::Result<(Vec<u8>, Option<&str>)> {
+    let Some(Ok(body)) = arguments.get("message").map(|value| Vec::<u8>::try_from(value.clone())) else {
+        return Err(fdo::Error::InvalidArgs("message (ay) is missing".into()));
+    };
+    Ok((body, arguments.get("id").and_then(|id| <&str>::try_from(id).ok())))
+}
+
+fn text<'a>(dictionary: &'a Dictionary, key: &str) -> &'a str {
+    dictionary.get(key).and_then(|value| <&str>::try_from(value).ok()).unwrap_or_default()
+}
+
+/// A chat history of `bytes` bytes, the same for the same name: it compresses as text does, neither to nothing, as zeros
+/// would, nor not at all, as random bytes would.
+fn history(name: &str, bytes: usize) -> Vec<Box<str>> {
+    const PEOPLE: [&str; 8] = ["Ada", "Bilal", "Chiara", "Dmitri", "Esi", "Femke", "Goran", "Hana"];
+    const WORDS: [&str; 64] = [
+        "the",
+        "train",
+        "is",
+        "late",
+        "again",
+        "can",
+        "you",
+        "bring",
+        "bread",
+        "tonight",
+        "I",
+        "saw",
+        "that",
+        "film",
+        "we",
+        "talked",
+        "about",
+        "yesterday",
+        "my",
+        "phone",
+        "battery",
+        "lasts",
+        "two",
+        "days",
+        "now",
+        "see",
+        "at",
+        "station",
+        "maybe",
+        "tomorrow",
+        "or",
+        "on",
+        "Friday",
+        "thanks",
+        "for",
+        "photos",
+        "they",
+        "are",
+        "lovely",
+        "who",
+        "has",
+        "key",
+        "of",
+        "garden",
+        "house",
+        "rain",
+        "all",
+        "week",
+        "dinner",
+        "with",
+        "parents",
+        "call",
+        "me",
+        "when",
+        "home",
+        "ok",
+        "yes",
+        "no",
+        "what",
+        "time",
+        "does",
+        "it",
+        "start",
+        "where",
+    ];
+    let mut random = Random(digest(name) as u64);
+    let mut history = Vec::new();
+    let mut filled = 0;
+    let mut clock = 1_700_000_000_u64;
+    while filled < bytes {
+        clock += random.below(600);
+        let mut message = String::with_capacity(160);
+        let _ = write!(message, "{clock} <{}>", PEOPLE[random.below(PEOPLE.len() as u64) as usize]);
+        for _ in 0..4 + random.below(20) {
+            let _ = write!(message, " {}", WORDS[random.below(WORDS.len() as u64) as usize]);
+        }
+        if random.below(12) == 0 {
+            let _ = write!(message, " https://example.org/p/{:x}", random.below(1 << 48));
+        }
+        filled += message.len();
+        history.push(message.into_boxed_str());
+    }
+    history
+}
+
+/// splitmix64 (Steele, Lea, Flood 2014): enough to look like chat, and always the same.
+struct Random(u64);
+
+impl Random {
+    const fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+}
+
+/// FNV-1a of 128 bits: a stable name for a name.
+fn digest(name: &str) -> u128 {
+    name.bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash, byte| {
+        (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_history_is_stable_text_of_the_size_asked_for() {
+        let one = history("org.nightporter.Sample1", 100_000);
+        assert_eq!(one, history("org.nightporter.Sample1", 100_000));
+        assert_ne!(one, history("org.nightporter.Sample2", 100_000));
+        let size: usize = one.iter().map(|message| message.len()).sum();
+        assert!((100_000..101_000).contains(&size), "{size}");
+        let different: std::collections::HashSet<&str> = one.iter().map(|message| &**message).collect();
+        assert_eq!(different.len(), one.len());
+    }
+
+    #[test]
+    fn names_have_tokens_of_their_own() {
+        assert_ne!(digest("org.nightporter.Sample1"), digest("org.nightporter.Sample2"));
+    }
+}

@@ -1,2 +1,122 @@
-//! stub
-fn main() {}
+//! `nightporter`: asks the daemon over D-Bus, sends test messages, runs the demo.
+
+mod args;
+mod client;
+mod demo;
+mod exit;
+mod man;
+mod push;
+mod render;
+mod resolve;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, Parser, error::ErrorKind};
+use nightporter::view;
+
+use crate::{
+    args::{Cli, Command, OneApp},
+    client::Daemon,
+    exit::{Exit, Failure},
+    render::Style,
+};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    match run(cli) {
+        Ok(text) => print(&text),
+        Err(failure) => {
+            // Nothing is left to do when stderr is closed.
+            let _ = writeln!(io::stderr(), "nightporter: {failure}");
+            failure.exit.into()
+        }
+    }
+}
+
+/// Does the command and gives back what to print.
+fn run(cli: Cli) -> Result<String, Failure> {
+    let daemon = || Daemon::find(cli.bus);
+    let style = Style::of_stdout();
+    match cli.command {
+        Command::Status(output) => {
+            let text = daemon()?.ask("Status", None)?;
+            if output.json { Ok(line(text)) } else { Ok(render::status(&client::decode::<view::Status>(&text)?)) }
+        }
+        Command::Apps(output) => {
+            let text = daemon()?.ask("Apps", None)?;
+            if output.json { Ok(line(text)) } else { Ok(render::apps(&client::decode::<Vec<view::App>>(&text)?)) }
+        }
+        Command::Show(OneApp { app, output }) => {
+            let text = ask_about(&daemon()?, "Show", &app)?;
+            if output.json { Ok(line(text)) } else { Ok(render::show(&client::decode::<view::Show>(&text)?)) }
+        }
+        Command::Why(OneApp { app, output }) => {
+            let text = ask_about(&daemon()?, "Why", &app)?;
+            if output.json { Ok(line(text)) } else { Ok(render::why(&client::decode::<view::Why>(&text)?)) }
+        }
+        Command::Report(output) => {
+            let text = daemon()?.ask("Report", None)?;
+            if output.json {
+                Ok(line(text))
+            } else {
+                Ok(render::report(&client::decode::<view::Report>(&text)?, style))
+            }
+        }
+        Command::Freeze(app) => act(&daemon()?, "Freeze", "frozen", &app),
+        Command::Thaw(app) => act(&daemon()?, "Thaw", "thawed", &app),
+        Command::Kill(app) => act(&daemon()?, "Kill", "ended; the next push starts it again", &app),
+        Command::Push(args) => push::run(&daemon()?, &args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "nightporter", &mut script);
+            String::from_utf8(script).map_err(|error| Failure::new(Exit::Failed, error.to_string()))
+        }
+        Command::Man => man::page(),
+    }
+}
+
+fn ask_about(daemon: &Daemon, method: &str, app: &str) -> Result<String, Failure> {
+    daemon.ask(method, Some(&resolve::app(daemon, app)?))
+}
+
+fn act(daemon: &Daemon, method: &str, done: &str, args: &OneApp) -> Result<String, Failure> {
+    let app = resolve::app(daemon, &args.app)?;
+    daemon.act(method, &app)?;
+    Ok(match args.output.json {
+        true => line(serde_json::json!({ "app": app, "done": true }).to_string()),
+        false => format!("{app}: {done}\n"),
+    })
+}
+
+fn line(mut text: String) -> String {
+    text.push('\n');
+    text
+}
+
+fn print(text: &str) -> ExitCode {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader has seen enough (`nightporter apps | head -1`).
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "nightporter: cannot write the result: {error}");
+            Exit::System.into()
+        }
+    }
+}
+
+fn usage(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+        _ => Exit::Usage.into(),
+    }
+}

@@ -1,0 +1,152 @@
+//! The command line, as clap reads it. `nightporter man` and `nightporter completions` are made from it as well.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+/// One push connection for all apps, tombstones for the apps nobody looks at, and a ledger of the memory saved.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nightporter",
+    version,
+    after_help = "APP is a bus name such as im.dino.Dino, or as much of its end as fits one app only: \"dino\".\n\
+                  Exit codes are those of sysexits.h; see nightporter(1)."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) bus: BusChoice,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Where to look for the daemon.
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BusChoice {
+    /// Ask the daemon on the session bus (`nightporterd --user`)
+    #[arg(long, global = true, conflicts_with = "system")]
+    pub(crate) user: bool,
+    /// Ask the daemon on the system bus
+    #[arg(long, global = true)]
+    pub(crate) system: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show the upstream connections, the buses served and the message counts
+    Status(Output),
+    /// List all apps with their lifecycle state
+    Apps(Output),
+    /// Show one app in full: state, process, registrations, memory
+    Show(OneApp),
+    /// Show the last decisions about an app, each with its reason
+    Why(OneApp),
+    /// Freeze an app now
+    Freeze(OneApp),
+    /// Let a frozen app run now
+    Thaw(OneApp),
+    /// End an app now; the next push starts it again
+    Kill(OneApp),
+    /// Send a test message to an app through its real push server
+    ///
+    /// The text is not encrypted. Apps that decrypt what they get (RFC 8291) will ignore it; that the daemon woke them
+    /// can be seen with `nightporter why APP`.
+    Push(Push),
+    /// Measure now what the apps cost, and what is saved
+    Report(Output),
+    /// Run the whole main job on a private bus, with real processes, and show what it saves
+    Demo(Demo),
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Output {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct OneApp {
+    /// The app's bus name, or the end of it
+    pub(crate) app: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Push {
+    /// The app's bus name, or the end of it
+    pub(crate) app: String,
+    /// The message: 1 to 4096 bytes
+    pub(crate) text: String,
+    /// Which registration to send to, where the app has several
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) registration: Option<String>,
+    /// Trust the certificates in this PEM file instead of the system's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// What `demo --help` and the manual page say about programs given with `--app-command`.
+pub(crate) const CONTRACT: &str = "\
+A program given with --app-command is started N times in either half, with:
+  NIGHTPORTER_SAMPLE_NAME        its bus name, such as org.nightporter.Sample7
+  NIGHTPORTER_SAMPLE_MODE        resident: hold a connection of its own; shared: register with the daemon
+  NIGHTPORTER_SAMPLE_SERVER      resident: the push server, as a ws:// URL (Mozilla autopush protocol)
+  NIGHTPORTER_SAMPLE_REPORT      a unix datagram socket to report to
+  NIGHTPORTER_SAMPLE_BALLAST_KIB message history to hold in memory
+  DBUS_SESSION_BUS_ADDRESS       shared: the demo's private bus
+It reports JSON datagrams, each with \"app\" (its bus name) and \"event\":
+  {\"event\":\"endpoint\",\"endpoint\":URL}   where to send pushes for it
+  {\"event\":\"ready\"}                     registered; in shared mode after
+                                        org.nightporter1.App.SetState(\"background\")
+  {\"event\":\"message\",\"body\":TEXT,\"id\":ID,\"boottime_ns\":N}
+                                        for each push, with CLOCK_BOOTTIME on arrival
+In shared mode it must own its name, serve org.unifiedpush.Connector2 and register the same token at each start.";
+
+#[derive(Args, Debug)]
+#[command(after_long_help = CONTRACT)]
+pub(crate) struct Demo {
+    /// How many apps to run
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pub(crate) apps: u16,
+    /// Write the figures to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Run this program as the app instead of nightporter-sample (see --help)
+    #[arg(long, value_name = "CMD")]
+    pub(crate) app_command: Option<String>,
+    /// How many pushes to send to each app in each state
+    #[arg(long, value_name = "M", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=20))]
+    pub(crate) messages: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_bus_may_be_chosen_anywhere_but_only_one() {
+        let cli = Cli::try_parse_from(["nightporter", "show", "--user", "dino"]).unwrap();
+        assert!(cli.bus.user);
+        assert!(Cli::try_parse_from(["nightporter", "--user", "--system", "apps"]).is_err());
+    }
+}

@@ -1,0 +1,178 @@
+//! Asks the daemon: `org.nightporter1.Manager`. Synchronous, since the command line does one thing at a time.
+
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use zbus::{Connection, block_on, connection::Builder, fdo};
+
+use crate::{
+    args::BusChoice,
+    exit::{Exit, Failure},
+};
+
+/// The daemon's bus name.
+pub(crate) const NAME: &str = "org.nightporter1";
+const PATH: &str = "/org/nightporter1";
+const MANAGER: &str = "org.nightporter1.Manager";
+/// A report measures every app and a kill waits for its app, so this is long; it only guards against a daemon that hangs.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A daemon that owns its name on the bus.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    connection: Connection,
+}
+
+impl Daemon {
+    /// Looks for the daemon where `choice` says: by default on the session bus, then on the system bus.
+    pub(crate) fn find(choice: BusChoice) -> Result<Self, Failure> {
+        let mut tried = Vec::new();
+        for (wanted, name, builder) in [
+            (!choice.system, "session", Builder::session as fn() -> Builder<'static>),
+            (!choice.user, "system", Builder::system),
+        ] {
+            if !wanted {
+                continue;
+            }
+            match connect(builder()) {
+                Ok(connection) => match owned(&connection, NAME) {
+                    Ok(true) => return Ok(Self { connection }),
+                    Ok(false) => tried.push(format!("{name} bus: {NAME} is not there")),
+                    Err(error) => tried.push(format!("{name} bus: {error}")),
+                },
+                Err(error) => tried.push(format!("{name} bus: cannot connect: {error}")),
+            }
+        }
+        let start = match (choice.user, choice.system) {
+            (true, _) => "nightporterd --user",
+            (_, true) => "systemctl start nightporterd",
+            _ => "systemctl start nightporterd (for the whole device) or nightporterd --user (for this session)",
+        };
+        Err(Failure::new(
+            Exit::Unavailable,
+            format!("the daemon is not running.\n  tried {}\n  start it with: {start}", tried.join("\n  tried ")),
+        ))
+    }
+
+    /// The daemon on the bus at `address`, whether it is up already or not.
+    pub(crate) fn at(address: &str) -> Result<Self, Failure> {
+        let connection = connect(Builder::address(address))
+            .map_err(|error| Failure::new(Exit::Unavailable, format!("cannot connect to {address}: {error}")))?;
+        Ok(Self { connection })
+    }
+
+    /// Whether somebody owns `name` on this bus.
+    pub(crate) fn owned(&self, name: &str) -> Result<bool, Failure> {
+        owned(&self.connection, name).map_err(|error| failure(&error))
+    }
+
+    /// Has the bus start the owner of `name`; returns when it owns the name.
+    pub(crate) fn start(&self, name: &str) -> Result<(), Failure> {
+        block_on(self.connection.call_method(
+            Some("org.freedesktop.DBus"),
+            "/org/freedesktop/DBus",
+            Some("org.freedesktop.DBus"),
+            "StartServiceByName",
+            &(name, 0_u32),
+        ))
+        .map(drop)
+        .map_err(|error| Failure::new(Exit::System, format!("cannot start {name}: {error}")))
+    }
+
+    /// Calls a method that answers with a JSON text.
+    pub(crate) fn ask(&self, method: &str, app: Option<&str>) -> Result<String, Failure> {
+        let reply = self.call(method, app)?;
+        reply.body().deserialize::<String>().map_err(|error| {
+            Failure::new(Exit::Protocol, format!("the daemon's answer to {method} cannot be read: {error}"))
+        })
+    }
+
+    /// Calls a method that does something to an app.
+    pub(crate) fn act(&self, method: &str, app: &str) -> Result<(), Failure> {
+        self.call(method, Some(app)).map(drop)
+    }
+
+    fn call(&self, method: &str, app: Option<&str>) -> Result<zbus::Message, Failure> {
+        let result = block_on(async {
+            match app {
+                Some(app) => self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, &(app,)).await,
+                None => self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, &()).await,
+            }
+        });
+        result.map_err(|error| failure(&error))
+    }
+}
+
+/// Reads one of the daemon's documents.
+pub(crate) fn decode<T: DeserializeOwned>(text: &str) -> Result<T, Failure> {
+    serde_json::from_str(text).map_err(|error| {
+        Failure::new(
+            Exit::Protocol,
+            format!(
+                "the daemon's answer cannot be read ({error}); are nightporter and nightporterd of the same version?"
+            ),
+        )
+    })
+}
+
+fn connect(builder: Builder<'_>) -> zbus::Result<Connection> {
+    block_on(builder.method_timeout(TIMEOUT).build())
+}
+
+fn owned(connection: &Connection, name: &str) -> zbus::Result<bool> {
+    let reply = block_on(connection.call_method(
+        Some("org.freedesktop.DBus"),
+        "/org/freedesktop/DBus",
+        Some("org.freedesktop.DBus"),
+        "NameHasOwner",
+        &(name,),
+    ))?;
+    reply.body().deserialize()
+}
+
+/// Turns a D-Bus error into a text and an exit code.
+fn failure(error: &zbus::Error) -> Failure {
+    let gone = || {
+        Failure::new(
+            Exit::Unavailable,
+            "the daemon went away while it was asked; see `journalctl -u nightporterd` for why".to_owned(),
+        )
+    };
+    match error {
+        zbus::Error::MethodError(name, text, _) => {
+            let text = text.as_deref().unwrap_or(name.as_str());
+            match name.as_str().strip_prefix("org.nightporter1.Error.") {
+                Some("NotAuthorized") => {
+                    Failure::new(Exit::NotAllowed, format!("not allowed: {text}; try it as root (sudo nightporter …)"))
+                }
+                Some("NoSuchApp") => Failure::new(Exit::NoSuchApp, text),
+                Some("NotRunning") => Failure::new(Exit::Temporary, text),
+                Some("Refused") => Failure::new(Exit::Refused, format!("refused: {text}")),
+                Some(_) => Failure::new(Exit::Failed, text),
+                None => Failure::new(Exit::Protocol, format!("{}: {text}", name.as_str())),
+            }
+        }
+        zbus::Error::FDO(error) => match &**error {
+            fdo::Error::InvalidArgs(text) => Failure::new(Exit::Usage, text.clone()),
+            fdo::Error::AccessDenied(text) => {
+                Failure::new(Exit::NotAllowed, format!("the bus does not allow it: {text}"))
+            }
+            fdo::Error::ServiceUnknown(_) | fdo::Error::NameHasNoOwner(_) | fdo::Error::Disconnected(_) => gone(),
+            fdo::Error::NoReply(_) | fdo::Error::Timeout(_) | fdo::Error::TimedOut(_) => {
+                Failure::new(Exit::Temporary, format!("the daemon did not answer: {error}"))
+            }
+            fdo::Error::UnknownMethod(_) | fdo::Error::UnknownInterface(_) | fdo::Error::UnknownObject(_) => {
+                Failure::new(
+                    Exit::Protocol,
+                    "the daemon does not know this request; is it older than this nightporter? Restart it after an update",
+                )
+            }
+            other => Failure::new(Exit::Failed, other.to_string()),
+        },
+        zbus::Error::InputOutput(io) if io.kind() == std::io::ErrorKind::TimedOut => {
+            Failure::new(Exit::Temporary, format!("the daemon did not answer within {} s", TIMEOUT.as_secs()))
+        }
+        zbus::Error::InputOutput(_) => gone(),
+        other => Failure::new(Exit::Protocol, other.to_string()),
+    }
+}

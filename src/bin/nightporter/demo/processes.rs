@@ -1,0 +1,208 @@
+//! The processes the demo started: found below its own in the process tree, measured, ended by pidfd.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// One process, as `/proc/PID/stat` has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    parent: u32,
+    state: char,
+    /// In clock ticks after boot: with the pid it names the process for good.
+    start: u64,
+    name: String,
+}
+
+impl Process {
+    /// Held still by a signal. (A process in a frozen cgroup is not.)
+    pub(super) const fn is_stopped(&self) -> bool {
+        self.state == 'T'
+    }
+
+    /// For people.
+    pub(super) fn label(&self) -> String {
+        format!("{} (pid {})", self.name, self.pid)
+    }
+}
+
+/// Every process below this one that has not ended. Orphans are among them, because the demo is their subreaper.
+pub(super) fn ours() -> Vec<Process> {
+    below(std::process::id(), all())
+}
+
+/// Sends a signal to exactly this process: never to another one that got its number since.
+pub(super) fn signal(process: &Process, signal: Signal) {
+    let Some(pid) = i32::try_from(process.pid).ok().and_then(Pid::from_raw) else { return };
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+    if read(process.pid).is_some_and(|now| now.start == process.start) {
+        // It may end at any moment by itself.
+        let _ = pidfd_send_signal(&pidfd, signal);
+    }
+}
+
+/// Ends these processes: SIGTERM, and SIGKILL after `patience`. Gives back those that needed SIGKILL.
+pub(super) fn end(processes: &[Process], patience: Duration) -> Vec<Process> {
+    for process in processes {
+        signal(process, Signal::TERM);
+        // A stopped process cannot hear SIGTERM.
+        signal(process, Signal::CONT);
+    }
+    let stubborn = wait_for_end(processes, patience);
+    for process in &stubborn {
+        signal(process, Signal::KILL);
+    }
+    wait_for_end(&stubborn, patience);
+    stubborn
+}
+
+/// Waits until these have ended, at most `patience`. Gives back those that have not.
+pub(super) fn wait_for_end(processes: &[Process], patience: Duration) -> Vec<Process> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left: Vec<Process> = processes.iter().filter(|process| is_alive(process)).cloned().collect();
+        if left.is_empty() || Instant::now() >= deadline {
+            return left;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Memory of the apps' processes, by app, in KiB of PSS. An app's processes are known by what its start put into their
+/// environment, so that whatever they started is counted as well.
+pub(super) fn apps_pss(report_socket: &str) -> HashMap<String, u64> {
+    let mut apps: HashMap<String, u64> = HashMap::new();
+    for process in ours() {
+        if let Some(app) = app_of(process.pid, report_socket)
+            && let Some(pss) = pss(process.pid)
+        {
+            *apps.entry(app).or_default() += pss;
+        }
+    }
+    apps
+}
+
+/// The apps' processes.
+pub(super) fn apps(report_socket: &str) -> Vec<Process> {
+    ours().into_iter().filter(|process| app_of(process.pid, report_socket).is_some()).collect()
+}
+
+/// PSS of one process in KiB.
+pub(super) fn pss(pid: u32) -> Option<u64> {
+    parse_pss(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?)
+}
+
+/// Inodes of the sockets a process holds.
+pub(super) fn sockets(pid: u32) -> HashSet<u64> {
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return HashSet::new() };
+    fds.flatten()
+        .filter_map(|fd| fs::read_link(fd.path()).ok())
+        .filter_map(|target| target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok())
+        .collect()
+}
+
+fn app_of(pid: u32, report_socket: &str) -> Option<String> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let value = |name: &str| {
+        environment
+            .split(|byte| *byte == 0)
+            .find_map(|entry| std::str::from_utf8(entry).ok()?.strip_prefix(name)?.strip_prefix('='))
+    };
+    (value("NIGHTPORTER_SAMPLE_REPORT")? == report_socket).then(|| value("NIGHTPORTER_SAMPLE_NAME"))?.map(str::to_owned)
+}
+
+fn is_alive(process: &Process) -> bool {
+    read(process.pid).is_some_and(|now| now.start == process.start && !matches!(now.state, 'Z' | 'X'))
+}
+
+fn all() -> Vec<Process> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|entry| read(entry.file_name().to_str()?.parse().ok()?)).collect()
+}
+
+fn read(pid: u32) -> Option<Process> {
+    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn below(root: u32, processes: Vec<Process>) -> Vec<Process> {
+    let mut children: HashMap<u32, Vec<Process>> = HashMap::new();
+    for process in processes {
+        children.entry(process.parent).or_default().push(process);
+    }
+    let mut found = Vec::new();
+    let mut parents = vec![root];
+    while let Some(parent) = parents.pop() {
+        for process in children.remove(&parent).unwrap_or_default() {
+            parents.push(process.pid);
+            if !matches!(process.state, 'Z' | 'X') {
+                found.push(process);
+            }
+        }
+    }
+    found
+}
+
+/// proc_pid_stat(5). The name may hold anything, so the fields are counted from its closing parenthesis.
+fn parse_stat(text: &str) -> Option<Process> {
+    let (pid, rest) = text.split_once(" (")?;
+    let (name, rest) = rest.rsplit_once(") ")?;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    Some(Process {
+        pid: pid.parse().ok()?,
+        parent: fields.get(1)?.parse().ok()?,
+        state: fields.first()?.chars().next()?,
+        start: fields.get(19)?.parse().ok()?,
+        name: name.to_owned(),
+    })
+}
+
+fn parse_pss(rollup: &str) -> Option<u64> {
+    rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?.split_ascii_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STAT: &str = "42 (a (b) c) S 7 42 42 0 -1 4194560 100 0 0 0 1 2 0 0 20 0 1 0 9876 1000 50 184467";
+
+    #[test]
+    fn a_stat_line_is_read_whatever_the_name_holds() {
+        let process = parse_stat(STAT).unwrap();
+        assert_eq!((process.pid, process.parent, process.state, process.start), (42, 7, 'S', 9876));
+        assert_eq!(process.label(), "a (b) c (pid 42)");
+        assert_eq!(parse_stat("42 (x"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn the_tree_is_walked_and_the_dead_are_left_out() {
+        let process = |pid, parent, state| Process { pid, parent, state, start: 0, name: String::new() };
+        let all = vec![process(2, 1, 'S'), process(3, 2, 'Z'), process(4, 3, 'T'), process(5, 9, 'S')];
+        let mut found: Vec<u32> = below(1, all).iter().map(|process| process.pid).collect();
+        found.sort_unstable();
+        assert_eq!(found, [2, 4]);
+    }
+
+    #[test]
+    fn pss_is_read_and_not_one_of_its_neighbours() {
+        assert_eq!(parse_pss("Rss:  9 kB\nPss:    1234 kB\nPss_Anon: 5 kB\n"), Some(1234));
+        assert_eq!(parse_pss("Pss_Dirty: 5 kB\n"), None);
+        assert!(pss(std::process::id()).unwrap() > 0);
+    }
+
+    #[test]
+    fn a_child_is_found_and_ended() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let found: Vec<Process> = ours().into_iter().filter(|process| process.pid == child.id()).collect();
+        assert_eq!(found.len(), 1);
+        signal(&found[0], Signal::STOP);
+        assert_eq!(end(&found, Duration::from_secs(5)), []);
+        child.wait().unwrap();
+    }
+}

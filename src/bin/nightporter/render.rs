@@ -1,0 +1,372 @@
+//! Turns the daemon's documents into text for people: aligned tables, sizes in MiB, rough durations.
+
+use std::{
+    fmt::Write,
+    io::{IsTerminal, stdout},
+};
+
+use nightporter::{
+    model::{Freezer, Memory, Profile},
+    view::{App, LinkState, Report, Show, Status, Upstream, Why},
+};
+
+/// How text may look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Style {
+    /// Draw bars: only for eyes, so only on a terminal and without NO_COLOR (no-color.org).
+    pub(crate) bars: bool,
+}
+
+impl Style {
+    /// What fits standard output.
+    pub(crate) fn of_stdout() -> Self {
+        Self { bars: stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) }
+    }
+}
+
+/// `nightporter status`.
+pub(crate) fn status(status: &Status) -> String {
+    let mut text = format!("Night Porter {}, profile {}", clean(&status.version), profile(status.profile));
+    if status.profile == Profile::Observe {
+        text.push_str(" (decides and measures, touches nothing)");
+    }
+    text.push_str("\n\n");
+    let mut table = Table::new(["UPSTREAM", "KIND", "STATE", "SINCE", "REGISTRATIONS", "LAST ERROR"]).right(&[4]);
+    for upstream in &status.upstreams {
+        table.row([
+            upstream.name.clone(),
+            upstream.kind.clone(),
+            link_state(upstream),
+            duration(upstream.since_secs),
+            upstream.registrations.to_string(),
+            upstream.last_error.clone().unwrap_or_default(),
+        ]);
+    }
+    text.push_str(&table.to_text());
+    let counts = &status.messages;
+    let mut table = Table::new(["", ""]);
+    table.row(["Buses".into(), if status.buses.is_empty() { "none".into() } else { status.buses.join(", ") }]);
+    table.row(["Apps".into(), format!("{}, {} registrations", status.apps, status.registrations)]);
+    table.row([
+        "Messages".into(),
+        format!("{} received, {} accepted, {} waiting", counts.received, counts.accepted, status.messages_waiting),
+    ]);
+    let ended: Vec<String> = [
+        (counts.duplicates, "duplicates"),
+        (counts.expired, "expired"),
+        (counts.replaced, "replaced"),
+        (counts.given_up, "given up"),
+        (counts.overflowed, "dropped from full queues"),
+        (counts.unregistered, "for registrations gone"),
+        (counts.unusable, "unusable"),
+    ]
+    .into_iter()
+    .filter(|(count, _)| *count > 0)
+    .map(|(count, what)| format!("{count} {what}"))
+    .collect();
+    if !ended.is_empty() {
+        table.row([String::new(), ended.join(", ")]);
+    }
+    text.push('\n');
+    text.push_str(&table.body());
+    for trouble in &status.troubles {
+        let _ = write!(text, "\n! {}\n", clean(trouble));
+    }
+    text
+}
+
+/// `nightporter apps`.
+pub(crate) fn apps(apps: &[App]) -> String {
+    if apps.is_empty() {
+        return "No app has registered yet.\n".into();
+    }
+    let mut table = Table::new(["APP", "STATE", "SINCE", "PID", "REGISTRATIONS", "WAITING", "WHY"]).right(&[3, 4, 5]);
+    for app in apps {
+        table.row([
+            app.name.clone(),
+            app.state.clone(),
+            duration(app.since_secs),
+            app.pid.map_or_else(|| "–".into(), |pid| pid.to_string()),
+            app.registrations.to_string(),
+            app.waiting.to_string(),
+            app.reason.clone(),
+        ]);
+    }
+    table.to_text()
+}
+
+/// `nightporter show APP`.
+pub(crate) fn show(show: &Show) -> String {
+    let app = &show.app;
+    let mut table = Table::new(["", ""]);
+    table.row(["App".into(), app.name.clone()]);
+    table.row(["Bus".into(), app.bus.clone()]);
+    table.row(["State".into(), format!("{} for {}: {}", app.state, duration(app.since_secs), app.reason)]);
+    table.row(["Process".into(), app.pid.map_or_else(|| "not running".into(), |pid| pid.to_string())]);
+    if let Some(freezer) = show.freezer {
+        table.row(["Freezer".into(), freezer_text(freezer).into()]);
+    }
+    if let Some(protected) = &show.protected {
+        table.row(["Never touched".into(), protected.clone()]);
+    }
+    table.row(["Waiting".into(), format!("{} messages", app.waiting)]);
+    let memory = &show.memory;
+    let baseline = match (&memory.resident, &memory.measured) {
+        (Some(resident), Some(at)) => format!("{} (measured {at})", mib(resident.pss)),
+        (Some(resident), None) => mib(resident.pss),
+        (None, _) => "not measured yet".into(),
+    };
+    table.row(["Memory resident".into(), baseline]);
+    for (name, memory) in [("frozen", memory.frozen), ("paged out", memory.paged_out), ("now", memory.now)] {
+        if let Some(memory) = memory {
+            table.row([format!("Memory {name}"), memory_text(memory)]);
+        }
+    }
+    if let Some(saved) = memory.saved {
+        table.row(["Saved".into(), mib_signed(saved)]);
+    }
+    let mut text = table.body();
+    text.push('\n');
+    if show.registered.is_empty() {
+        text.push_str("No registrations.\n");
+        return text;
+    }
+    let mut table = Table::new(["REGISTRATION", "FOR", "UPSTREAM", "VERSION", "VAPID", "WAITING"]).right(&[3, 5]);
+    for one in &show.registered {
+        table.row([
+            one.token.clone(),
+            one.description.clone(),
+            one.upstream.clone(),
+            one.version.to_string(),
+            if one.vapid { "yes" } else { "no" }.into(),
+            one.waiting.to_string(),
+        ]);
+    }
+    text.push_str(&table.to_text());
+    text
+}
+
+/// `nightporter why APP`: one line a decision.
+pub(crate) fn why(why: &Why) -> String {
+    let mut text = format!("{}: {}\n", clean(&why.name), clean(&why.state));
+    if why.decisions.is_empty() {
+        text.push_str("Nothing has been decided about it yet.\n");
+        return text;
+    }
+    let mut table = Table::new(["", "", ""]);
+    for decision in &why.decisions {
+        table.row([decision.at.clone(), decision.verdict.clone(), decision.reason.clone()]);
+    }
+    text.push_str(&table.body());
+    text
+}
+
+/// `nightporter report`.
+pub(crate) fn report(report: &Report, style: Style) -> String {
+    let mut text = format!("Measured {}, profile {}\n\n", clean(&report.at), profile(report.profile));
+    let cell = |memory: Option<Memory>| memory.map_or_else(|| "–".into(), |memory| mib(memory.pss));
+    let mut table =
+        Table::new(["APP", "STATE", "RESIDENT", "FROZEN", "PAGED OUT", "NOW", "SAVED"]).right(&[2, 3, 4, 5, 6]);
+    for row in &report.apps {
+        table.row([
+            row.name.clone(),
+            row.state.clone(),
+            cell(row.resident),
+            cell(row.frozen),
+            cell(row.paged_out),
+            cell(row.now),
+            row.saved.map_or_else(|| "–".into(), mib_signed),
+        ]);
+    }
+    if report.apps.is_empty() {
+        text.push_str("No app has registered yet.\n");
+    } else {
+        text.push_str(&table.to_text());
+    }
+    text.push('\n');
+    let mut table = Table::new(["", "", ""]).right(&[1]);
+    let scale = report.resident.max(report.now + report.zram + report.daemon.pss);
+    for (name, size) in [
+        ("Each app on its own", report.resident),
+        ("Apps now", report.now),
+        ("zram", report.zram),
+        ("Night Porter", report.daemon.pss),
+    ] {
+        table.row([name.into(), mib(size), if style.bars { bar(size, scale) } else { String::new() }]);
+    }
+    table.row(["Saved".into(), mib_signed(report.saved), String::new()]);
+    text.push_str(&table.body());
+    if report.unmeasured > 0 {
+        let _ = writeln!(
+            text,
+            "\n{} without a baseline yet: an app is measured in the background, before it is first frozen.",
+            if report.unmeasured == 1 { "1 app is".into() } else { format!("{} apps are", report.unmeasured) }
+        );
+    }
+    if report.profile == Profile::Observe {
+        text.push_str("\nUnder profile observe nothing is frozen or ended, so nothing is saved.\n");
+    }
+    text
+}
+
+/// KiB as MiB.
+pub(crate) fn mib(kib: u64) -> String {
+    mib_signed(i64::try_from(kib).unwrap_or(i64::MAX))
+}
+
+/// KiB as MiB, with a sign when negative.
+pub(crate) fn mib_signed(kib: i64) -> String {
+    // Exact: no memory of this world has 2^53 KiB.
+    #[expect(clippy::cast_precision_loss, reason = "rounded to a tenth of a MiB anyway")]
+    let mib = kib as f64 / 1024.0;
+    format!("{mib:.1} MiB")
+}
+
+/// How an app is frozen, in words.
+pub(crate) const fn freezer_text(freezer: Freezer) -> &'static str {
+    match freezer {
+        Freezer::Cgroup2 => "cgroup v2 (cgroup.freeze)",
+        Freezer::Signal => "signal (SIGSTOP)",
+    }
+}
+
+/// Text from elsewhere made safe for a terminal: an app's description must not move the cursor.
+pub(crate) fn clean(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// Columns padded to their widest cell.
+pub(crate) struct Table<const N: usize> {
+    head: [&'static str; N],
+    rows: Vec<[String; N]>,
+    right: Vec<usize>,
+}
+
+impl<const N: usize> Table<N> {
+    pub(crate) const fn new(head: [&'static str; N]) -> Self {
+        Self { head, rows: Vec::new(), right: Vec::new() }
+    }
+
+    /// Aligns these columns to the right.
+    pub(crate) fn right(mut self, columns: &[usize]) -> Self {
+        self.right = columns.to_vec();
+        self
+    }
+
+    pub(crate) fn row(&mut self, cells: [String; N]) {
+        self.rows.push(cells.map(|cell| clean(&cell)));
+    }
+
+    /// Head and rows.
+    pub(crate) fn to_text(&self) -> String {
+        let mut text = String::new();
+        self.line(&mut text, &self.head.map(str::to_owned));
+        text + &self.body()
+    }
+
+    /// The rows alone.
+    pub(crate) fn body(&self) -> String {
+        let mut text = String::new();
+        for row in &self.rows {
+            self.line(&mut text, row);
+        }
+        text
+    }
+
+    fn line(&self, text: &mut String, cells: &[String; N]) {
+        let start = text.len();
+        for (column, cell) in cells.iter().enumerate() {
+            let padding = self.width(column) - cell.chars().count();
+            if column > 0 {
+                text.push_str("  ");
+            }
+            if self.right.contains(&column) {
+                text.extend(std::iter::repeat_n(' ', padding));
+                text.push_str(cell);
+            } else {
+                text.push_str(cell);
+                text.extend(std::iter::repeat_n(' ', padding));
+            }
+        }
+        text.truncate(start + text[start..].trim_end().len());
+        text.push('\n');
+    }
+
+    fn width(&self, column: usize) -> usize {
+        let cells = self.rows.iter().map(|row| row[column].as_str());
+        cells.chain([self.head[column]]).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    }
+}
+
+fn link_state(upstream: &Upstream) -> String {
+    match (upstream.state, upstream.retry_in_secs) {
+        (LinkState::Idle, _) => "idle (no registrations)".into(),
+        (LinkState::Connecting, _) => "connecting".into(),
+        (LinkState::Online, _) => "online".into(),
+        (LinkState::Waiting, Some(secs)) => format!("waiting, next try in {}", duration(secs)),
+        (LinkState::Waiting, None) => "waiting".into(),
+    }
+}
+
+const fn profile(profile: Profile) -> &'static str {
+    match profile {
+        Profile::Tombstone => "tombstone",
+        Profile::Cached => "cached",
+        Profile::Observe => "observe",
+    }
+}
+
+fn memory_text(memory: Memory) -> String {
+    match memory.swap {
+        0 => mib(memory.pss),
+        swap => format!("{} and {} swapped out", mib(memory.pss), mib(swap)),
+    }
+}
+
+/// A duration as people say it: its two largest units at most.
+fn duration(secs: u64) -> String {
+    match secs {
+        0..60 => format!("{secs} s"),
+        60..3600 => format!("{} min", secs / 60),
+        3600..86_400 if secs % 3600 < 60 => format!("{} h", secs / 3600),
+        3600..86_400 => format!("{} h {} min", secs / 3600, secs % 3600 / 60),
+        _ if secs % 86_400 < 3600 => format!("{} d", secs / 86_400),
+        _ => format!("{} d {} h", secs / 86_400, secs % 86_400 / 3600),
+    }
+}
+
+fn bar(part: u64, whole: u64) -> String {
+    const WIDTH: u64 = 30;
+    let eighths = part.saturating_mul(WIDTH * 8).checked_div(whole).unwrap_or(0);
+    let mut text: String = std::iter::repeat_n('█', usize::try_from(eighths / 8).unwrap_or(0)).collect();
+    text.extend(["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"].get(usize::try_from(eighths % 8).unwrap_or(0)).copied());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_people_say_them() {
+        let told: Vec<String> = [0, 59, 60, 185, 3600, 7500, 86_400, 90_000].map(duration).into();
+        assert_eq!(told, ["0 s", "59 s", "1 min", "3 min", "1 h", "2 h 5 min", "1 d", "1 d 1 h"]);
+    }
+
+    #[test]
+    fn columns_line_up_and_control_characters_stay_out() {
+        let mut table = Table::new(["A", "B"]).right(&[1]);
+        table.row(["long".into(), "1".into()]);
+        table.row(["x\u{1b}[2J".into(), "100".into()]);
+        assert_eq!(table.to_text(), "A        B\nlong     1\nx\u{fffd}[2J  100\n");
+    }
+
+    #[test]
+    fn sizes_and_bars() {
+        assert_eq!(mib(1536), "1.5 MiB");
+        assert_eq!(mib_signed(-512), "-0.5 MiB");
+        assert_eq!(bar(1, 2), "█".repeat(15));
+        assert_eq!(bar(0, 0), "");
+        assert_eq!(bar(1, 60), "▌");
+    }
+}
