@@ -65,10 +65,6 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
         None => log::info!("no configuration file: defaults"),
     }
     let runtime_dir = options.runtime_dir()?;
-    let thawed = process::thaw_leftovers(&runtime_dir);
-    if !thawed.is_empty() {
-        log::warn!("an earlier life of this daemon did not end in order: {thawed}");
-    }
     let (mut shell, snapshot) = Shell::new(options, &settings, &options.state_dir()?, runtime_dir)?;
     let mut seed = [0; 32];
     fill_random(&mut seed).map_err(|error| DaemonError::System("cannot get random numbers", error))?;

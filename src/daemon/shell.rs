@@ -24,7 +24,7 @@ use crate::{
         link::Links,
         memory,
         network::Monitor,
-        process::Targets,
+        process::{self, Targets},
         signals::Signals,
         store::Store,
         timer::{Alarm, ResumeWatch},
@@ -87,7 +87,7 @@ impl Shell {
         let mut resume = ResumeWatch::new().map_err(system("cannot watch the clock"))?;
         let mut network = Monitor::new();
         let watch = system("cannot use the epoll instance");
-        let register = || -> io::Result<()> {
+        let mut register = || -> io::Result<()> {
             let registry = poll.registry();
             registry.register(&mut signals, SIGNALS, Interest::READABLE)?;
             registry.register(&mut alarm, ALARM, Interest::READABLE)?;
@@ -99,10 +99,14 @@ impl Shell {
         };
         register().map_err(watch)?;
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
+        // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
         let jobs = Jobs::default();
-        let targets = Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir)
-            .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
+        let targets =
+            Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir, process::Options::default())
+                .map_err(|error| {
+                    DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error))
+                })?;
         let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), jobs.clone());
         let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
         let shell = Self {
