@@ -2,15 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Snapshot, TargetId};
+use crate::model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, TargetId};
 
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Nothing but time passed; deadlines may be due.
     Tick,
-    /// The store was read: the first event of a daemon's life.
-    Restored(Box<Snapshot>),
     /// Something on an upstream link.
     Link(LinkId, LinkEvent),
     /// Something on a bus.

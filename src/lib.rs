@@ -17,4 +17,6 @@ pub mod time;
 pub mod view;
 
 #[cfg(feature = "daemon")]
+pub mod daemon;
+#[cfg(feature = "daemon")]
 pub mod sys;

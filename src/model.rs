@@ -137,6 +137,8 @@ pub struct Registration {
     pub channel: Arc<str>,
     /// The capability URL senders post to.
     pub endpoint: Arc<str>,
+    /// Whether the app has taken this endpoint; false means that it is still owed a NewEndpoint.
+    pub told: bool,
 }
 
 /// Our own number of a message: the order of arrival, and its row in the store.

@@ -1,6 +1,707 @@
 //! The pure core: a deterministic state machine without clock, file, socket, thread or random source.
+//!
+//! One door in, one door out: [`Core::handle`] with an event and the time, then [`Core::poll_action`] until `None`, then
+//! [`Core::poll_timeout`]. Nothing else changes it. The same events at the same times with the same seed give the same
+//! actions, so the whole daemon can be simulated (tests/sim).
+//!
+//! This file only wires: the parts (`upstream`, `delivery`, `lifecycle`, `ledger`) do not know one another. They meet in
+//! two places: delivery asks for an app to be made ready, and a pending delivery vetoes freezing it.
 
+mod access;
+mod control;
 pub mod delivery;
 pub mod ledger;
 pub mod lifecycle;
+mod queries;
+mod registering;
+mod registry;
 pub mod upstream;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use rand_chacha::{
+    ChaCha12Rng,
+    rand_core::{Rng, SeedableRng},
+};
+
+use self::{
+    control::Commands,
+    delivery::{Admission, Arrival, ArrivalBody, Delivery, Handover},
+    ledger::{Ledger, Phase},
+    lifecycle::{Lifecycle, Readiness, SampleKind},
+    queries::ReportRun,
+    registry::Registry,
+    upstream::{Channel, IncomingBody, IncomingMessage, LinkIds, Session},
+};
+use crate::{
+    action::{Action, ConnectorCall, StoreOp},
+    config::{Settings, UpstreamSettings},
+    event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
+    model::{
+        AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId,
+    },
+    time::{Instant, Now, earliest},
+    view::{LinkState, Messages},
+};
+
+/// An app asked to start that has not taken its name by then has failed to.
+const START_TIME: Duration = Duration::from_secs(60);
+/// Expired messages are cleared away when something happens anyway, at most this often.
+const SWEEP_EVERY: Duration = Duration::from_secs(3600);
+/// What is still frozen then is left to the executor's last sweep.
+const SHUTDOWN_TIME: Duration = Duration::from_secs(3);
+
+/// The whole daemon but for the world.
+#[derive(Debug)]
+pub struct Core {
+    settings: Settings,
+    upstreams: Vec<Upstream>,
+    registry: Registry,
+    delivery: Delivery,
+    lifecycle: Lifecycle,
+    ledger: Ledger,
+    apps: BTreeMap<AppKey, Presence>,
+    buses: Vec<Bus>,
+    commands: Commands,
+    report: Option<ReportRun>,
+    samples: BTreeMap<TargetId, VecDeque<Purpose>>,
+    stores: BTreeMap<StoreTicket, Stored>,
+    next_store: u64,
+    messages: Messages,
+    damaged: Option<Arc<str>>,
+    store_trouble: Option<StoreError>,
+    swept: Instant,
+    ending: Option<Instant>,
+    exited: bool,
+    actions: VecDeque<Action>,
+}
+
+#[derive(Debug)]
+struct Upstream {
+    settings: UpstreamSettings,
+    session: Session,
+}
+
+/// What a bus says of an app, and what we asked of it.
+#[derive(Debug, Default)]
+struct Presence {
+    owner: Option<Owner>,
+    /// Set while it is being started: when that has failed.
+    starting: Option<Instant>,
+    declares: bool,
+}
+
+/// What a sample is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Lifecycle,
+    Report,
+}
+
+/// What waits for the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    Message(MessageSeq),
+    Registration(RegistrationId),
+}
+
+impl Core {
+    /// A daemon that has `snapshot` in its store. `seed` feeds channel names and jitter and must be unpredictable.
+    pub fn new(settings: Settings, seed: [u8; 32], mut snapshot: Snapshot, now: Now) -> Self {
+        adopt_orphans(&settings, &mut snapshot);
+        let mut seeds = ChaCha12Rng::from_seed(seed);
+        let count = settings.upstreams.len() as u64;
+        let upstreams = settings
+            .upstreams
+            .iter()
+            .zip(0..)
+            .map(|(upstream, index)| Upstream {
+                settings: upstream.clone(),
+                session: new_session(upstream, &snapshot, &mut seeds, LinkIds::new(index, count), now),
+            })
+            .collect();
+        let mut core = Self {
+            upstreams,
+            delivery: Delivery::new(settings.limits, snapshot.next_message),
+            lifecycle: Lifecycle::new(settings.profile, settings.lifecycle, &snapshot.apps),
+            ledger: Ledger::new(&snapshot.apps),
+            apps: BTreeMap::new(),
+            buses: Vec::new(),
+            commands: Commands::default(),
+            report: None,
+            samples: BTreeMap::new(),
+            stores: BTreeMap::new(),
+            next_store: 1,
+            messages: Messages::default(),
+            damaged: snapshot.damaged,
+            store_trouble: None,
+            swept: now.boot,
+            ending: None,
+            exited: false,
+            actions: VecDeque::new(),
+            registry: Registry::new(snapshot.next_registration, snapshot.registrations),
+            settings,
+        };
+        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, now);
+        core
+    }
+
+    fn restore(
+        &mut self,
+        messages: Vec<StoredMessage>,
+        seen: &[(RegistrationId, Arc<str>)],
+        records: &[AppRecord],
+        now: Now,
+    ) {
+        for registration in self.registry.iter() {
+            self.delivery.add(registration);
+            self.lifecycle.add_app(&registration.app, now);
+            self.apps.entry(registration.app.clone()).or_default();
+            if !registration.told && !registration.endpoint.is_empty() {
+                self.delivery.endpoint_due(registration.id, &registration.endpoint, now);
+            }
+        }
+        for record in records {
+            if let Some(presence) = self.apps.get_mut(&record.app) {
+                presence.declares = record.declares;
+            }
+        }
+        for (registration, id) in seen {
+            self.delivery.restore_seen(*registration, id);
+        }
+        for message in messages {
+            self.delivery.restore(message);
+        }
+        self.delivery.sweep(now);
+        self.pump(now);
+    }
+
+    /// Takes in one event.
+    pub fn handle(&mut self, event: Event, now: Now) {
+        match event {
+            Event::Tick => {}
+            Event::Link(link, event) => {
+                let index = LinkIds::session_of(link, self.upstreams.len() as u64);
+                if let Some(upstream) = usize::try_from(index).ok().and_then(|index| self.upstreams.get_mut(index)) {
+                    upstream.session.handle_link(link, event, now);
+                }
+            }
+            Event::Bus(event) => self.handle_bus(event, now),
+            Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
+            Event::Body(seq, body) => self.delivery.body(seq, body, now),
+            Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
+            Event::Identified { app, owner, process } => self.lifecycle.identified(&app, &owner, process, now),
+            Event::Outcome(target, outcome) => self.handle_outcome(target, &outcome, now),
+            Event::TargetGone(target) => self.handle_target_gone(target, now),
+            Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
+            Event::SampledSelf { daemon, zram_used, zram_stored } => {
+                self.ledger.daemon(daemon, zram_used, zram_stored);
+                self.report_daemon_sampled(now);
+            }
+            Event::NetworkReturned | Event::Resumed => {
+                for upstream in &mut self.upstreams {
+                    upstream.session.handle_network(now);
+                }
+            }
+            Event::Shutdown => {
+                if self.ending.is_none() {
+                    self.ending = Some(now.boot + SHUTDOWN_TIME);
+                    self.lifecycle.shutdown(now);
+                }
+            }
+        }
+        self.handle_timeouts(now);
+        self.pump(now);
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        let action = self.actions.pop_front();
+        if action.is_none() {
+            self.actions.shrink_to(32);
+        }
+        action
+    }
+
+    /// When [`Core::handle`] wants an [`Event::Tick`] at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let sessions = self.upstreams.iter().filter_map(|upstream| upstream.session.poll_timeout());
+        let starting = self.apps.values().filter_map(|presence| presence.starting);
+        let own =
+            sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
+        earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
+    }
+
+    fn handle_timeouts(&mut self, now: Now) {
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now.boot);
+        for upstream in &mut self.upstreams {
+            if due(upstream.session.poll_timeout()) {
+                upstream.session.handle_timeout(now);
+            }
+        }
+        if due(self.delivery.poll_timeout()) {
+            self.delivery.handle_timeout(now);
+        }
+        if due(self.lifecycle.poll_timeout()) {
+            self.lifecycle.handle_timeout(now);
+        }
+        let late: Vec<AppKey> =
+            self.apps.iter().filter(|(_, presence)| due(presence.starting)).map(|(app, _)| app.clone()).collect();
+        for app in late {
+            let text = format!("it did not take its name in {} s", START_TIME.as_secs());
+            self.handle_started(&app, &StartOutcome::Failed(text), now);
+        }
+        if due(self.report.as_ref().map(ReportRun::deadline)) {
+            self.finish_report(now);
+        }
+        if now.boot.since(self.swept) >= SWEEP_EVERY {
+            self.swept = now.boot;
+            self.delivery.sweep(now);
+        }
+        if due(self.ending) {
+            self.exit();
+        }
+    }
+
+    fn handle_bus(&mut self, event: BusEvent, now: Now) {
+        match event {
+            BusEvent::Up(bus) => {
+                if !self.buses.contains(&bus) {
+                    self.buses.push(bus);
+                }
+                let watched = self.apps.keys().filter(|app| app.bus == bus).cloned().map(Action::Watch);
+                self.actions.extend(watched);
+            }
+            BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
+            BusEvent::Call { call, caller, request } => match request {
+                Request::Register { service, token, description, vapid, version } => {
+                    let wish = registering::Wish { service, token, description, vapid, version };
+                    self.register(call, &caller, wish, now);
+                }
+                Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
+                Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
+                Request::Query(query) => self.query(call, &caller, query, now),
+                Request::Command { service, command } => self.command(call, &caller, service, command, now),
+            },
+            BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
+            BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
+            BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
+        }
+    }
+
+    fn handle_bus_down(&mut self, bus: Bus, reason: &str, now: Now) {
+        if self.buses.contains(&bus) {
+            log::warn!("the {bus} bus is gone: {reason}");
+        }
+        self.buses.retain(|other| *other != bus);
+        for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
+            presence.owner = None;
+            presence.starting = None;
+        }
+        self.lifecycle.bus_down(bus, now);
+        self.delivery.bus_down(bus, now);
+    }
+
+    fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
+        let Some(presence) = self.apps.get_mut(app) else { return };
+        match owner {
+            Some(owner) => {
+                if presence.owner.as_ref() == Some(&owner) {
+                    return;
+                }
+                presence.owner = Some(owner.clone());
+                let started_by_us = presence.starting.take().is_some();
+                self.lifecycle.appeared(app, &owner, started_by_us, now);
+                self.delivery.appeared(app, now);
+            }
+            None => {
+                presence.owner = None;
+                self.lifecycle.vanished(app, now);
+                self.delivery.vanished(app, now);
+                if app.is_unique_name() {
+                    self.forget_app(app, now);
+                }
+            }
+        }
+    }
+
+    fn handle_started(&mut self, app: &AppKey, outcome: &StartOutcome, now: Now) {
+        let Some(presence) = self.apps.get_mut(app) else { return };
+        if presence.starting.is_none() || *outcome == StartOutcome::Started {
+            return;
+        }
+        presence.starting = None;
+        if presence.owner.is_none() {
+            self.delivery.start_failed(app, outcome, now);
+        }
+    }
+
+    fn handle_stored(&mut self, ticket: StoreTicket, result: Result<(), StoreError>, now: Now) {
+        self.note_store(result.as_ref().err());
+        match self.stores.remove(&ticket) {
+            Some(Stored::Message(seq)) => {
+                let was_failing = self.delivery.store_is_failing();
+                self.delivery.stored(seq, result.is_ok(), now);
+                if was_failing && !self.delivery.store_is_failing() {
+                    // What was turned away for want of room is still at the servers.
+                    for upstream in &mut self.upstreams {
+                        upstream.session.restart(now);
+                    }
+                }
+            }
+            Some(Stored::Registration(id)) => self.registration_stored(id, result, now),
+            None => {}
+        }
+    }
+
+    fn note_store(&mut self, error: Option<&StoreError>) {
+        if self.store_trouble.as_ref() != error {
+            match error {
+                Some(error) => log::error!("cannot write to the state directory: {error}"),
+                None => log::info!("the state directory can be written again"),
+            }
+            self.store_trouble = error.cloned();
+        }
+    }
+
+    fn handle_outcome(&mut self, target: TargetId, outcome: &Outcome, now: Now) {
+        if let Some(app) = self.lifecycle.app_of(target).cloned() {
+            match outcome {
+                Outcome::PagedOut { freed, zram, .. } => self.ledger.paged_out(&app, *freed, *zram),
+                Outcome::Thawed { .. } => self.ledger.thawed(&app),
+                Outcome::Frozen { .. }
+                | Outcome::FreezeFailed(_)
+                | Outcome::ThawFailed(_)
+                | Outcome::PageOutFailed(_)
+                | Outcome::KillFailed(_) => {}
+            }
+        }
+        self.lifecycle.outcome(target, outcome, now);
+    }
+
+    fn handle_target_gone(&mut self, target: TargetId, now: Now) {
+        let app = self.lifecycle.app_of(target).cloned();
+        self.samples.remove(&target);
+        self.lifecycle.target_gone(target, now);
+        self.report_target_done(target, now);
+        if let Some(app) = app {
+            self.ledger.gone(&app);
+            // A wake that waited for the old instance to end can go on now.
+            if self.apps.get(&app).is_some_and(|presence| presence.owner.is_none()) {
+                self.delivery.vanished(&app, now);
+            }
+        }
+    }
+
+    fn handle_sampled(&mut self, target: TargetId, memory: Result<Memory, Arc<str>>, now: Now) {
+        let purpose = self.samples.get_mut(&target).and_then(VecDeque::pop_front);
+        if self.samples.get(&target).is_some_and(VecDeque::is_empty) {
+            self.samples.remove(&target);
+        }
+        let Some(app) = self.lifecycle.app_of(target).cloned() else { return };
+        let phase = match purpose {
+            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, &memory, now).map(|kind| match kind {
+                SampleKind::Resident => Phase::Resident,
+                SampleKind::Frozen => Phase::Frozen,
+                SampleKind::PagedOut => Phase::PagedOut,
+            }),
+            Some(Purpose::Report) => Some(Phase::Now),
+            None => None,
+        };
+        match (phase, memory) {
+            (Some(phase), Ok(memory)) => {
+                self.ledger.sampled(&app, phase, memory, now);
+                if phase == Phase::Resident {
+                    self.put_record(&app);
+                }
+            }
+            (Some(Phase::Now), Err(_)) => self.ledger.unmeasured(&app),
+            (_, _) => {}
+        }
+        if purpose == Some(Purpose::Report) {
+            self.report_target_done(target, now);
+        }
+    }
+
+    /// Lets the parts talk until all are quiet.
+    fn pump(&mut self, now: Now) {
+        loop {
+            let session = self
+                .upstreams
+                .iter_mut()
+                .enumerate()
+                .find_map(|(index, upstream)| upstream.session.poll_output().map(|output| (index, output)));
+            if let Some((index, output)) = session {
+                self.on_upstream(index, output, now);
+            } else if let Some(output) = self.delivery.poll_output() {
+                self.on_delivery(output, now);
+            } else if let Some(output) = self.lifecycle.poll_output() {
+                self.on_lifecycle(output, now);
+            } else {
+                break;
+            }
+        }
+        if self.ending.is_some() && self.lifecycle.is_quiet() {
+            self.exit();
+        }
+    }
+
+    fn on_upstream(&mut self, index: usize, output: upstream::Output, now: Now) {
+        let Some(upstream) = self.upstreams.get(index) else { return };
+        let name = Arc::clone(&upstream.settings.name);
+        match output {
+            upstream::Output::Connect { link, path } => {
+                self.actions.push_back(Action::Connect { link, upstream: name, path });
+            }
+            upstream::Output::Send(link, text) => self.actions.push_back(Action::Send(link, text)),
+            upstream::Output::Ping(link) => self.actions.push_back(Action::Ping(link)),
+            upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
+            upstream::Output::Registered { registration, channel, endpoint } => {
+                self.registered(registration, channel, endpoint, now);
+            }
+            upstream::Output::RegisterFailed { registration, reason, text } => {
+                self.register_failed(registration, reason, text);
+            }
+            upstream::Output::Lost { registration, text } => self.registration_lost(registration, &text, now),
+            upstream::Output::Message(message) => self.on_message(index, message, now),
+            upstream::Output::Remember { key, value } => {
+                let op = StoreOp::PutUpstream { upstream: name, key: key.into(), value: value.into() };
+                self.actions.push_back(Action::Store(op, None));
+            }
+            upstream::Output::StateChanged(state) => match state {
+                LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
+                LinkState::Connecting => log::debug!("upstream {name}: connecting"),
+                LinkState::Online => log::info!("upstream {name}: online"),
+                LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
+            },
+        }
+    }
+
+    fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
+        let latest = now.wall + self.settings.limits.max_age;
+        let arrival = Arrival {
+            registration: message.registration,
+            id: message.id,
+            body: match message.body {
+                IncomingBody::Bytes(bytes) => ArrivalBody::Bytes(bytes),
+                IncomingBody::Attachment { url, size } => ArrivalBody::Attachment { url, size },
+                IncomingBody::Undecodable(why) => ArrivalBody::Undecodable(why),
+            },
+            expires: message.expires.map_or(latest, |expires| expires.min(latest)),
+            topic: message.topic,
+            urgency: message.urgency,
+        };
+        match self.delivery.arrived(arrival, now) {
+            Admission::Queued => self.messages.received += 1,
+            Admission::Duplicate => self.messages.duplicates += 1,
+            Admission::Unusable => self.messages.unusable += 1,
+            Admission::NoRoom => {
+                let name = self.upstreams.get(index).map(|upstream| &*upstream.settings.name).unwrap_or_default();
+                log::debug!("upstream {name}: a message is left at the server until the disk can be written");
+            }
+        }
+    }
+
+    fn on_delivery(&mut self, output: delivery::Output, now: Now) {
+        match output {
+            delivery::Output::Persist(message) => {
+                let seq = message.seq;
+                self.store(StoreOp::PutMessage(message), Some(Stored::Message(seq)));
+            }
+            delivery::Output::End(seq, ending) => {
+                self.messages.ended(ending);
+                if ending != Ending::Unregistered {
+                    self.store(StoreOp::EndMessage(seq, ending), None);
+                }
+            }
+            delivery::Output::LoadBody(seq) => self.store(StoreOp::LoadBody(seq), None),
+            delivery::Output::Fetch { ticket, registration, url } => {
+                if let Some(registration) = self.registry.get(registration) {
+                    let upstream = Arc::clone(&registration.upstream);
+                    let limit = u32::try_from(delivery::MESSAGE_MAX).unwrap_or(u32::MAX);
+                    self.actions.push_back(Action::Fetch { ticket, upstream, url, limit });
+                }
+            }
+            delivery::Output::Safe(registration, id) => {
+                if let Some(index) = self.upstream_of(registration)
+                    && let Some(upstream) = self.upstreams.get_mut(index)
+                {
+                    upstream.session.safe(registration, &id, now);
+                }
+            }
+            delivery::Output::Wake(app) => self.wake(&app, now),
+            delivery::Output::Call { ticket, app, owner, version, call } => {
+                let call = match call {
+                    Handover::Message { token, id, body } => ConnectorCall::Message { token, body, id },
+                    Handover::Endpoint { token, endpoint } => ConnectorCall::NewEndpoint { token, endpoint },
+                };
+                self.actions.push_back(Action::Call { ticket, app, owner, version, call });
+            }
+            delivery::Output::EndpointTold(registration) => {
+                if let Some(registration) = self.registry.get_mut(registration)
+                    && !std::mem::replace(&mut registration.told, true)
+                {
+                    let op = StoreOp::PutRegistration(registration.clone());
+                    self.store(op, None);
+                }
+            }
+            delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
+            delivery::Output::Pending(app, pending) => self.lifecycle.set_pending(&app, pending, now),
+            delivery::Output::Note(app, verdict, reason) => {
+                self.lifecycle.note(&app, verdict, reason, now);
+            }
+        }
+    }
+
+    /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
+    fn wake(&mut self, app: &AppKey, now: Now) {
+        let Some(presence) = self.apps.get_mut(app) else { return };
+        let readiness = self.lifecycle.wanted(app, now);
+        match (presence.owner.clone(), readiness) {
+            // Comes back as `Runnable`, or as the end of the old instance.
+            (_, Readiness::Ending) | (Some(_), Readiness::Thawing) => {}
+            (Some(owner), Readiness::Ready | Readiness::NotRunning) => self.delivery.ready(app, owner, now),
+            (None, Readiness::Ready | Readiness::NotRunning | Readiness::Thawing) => {
+                if presence.starting.is_none() && self.ending.is_none() {
+                    presence.starting = Some(now.boot + START_TIME);
+                    self.lifecycle.note(app, "start", "a message is waiting for it", now);
+                    self.actions.push_back(Action::Start(app.clone()));
+                }
+            }
+        }
+    }
+
+    fn on_lifecycle(&mut self, output: lifecycle::Output, now: Now) {
+        match output {
+            lifecycle::Output::Freeze(target) => {
+                self.call_off(target, now);
+                self.actions.push_back(Action::Freeze(target));
+            }
+            lifecycle::Output::Thaw(target) => self.actions.push_back(Action::Thaw(target)),
+            lifecycle::Output::PageOut(target) => self.actions.push_back(Action::PageOut(target)),
+            lifecycle::Output::Kill { target, grace } => {
+                self.call_off(target, now);
+                self.actions.push_back(Action::Kill { target, grace });
+            }
+            lifecycle::Output::Forget(target) => {
+                self.samples.remove(&target);
+                self.report_target_done(target, now);
+                self.actions.push_back(Action::Forget(target));
+            }
+            lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
+            lifecycle::Output::Runnable(app) => {
+                if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
+                    self.delivery.ready(&app, owner, now);
+                }
+            }
+            lifecycle::Output::CommandDone(app, command, result) => self.command_done(&app, command, result),
+            lifecycle::Output::Record { app, declares } => {
+                if let Some(presence) = self.apps.get_mut(&app) {
+                    presence.declares = declares;
+                    self.put_record(&app);
+                }
+            }
+            lifecycle::Output::Decided(app, decision) => {
+                log::info!("{app}: {}: {}", decision.verdict, decision.reason);
+            }
+        }
+    }
+
+    /// No calls to an app that is about to be held still or ended.
+    fn call_off(&mut self, target: TargetId, now: Now) {
+        if let Some(app) = self.lifecycle.app_of(target).cloned() {
+            self.delivery.unready(&app, now);
+        }
+    }
+
+    fn sample(&mut self, target: TargetId, purpose: Purpose) {
+        self.samples.entry(target).or_default().push_back(purpose);
+        self.actions.push_back(Action::Sample(target));
+    }
+
+    fn store(&mut self, op: StoreOp, waiting: Option<Stored>) {
+        let ticket = waiting.map(|waiting| {
+            let ticket = StoreTicket(self.next_store);
+            self.next_store += 1;
+            self.stores.insert(ticket, waiting);
+            ticket
+        });
+        self.actions.push_back(Action::Store(op, ticket));
+    }
+
+    fn put_record(&mut self, app: &AppKey) {
+        let (resident, measured) = self.ledger.record(app).unzip();
+        let declares = self.apps.get(app).is_some_and(|presence| presence.declares);
+        let record = AppRecord { app: app.clone(), declares, resident, measured };
+        self.store(StoreOp::PutApp(record), None);
+    }
+
+    fn upstream_of(&self, registration: RegistrationId) -> Option<usize> {
+        let name = match self.registry.get(registration) {
+            Some(registration) => &registration.upstream,
+            None => &self.registry.pending(registration)?.upstream,
+        };
+        self.upstreams.iter().position(|upstream| upstream.settings.name == *name)
+    }
+
+    fn reply(&mut self, call: CallId, reply: crate::action::Reply) {
+        self.actions.push_back(Action::Reply(call, reply));
+    }
+
+    fn exit(&mut self) {
+        if !std::mem::replace(&mut self.exited, true) {
+            self.ending = None;
+            self.actions.push_back(Action::Exit);
+        }
+    }
+}
+
+/// Registrations of an upstream that is not configured any more go to the default one, which makes them anew: without a
+/// channel there, and told to the app when it has an endpoint again.
+fn adopt_orphans(settings: &Settings, snapshot: &mut Snapshot) {
+    let Some(default) = settings.upstreams.first() else { return };
+    for registration in &mut snapshot.registrations {
+        if !settings.upstreams.iter().any(|upstream| upstream.name == registration.upstream) {
+            log::warn!(
+                "{}: upstream \"{}\" is not configured any more; it moves to \"{}\"",
+                registration.app,
+                registration.upstream,
+                default.name
+            );
+            registration.upstream = Arc::clone(&default.name);
+            registration.channel = "".into();
+            registration.endpoint = "".into();
+        }
+    }
+}
+
+fn new_session(
+    settings: &UpstreamSettings,
+    snapshot: &Snapshot,
+    seeds: &mut ChaCha12Rng,
+    links: LinkIds,
+    now: Now,
+) -> Session {
+    let remembered = |key: &str| {
+        let found = snapshot.upstreams.iter().find(|(upstream, k, _)| *upstream == settings.name && &**k == key);
+        found.map(|(_, _, value)| Arc::clone(value)).filter(|value| !value.is_empty())
+    };
+    let channels = snapshot
+        .registrations
+        .iter()
+        .filter(|registration| registration.upstream == settings.name)
+        .map(|registration| Channel {
+            registration: registration.id,
+            channel: Arc::clone(&registration.channel),
+            vapid: registration.vapid.clone(),
+            endpoint: Arc::clone(&registration.endpoint),
+        })
+        .collect();
+    let mut seed = [0; 32];
+    seeds.fill_bytes(&mut seed);
+    Session::new(settings, remembered, channels, seed, links, now)
+}

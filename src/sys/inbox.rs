@@ -6,7 +6,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc,
-        mpsc::{self, Receiver, SyncSender},
+        mpsc::{self, Receiver, SyncSender, TrySendError},
     },
 };
 
@@ -83,6 +83,19 @@ impl Sender {
     /// Hands `incoming` to the loop, waiting while the inbox is full. False once the loop is gone.
     pub fn send(&self, incoming: Incoming) -> bool {
         self.sender.send(incoming).is_ok() && self.waker.wake().is_ok()
+    }
+
+    /// [`Sender::send`] that does not wait.
+    ///
+    /// # Errors
+    /// `incoming` itself while the inbox is full, nothing once the loop is gone.
+    #[expect(clippy::result_large_err, reason = "the full inbox gives back what it was given")]
+    pub fn try_send(&self, incoming: Incoming) -> Result<(), Option<Incoming>> {
+        match self.sender.try_send(incoming) {
+            Ok(()) => self.waker.wake().map_err(|_| None),
+            Err(TrySendError::Full(incoming)) => Err(Some(incoming)),
+            Err(TrySendError::Disconnected(_)) => Err(None),
+        }
     }
 
     /// [`Sender::send`] of a plain event.

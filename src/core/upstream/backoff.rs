@@ -1,1 +1,183 @@
-//! Full-jitter reconnect delays with a ceiling.
+//! When to try again: full jitter under a doubling limit, the server's own wishes, and a pace for those in a hurry.
+
+use std::time::Duration;
+
+use rand_chacha::{ChaCha12Rng, rand_core::Rng};
+
+use crate::time::Instant;
+
+/// No attempt follows a failed one sooner than this.
+pub const FLOOR: Duration = Duration::from_millis(500);
+/// The limit of the first delay; it doubles with each failure.
+pub const BASE: Duration = Duration::from_secs(2);
+/// Where the doubling ends.
+pub const CEILING: Duration = Duration::from_secs(600);
+/// The longest `Retry-After` obeyed: a server that says "in a year" must not silence a phone for good.
+pub const LONGEST_WISH: Duration = Duration::from_secs(3600);
+/// An attempt that an app's registration may force ahead of the backoff: one per this time in the long run…
+pub const FORCED_PERIOD: Duration = Duration::from_secs(5);
+/// …and this many at once, so that a phone's apps starting one by one do not wait.
+pub const FORCED_BURST: u32 = 8;
+
+/// The attempts of one session.
+#[derive(Clone, Debug, Default)]
+pub struct Backoff {
+    failures: u32,
+    retry_at: Option<Instant>,
+    /// The server asked not to be tried before; not even a returning network changes that.
+    not_before: Instant,
+    /// Generic cell rate algorithm (ITU-T I.371): the time the next forced attempt would conform exactly.
+    forced_tat: Instant,
+}
+
+impl Backoff {
+    /// When the next attempt is due, if one is.
+    pub const fn retry_at(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    /// An attempt begins, or none is wanted any more: nothing is due.
+    pub const fn clear(&mut self) {
+        self.retry_at = None;
+    }
+
+    /// The connection has proved itself: the next failure counts as the first.
+    pub const fn succeeded(&mut self) {
+        self.failures = 0;
+    }
+
+    /// An attempt or a connection failed; `retry_after` is the server's wish, a minimum.
+    pub fn failed(&mut self, retry_after: Option<Duration>, now: Instant, rng: &mut ChaCha12Rng) {
+        let limit = CEILING.min(BASE.saturating_mul(1 << self.failures.min(16)));
+        self.failures = self.failures.saturating_add(1);
+        if let Some(wish) = retry_after {
+            self.not_before = self.not_before.max(now + wish.min(LONGEST_WISH));
+        }
+        self.retry_at = Some((now + between(FLOOR, limit, rng)).max(self.not_before + retry_jitter(retry_after, rng)));
+    }
+
+    /// Refused for a reason that only the user can mend: try slowly from now on.
+    pub fn refused(&mut self, now: Instant, rng: &mut ChaCha12Rng) {
+        self.retry_at = Some((now + between(CEILING / 2, CEILING, rng)).max(self.not_before));
+    }
+
+    /// Try as soon as the server allows: the network came back, the machine woke up, the first registration came.
+    pub fn at_once(&mut self, now: Instant) {
+        self.failures = 0;
+        self.retry_at = Some(now.max(self.not_before));
+    }
+
+    /// Somebody waits for an attempt: have one as soon as the server and the pace allow, if none is due before.
+    pub fn hurry(&mut self, now: Instant) {
+        let at = self.forced_at(now);
+        if self.retry_at.is_none_or(|due| due > at) {
+            self.retry_at = Some(at);
+            self.forced_tat = self.forced_tat.max(at) + FORCED_PERIOD;
+        }
+    }
+
+    /// When an attempt could be forced.
+    fn forced_at(&self, now: Instant) -> Instant {
+        let burst = FORCED_PERIOD * (FORCED_BURST - 1);
+        now.max(self.not_before).max(self.forced_tat - burst)
+    }
+}
+
+/// A duration from `low` to `high`, each as likely as the other; `low` when `high` is below it.
+pub fn between(low: Duration, high: Duration, rng: &mut ChaCha12Rng) -> Duration {
+    let span = u64::try_from(high.saturating_sub(low).as_millis()).unwrap_or(u64::MAX - 1);
+    // The bias of a remainder over 2^64 is far below a millisecond in any span used here.
+    low + Duration::from_millis(rng.next_u64() % (span + 1))
+}
+
+/// A crowd told the same second must not come back in the same second.
+fn retry_jitter(wish: Option<Duration>, rng: &mut ChaCha12Rng) -> Duration {
+    match wish {
+        Some(wish) => between(Duration::ZERO, wish.min(LONGEST_WISH) / 10, rng),
+        None => Duration::ZERO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand_chacha::rand_core::SeedableRng;
+
+    use super::*;
+
+    const START: Instant = Instant::from_nanos(1_000_000_000_000);
+
+    fn rng(seed: u8) -> ChaCha12Rng {
+        ChaCha12Rng::from_seed([seed; 32])
+    }
+
+    proptest! {
+        #[test]
+        fn delays_stay_within_floor_and_the_doubling_limit(seed: u8, failures in 0_u32..40) {
+            let (mut backoff, mut rng) = (Backoff::default(), rng(seed));
+            for n in 0..=failures {
+                backoff.failed(None, START, &mut rng);
+                let delay = backoff.retry_at().unwrap().since(START);
+                prop_assert!(delay >= FLOOR);
+                prop_assert!(delay <= CEILING.min(BASE * 2_u32.pow(n.min(16))));
+            }
+        }
+
+        #[test]
+        fn a_servers_wish_is_a_minimum_up_to_an_hour(seed: u8, wish in 0_u64..1_000_000) {
+            let (mut backoff, mut rng) = (Backoff::default(), rng(seed));
+            backoff.failed(Some(Duration::from_secs(wish)), START, &mut rng);
+            let delay = backoff.retry_at().unwrap().since(START);
+            prop_assert!(delay >= Duration::from_secs(wish).min(LONGEST_WISH));
+            prop_assert!(delay <= LONGEST_WISH + LONGEST_WISH / 10 + BASE);
+        }
+    }
+
+    #[test]
+    fn delays_spread_and_a_seed_repeats_them() {
+        let series = |seed| {
+            let (mut backoff, mut rng) = (Backoff::default(), rng(seed));
+            (0..20)
+                .map(|_| {
+                    backoff.failed(None, START, &mut rng);
+                    backoff.retry_at().unwrap()
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(series(1), series(1));
+        assert_ne!(series(1), series(2));
+        let late = &series(3)[10..];
+        assert!(late.iter().min().unwrap().since(START) < CEILING / 2);
+        assert!(late.iter().max().unwrap().since(START) > CEILING / 2);
+    }
+
+    #[test]
+    fn the_network_resets_the_backoff_but_not_the_servers_wish() {
+        let (mut backoff, mut rng) = (Backoff::default(), rng(4));
+        for _ in 0..10 {
+            backoff.failed(None, START, &mut rng);
+        }
+        backoff.at_once(START);
+        assert_eq!(backoff.retry_at(), Some(START));
+        backoff.failed(Some(Duration::from_secs(90)), START, &mut rng);
+        backoff.at_once(START);
+        assert_eq!(backoff.retry_at(), Some(START + Duration::from_secs(90)));
+    }
+
+    #[test]
+    fn forced_attempts_keep_a_pace() {
+        let (mut backoff, mut rng) = (Backoff::default(), rng(5));
+        let mut attempts = 0;
+        let mut now = START;
+        for _ in 0..6000 {
+            now = now + Duration::from_millis(10);
+            backoff.hurry(now);
+            if backoff.retry_at().is_some_and(|at| at <= now) {
+                attempts += 1;
+                backoff.clear();
+                backoff.refused(now, &mut rng);
+            }
+        }
+        assert!((12..=22).contains(&attempts), "{attempts} attempts in a minute");
+    }
+}

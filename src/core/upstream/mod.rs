@@ -6,6 +6,7 @@
 pub mod autopush;
 pub mod backoff;
 pub mod ntfy;
+mod quiet;
 
 use std::{sync::Arc, time::Duration};
 
@@ -193,6 +194,14 @@ impl Session {
         match self {
             Self::Autopush(session) => session.handle_network(now),
             Self::Ntfy(session) => session.handle_network(now),
+        }
+    }
+
+    /// Messages were turned away that the server still has: connect anew, so that it sends them again.
+    pub fn restart(&mut self, now: Now) {
+        match self {
+            Self::Autopush(session) => session.restart(now),
+            Self::Ntfy(session) => session.restart(now),
         }
     }
 

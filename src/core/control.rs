@@ -1,0 +1,109 @@
+//! What apps, shells and the user say about lifecycle: declared states, and freeze, thaw, kill by hand.
+
+use std::sync::Arc;
+
+use super::{Core, access, lifecycle::RefusalKind};
+use crate::{
+    action::{ErrorKind, Reply},
+    event::{CallId, Caller, Claim, Command},
+    model::AppKey,
+    time::Now,
+};
+
+/// Calls that may wait for commands; beyond it the newest is refused.
+const WAITING: usize = 64;
+
+/// Calls that wait for a command to end.
+#[derive(Debug, Default)]
+pub(super) struct Commands {
+    waiting: Vec<(AppKey, Command, CallId)>,
+}
+
+impl Core {
+    pub(super) fn declare(&mut self, call: CallId, caller: &Caller, service: Option<Arc<str>>, claim: Claim, now: Now) {
+        let own = self.app_of_caller(caller);
+        let (app, by) = match service {
+            None => match own {
+                Some(app) => (app, "the app itself".to_owned()),
+                None => {
+                    let text = "only an app that is registered for push has a state here; register first";
+                    self.reply(call, Reply::Error(ErrorKind::NoSuchApp, text.into()));
+                    return;
+                }
+            },
+            Some(service) => {
+                let app = AppKey::new(caller.bus, service);
+                if own.as_ref() == Some(&app) {
+                    (app, "the app itself".to_owned())
+                } else if let Err(reply) = self.controlled(caller, &app) {
+                    self.reply(call, reply);
+                    return;
+                } else {
+                    (app, format!("the shell (process {})", caller.pid))
+                }
+            }
+        };
+        self.lifecycle.declare(&app, claim, &by, now);
+        self.reply(call, Reply::Done);
+    }
+
+    pub(super) fn command(&mut self, call: CallId, caller: &Caller, service: Arc<str>, command: Command, now: Now) {
+        let app = AppKey::new(caller.bus, service);
+        if let Err(reply) = self.controlled(caller, &app) {
+            self.reply(call, reply);
+            return;
+        }
+        if self.commands.waiting.len() >= WAITING {
+            let text = format!("{WAITING} commands are being carried out already");
+            self.reply(call, Reply::Error(ErrorKind::LimitsExceeded, text));
+            return;
+        }
+        let by = format!("the user (process {})", caller.pid);
+        match self.lifecycle.command(&app, command, &by, now) {
+            Ok(()) => self.commands.waiting.push((app, command, call)),
+            Err(refusal) => {
+                let kind = match refusal.kind {
+                    RefusalKind::NotRunning => ErrorKind::NotRunning,
+                    RefusalKind::Refused => ErrorKind::Refused,
+                };
+                self.reply(call, Reply::Error(kind, refusal.text));
+            }
+        }
+    }
+
+    pub(super) fn command_done(&mut self, app: &AppKey, command: Command, result: Result<(), String>) {
+        let done = |(a, c, _): &mut (AppKey, Command, CallId)| a == app && *c == command;
+        let calls: Vec<CallId> = self.commands.waiting.extract_if(.., done).map(|(_, _, call)| call).collect();
+        for call in calls {
+            let reply = match &result {
+                Ok(()) => Reply::Done,
+                Err(text) => Reply::Error(ErrorKind::Failed, text.clone()),
+            };
+            self.reply(call, reply);
+        }
+    }
+
+    /// Whether the caller may act on `app`, and there is such an app. Who may not is not told which apps there are.
+    pub(super) fn controlled(&self, caller: &Caller, app: &AppKey) -> Result<(), Reply> {
+        if !self.may_control(caller) {
+            let text = "only root or the user's own unconfined programs may do this to an app";
+            return Err(Reply::Error(ErrorKind::NotAuthorized, text.into()));
+        }
+        if self.apps.contains_key(app) {
+            Ok(())
+        } else {
+            Err(Reply::Error(ErrorKind::NoSuchApp, format!("no app named \"{app}\" is registered")))
+        }
+    }
+
+    pub(super) fn may_control(&self, caller: &Caller) -> bool {
+        access::may_control(caller, self.app_of_caller(caller).is_some())
+    }
+
+    /// The app the caller is, if it is one.
+    pub(super) fn app_of_caller(&self, caller: &Caller) -> Option<AppKey> {
+        let is_caller =
+            |(app, presence): &(&AppKey, &super::Presence)| access::is_app(caller, app, presence.owner.as_ref());
+        self.apps.iter().find(is_caller).map(|(app, _)| app.clone())
+    }
+}

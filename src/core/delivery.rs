@@ -1,1 +1,0 @@
-//! Per-registration queues: duplicates, order, Topic, TTL, bounds, retries.

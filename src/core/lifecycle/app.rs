@@ -1,0 +1,885 @@
+//! One app: what is known of it, and how events and verdicts move it from state to state.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use super::{
+    AppView, Output, Readiness, Refusal, RefusalKind, SampleKind, State,
+    decisions::{Decision, Decisions, human},
+    policy::{self, Act, Baseline, Hold, Paged, Process, Retry, SAMPLE_ANSWER, Snapshot, Standing, Verdict},
+};
+use crate::{
+    event::{Claim, Command, Outcome},
+    model::{AppKey, LifecycleTimes, Memory, Owner, ProcessFacts, Profile, TargetId},
+    time::{Instant, Now, earliest},
+};
+
+/// Between SIGTERM and SIGKILL.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+/// A chatty app may stay awake this long in one go, or one window where that is longer; a waiting message still vetoes.
+const AWAKE_MOST: Duration = Duration::from_secs(60);
+/// A claim may overtake the news that the app has a name: it is kept this long for it, and no longer, lest it be
+/// believed of a later instance that somebody looks at.
+const EARLY_CLAIM: Duration = Duration::from_secs(5);
+/// Pauses before a failed thaw is tried again; then every [`THAW_AGAIN`], for ever.
+const THAW_SOON: [Duration; 3] = [Duration::from_millis(200), Duration::from_millis(400), Duration::from_millis(800)];
+const THAW_AGAIN: Duration = Duration::from_secs(5);
+/// Pause before a failed freeze is tried again, doubled each time, and how often (Freezeit's figures).
+const FREEZE_AGAIN: Duration = Duration::from_secs(15);
+const KILL_AGAIN: Duration = Duration::from_secs(60);
+const MOST_RETRIES: u32 = 5;
+/// A verdict moves the app on to the next; no chain of them is longer than this.
+const MOST_STEPS: usize = 8;
+
+const NAMELESS: &str = "it gave up its name on the bus";
+const NO_CLAIM: &str = "nothing says that it is in the background";
+const NEVER_DECLARES: &str = "it has never said whether it is in the foreground, so it may be";
+
+/// What an app needs to know of the rest, for one call.
+pub(super) struct Env<'a> {
+    pub(super) key: &'a AppKey,
+    pub(super) profile: Profile,
+    pub(super) times: LifecycleTimes,
+    pub(super) ending: bool,
+    pub(super) now: Now,
+    pub(super) out: &'a mut VecDeque<Output>,
+}
+
+/// One app, running or not.
+#[derive(Debug)]
+pub(super) struct App {
+    declares: bool,
+    pending: bool,
+    instance: Option<Instance>,
+    /// Tombstone or gone: what it is when it does not run.
+    rest: State,
+    shown: (State, Instant),
+    decisions: Decisions,
+    /// The last reason to leave it alone, until something else is decided: not told twice.
+    left: Option<Arc<str>>,
+    early_claim: Option<(Claim, Arc<str>, Instant)>,
+    early_process: Option<(Owner, Looked)>,
+    /// The owner before this one: what is still said of it is stale.
+    last_owner: Option<Owner>,
+    next: Option<Instant>,
+}
+
+/// What a look at a process gave.
+pub(super) type Looked = Result<(TargetId, ProcessFacts), Arc<str>>;
+
+/// One run of the app: from taking its name to the end of its process.
+#[derive(Debug)]
+struct Instance {
+    /// None once it gave up its name.
+    owner: Option<Owner>,
+    process: Option<Looked>,
+    /// Another app that lives in the same process.
+    shared: Option<Arc<str>>,
+    standing: Standing,
+    hold: Hold,
+    awake: Option<Awake>,
+    /// A delivery waits for it to run.
+    wanted: bool,
+    by_hand: Option<Arc<str>>,
+    baseline: Baseline,
+    sampling: Option<(SampleKind, Instant)>,
+    uss: Option<u64>,
+    paging: bool,
+    freeze_fails: u32,
+    freeze_again: Retry,
+    kill_fails: u32,
+    kill_again: Retry,
+    thaw_fails: usize,
+    /// Commands accepted and not yet done.
+    commands: Vec<Command>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Awake {
+    since: Instant,
+    until: Instant,
+}
+
+impl App {
+    pub(super) fn new(declares: bool, now: Now) -> Self {
+        Self {
+            declares,
+            pending: false,
+            instance: None,
+            rest: State::Gone,
+            shown: (State::Gone, now.boot),
+            decisions: Decisions::default(),
+            left: None,
+            early_claim: None,
+            early_process: None,
+            last_owner: None,
+            next: None,
+        }
+    }
+
+    pub(super) const fn next(&self) -> Option<Instant> {
+        self.next
+    }
+
+    pub(super) fn decisions(&self) -> &Decisions {
+        &self.decisions
+    }
+
+    pub(super) fn target(&self) -> Option<TargetId> {
+        self.instance.as_ref()?.target()
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.instance.as_ref()?.facts().map(|facts| facts.pid)
+    }
+
+    /// Whether the target is this app's, also when it has not taken its name yet.
+    pub(super) fn knows(&self, target: TargetId) -> bool {
+        let early = match &self.early_process {
+            Some((_, Ok((early, _)))) => Some(*early),
+            _ => None,
+        };
+        self.target() == Some(target) || early == Some(target)
+    }
+
+    /// Whether nothing of it is held still, or all that can be done about that has been.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.instance.as_ref().is_none_or(|instance| match instance.hold {
+            Hold::Running | Hold::Killing { .. } | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled => true,
+            Hold::Thawing { .. } => instance.thaw_fails > THAW_SOON.len(),
+            Hold::Freezing { .. } | Hold::Frozen { .. } => false,
+        })
+    }
+
+    pub(super) fn view(&self, now: Now) -> AppView {
+        let facts = self.instance.as_ref().and_then(Instance::facts);
+        AppView {
+            state: self.shown.0,
+            since: now.boot.since(self.shown.1),
+            pid: facts.map(|facts| facts.pid),
+            freezer: facts.map(|facts| facts.freezer),
+            protected: facts.and_then(|facts| facts.protected.clone()),
+            target: self.target(),
+            reason: self.decisions.newest().map(|decision| decision.reason.clone()),
+        }
+    }
+
+    /// The name has an owner. Gives back a target that is being killed and must be seen through.
+    pub(super) fn appeared(&mut self, owner: &Owner, started_by_us: bool, env: &mut Env<'_>) -> Option<TargetId> {
+        if self.instance.as_ref().is_some_and(|instance| instance.owner.as_ref() == Some(owner)) {
+            return None;
+        }
+        let dying = self.release("another process took its name", env);
+        let now = env.now.boot;
+        let standing = match (self.early_claim.take(), started_by_us) {
+            (Some((claim, by, at)), _) if now.since(at) <= EARLY_CLAIM => claimed(claim, &by, env),
+            (_, true) if self.declares => Standing::Background { since: now, grace_until: now },
+            (_, true) => Standing::Unknown(NEVER_DECLARES),
+            (_, false) => Standing::Unknown(NO_CLAIM),
+        };
+        let mut instance = Instance::new(owner.clone(), standing);
+        if started_by_us {
+            instance.wake(env);
+        }
+        self.instance = Some(instance);
+        self.settle(env);
+        dying
+    }
+
+    /// A look at the process of `owner` that came before `owner` had the name, if there is one.
+    pub(super) fn take_early(&mut self, owner: &Owner) -> Option<Looked> {
+        self.early_process.take_if(|(early, _)| early == owner).map(|(_, process)| process)
+    }
+
+    pub(super) fn identified(&mut self, owner: &Owner, process: Looked, shared: Option<Arc<str>>, env: &mut Env<'_>) {
+        let current = self.instance.as_mut().filter(|instance| instance.owner.as_ref() == Some(owner));
+        let Some(instance) = current else {
+            let replaced = if self.last_owner.as_ref() == Some(owner) {
+                Some(process)
+            } else {
+                self.early_process.replace((owner.clone(), process)).map(|(_, process)| process)
+            };
+            if let Some(Ok((target, _))) = replaced {
+                env.out.push_back(Output::Forget(target));
+            }
+            return;
+        };
+        let after = process.as_ref().ok().map(|(target, _)| *target);
+        match instance.target() {
+            // What is being killed is seen through, whatever is said of its name.
+            Some(before) if after != Some(before) && matches!(instance.hold, Hold::Killing { .. }) => {
+                env.out.extend(after.map(Output::Forget));
+                return;
+            }
+            // The same unique name on a bus that was started anew: another process.
+            Some(before) if after != Some(before) => {
+                self.release("another process has its name", env);
+                self.instance = Some(Instance::new(owner.clone(), Standing::Unknown(NO_CLAIM)));
+            }
+            _ => {}
+        }
+        if let Some(instance) = &mut self.instance {
+            instance.process = Some(process);
+            instance.shared = shared;
+        }
+        self.settle(env);
+    }
+
+    /// The name has no owner any more.
+    pub(super) fn vanished(&mut self, env: &mut Env<'_>) {
+        self.early_claim = None;
+        let Some(instance) = &mut self.instance else { return };
+        self.last_owner = instance.owner.take().or(self.last_owner.take());
+        if instance.target().is_none() {
+            self.decide("gone", NAMELESS, env);
+            self.end(State::Gone, env);
+            return;
+        }
+        instance.forget_claims(NAMELESS);
+        instance.fail(Command::Freeze, NAMELESS, env);
+        self.settle(env);
+    }
+
+    /// The process ended.
+    pub(super) fn target_gone(&mut self, target: TargetId, env: &mut Env<'_>) {
+        if self.early_process.as_ref().is_some_and(|(_, p)| matches!(p, Ok((early, _)) if *early == target)) {
+            self.early_process = None;
+        }
+        let Some(instance) = self.instance.as_mut().filter(|instance| instance.target() == Some(target)) else {
+            return;
+        };
+        self.last_owner = instance.owner.take().or(self.last_owner.take());
+        if matches!(instance.hold, Hold::Killing { .. }) {
+            instance.finish(Command::Kill, Ok(()), env);
+            self.end(State::Tombstone, env);
+            return;
+        }
+        let reason = match instance.hold {
+            Hold::Frozen { .. } | Hold::Freezing { .. } => "it was ended from outside while it was frozen",
+            _ => "it ended by itself, crashed or was ended from outside",
+        };
+        self.decide("gone", reason, env);
+        self.end(State::Gone, env);
+    }
+
+    pub(super) fn declare(&mut self, claim: Claim, by: &str, env: &mut Env<'_>) {
+        if !self.declares {
+            self.declares = true;
+            env.out.push_back(Output::Record { app: env.key.clone(), declares: true });
+        }
+        let Some(instance) = self.instance.as_mut().filter(|instance| instance.owner.is_some()) else {
+            self.early_claim = Some((claim, by.into(), env.now.boot));
+            return;
+        };
+        match (claim, &instance.standing) {
+            (Claim::Background, Standing::Background { .. }) => return,
+            (Claim::Background, _) => {}
+            (Claim::Foreground, _) => {
+                instance.awake = None;
+                instance.let_go(&format!("{by} says that it is in the foreground"), env);
+            }
+        }
+        instance.standing = claimed(claim, by, env);
+        self.settle(env);
+    }
+
+    pub(super) fn wanted(&mut self, env: &mut Env<'_>) -> Readiness {
+        let Some(instance) = &mut self.instance else { return Readiness::NotRunning };
+        if matches!(instance.hold, Hold::Killing { .. }) {
+            instance.wanted = true;
+            return Readiness::Ending;
+        }
+        if instance.owner.is_none() {
+            return Readiness::NotRunning;
+        }
+        instance.wanted = true;
+        instance.let_go("a message came for it", env);
+        self.settle(env);
+        match &mut self.instance {
+            Some(instance) if instance.hold == Hold::Running => {
+                instance.wanted = false;
+                Readiness::Ready
+            }
+            _ => Readiness::Thawing,
+        }
+    }
+
+    pub(super) fn set_pending(&mut self, pending: bool, env: &mut Env<'_>) {
+        self.pending = pending;
+        if pending && let Some(instance) = &mut self.instance {
+            instance.let_go("a message came for it", env);
+        }
+        self.settle(env);
+    }
+
+    pub(super) fn delivered(&mut self, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.wake(env);
+        }
+        self.settle(env);
+    }
+
+    pub(super) fn outcome(&mut self, outcome: &Outcome, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let now = env.now.boot;
+        match (outcome, instance.hold) {
+            (Outcome::Frozen { .. }, Hold::Freezing { .. }) => {
+                instance.hold = Hold::Frozen { since: now, paged: Paged::NotYet };
+                (instance.freeze_fails, instance.freeze_again) = (0, Retry::Now);
+                instance.sample(SampleKind::Frozen, env);
+                instance.finish(Command::Freeze, Ok(()), env);
+            }
+            (Outcome::Frozen { .. }, Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
+                self.thaw("it was frozen after it had been let go", env);
+            }
+            (Outcome::FreezeFailed(text), Hold::Freezing { .. }) => {
+                instance.hold = Hold::Running;
+                self.freeze_failed(text, env);
+            }
+            (Outcome::Thawed { .. }, Hold::Thawing { .. }) => self.thawed(env),
+            (Outcome::ThawFailed(text), Hold::Thawing { since, retry: None }) => self.thaw_failed(since, text, env),
+            (Outcome::PagedOut { .. }, hold) => {
+                // One that was overtaken by a thaw says nothing about the next freeze.
+                let paged = std::mem::take(&mut instance.paging);
+                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                    instance.hold = Hold::Frozen { since, paged: Paged::Done };
+                    instance.sample(SampleKind::PagedOut, env);
+                }
+            }
+            (Outcome::PageOutFailed(text), hold) => {
+                let paged = std::mem::take(&mut instance.paging);
+                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                    instance.hold = Hold::Frozen { since, paged: Paged::Left };
+                    self.decide("page-out-failed", &format!("its memory could not be paged out: {text}"), env);
+                }
+            }
+            (Outcome::KillFailed(text), Hold::Killing { .. }) => self.kill_failed(text, env),
+            // Stale: the app has moved on.
+            (
+                Outcome::Frozen { .. }
+                | Outcome::FreezeFailed(_)
+                | Outcome::Thawed { .. }
+                | Outcome::ThawFailed(_)
+                | Outcome::KillFailed(_),
+                _,
+            ) => return,
+        }
+        self.settle(env);
+    }
+
+    pub(super) fn sampled(&mut self, memory: &Result<Memory, Arc<str>>, env: &mut Env<'_>) -> Option<SampleKind> {
+        let instance = self.instance.as_mut()?;
+        let (kind, _) = instance.sampling.take()?;
+        if kind == SampleKind::Resident {
+            instance.baseline = Baseline::Done;
+        }
+        match memory {
+            Ok(memory) if kind != SampleKind::PagedOut => {
+                instance.uss.get_or_insert(memory.uss);
+            }
+            Ok(_) => {}
+            Err(text) => self.decide("not-measured", &format!("its memory could not be measured: {text}"), env),
+        }
+        self.settle(env);
+        Some(kind)
+    }
+
+    pub(super) fn command(&mut self, command: Command, by: &str, env: &mut Env<'_>) -> Result<(), Refusal> {
+        let refuse = |text: &str| Err(Refusal { kind: RefusalKind::Refused, text: format!("{} {text}", env.key) });
+        let Some(instance) = &mut self.instance else {
+            let text = match self.rest {
+                State::Tombstone => "is a tombstone: it does not run, and starts when a message comes for it",
+                _ => "is not running",
+            };
+            return Err(Refusal { kind: RefusalKind::NotRunning, text: format!("{} {text}", env.key) });
+        };
+        if env.ending && command != Command::Thaw {
+            return refuse("is left alone: Night Porter is ending");
+        }
+        if matches!(instance.hold, Hold::Killing { .. }) {
+            return refuse("is being ended");
+        }
+        if instance.commands.contains(&command) {
+            return refuse("is busy with the same command already");
+        }
+        let target = match instance.touchable() {
+            Process::Touchable { .. } => instance.target(),
+            Process::Untouchable(reason) => return refuse(&format!("must not be touched: {reason}")),
+            Process::Unknown => None,
+        };
+        let Some(target) = target else { return refuse("cannot be acted on yet: its process is not known") };
+        if (self.pending || instance.wanted) && command != Command::Thaw {
+            return refuse("has a message waiting for it; try again in a moment");
+        }
+        match command {
+            Command::Freeze => {
+                if matches!(instance.hold, Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) {
+                    instance.hold = Hold::Running;
+                }
+                instance.by_hand = Some(by.into());
+                instance.commands.push(command);
+                if matches!(instance.hold, Hold::Frozen { .. }) {
+                    instance.finish(command, Ok(()), env);
+                }
+            }
+            Command::Thaw => {
+                instance.let_go(&format!("{by} asked to thaw it"), env);
+                instance.commands.push(command);
+                instance.wake_anew(env);
+                if instance.is_held() {
+                    if !matches!(instance.hold, Hold::Thawing { .. }) {
+                        self.thaw(&format!("{by} asked for it"), env);
+                    }
+                } else {
+                    instance.hold = Hold::Running;
+                    instance.finish(command, Ok(()), env);
+                }
+            }
+            Command::Kill => {
+                instance.commands.push(command);
+                self.kill(target, &format!("{by} asked for it"), env);
+            }
+        }
+        self.settle(env);
+        Ok(())
+    }
+
+    pub(super) fn note(&mut self, verdict: &'static str, reason: &str, env: &mut Env<'_>) {
+        let decision = Decision::new(verdict, reason, env.now.wall);
+        if self.decisions.push(&decision) {
+            env.out.push_back(Output::Decided(env.key.clone(), decision));
+        }
+    }
+
+    pub(super) fn bus_down(&mut self, env: &mut Env<'_>) {
+        (self.early_claim, self.last_owner) = (None, None);
+        if let Some(instance) = &mut self.instance {
+            instance.forget_claims("the connection to its bus is lost");
+            instance.fail(Command::Freeze, "the connection to its bus is lost", env);
+        }
+        self.settle(env);
+    }
+
+    pub(super) fn shutdown(&mut self, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.thaw_fails = 0;
+            instance.let_go("Night Porter is ending", env);
+        }
+        self.settle(env);
+    }
+
+    pub(super) fn set_shared(&mut self, with: Option<Arc<str>>, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance
+            && instance.shared != with
+        {
+            instance.shared = with;
+            if instance.shared.is_some() {
+                instance.let_go("it shares its process with another app", env);
+            }
+            self.settle(env);
+        }
+    }
+
+    /// Lets go of the process: thawed if it is held, then forgotten. Gives back a target that is being killed, which
+    /// must not be forgotten before it has ended.
+    pub(super) fn release(&mut self, reason: &str, env: &mut Env<'_>) -> Option<TargetId> {
+        let instance = self.instance.take()?;
+        self.last_owner = instance.owner.clone().or(self.last_owner.take());
+        let killing = matches!(instance.hold, Hold::Killing { .. });
+        let target = instance.target();
+        if let Some(target) = target.filter(|_| !killing) {
+            if instance.is_held() {
+                self.decide("thaw", reason, env);
+                env.out.push_back(Output::Thaw(target));
+            }
+            env.out.push_back(Output::Forget(target));
+        }
+        finish_all(instance.commands, reason, env);
+        self.left = None;
+        self.next = None;
+        target.filter(|_| killing)
+    }
+
+    /// Drops a look at a process that came before its name did.
+    pub(super) fn forget_early(&mut self, env: &mut Env<'_>) {
+        if let Some((_, Ok((target, _)))) = self.early_process.take() {
+            env.out.push_back(Output::Forget(target));
+        }
+    }
+
+    /// Asks the policy until it is content.
+    pub(super) fn settle(&mut self, env: &mut Env<'_>) {
+        self.next = Some(env.now.boot + Duration::from_secs(1));
+        for _ in 0..MOST_STEPS {
+            let Some(instance) = &self.instance else {
+                self.next = None;
+                break;
+            };
+            let verdict = policy::decide(&instance.snapshot(self.pending, env), env.now.boot);
+            match verdict.act {
+                Act::Wait { until } => {
+                    self.next = until;
+                    break;
+                }
+                Act::Leave { until, told } => {
+                    self.next = until;
+                    self.leave(told.then_some(&*verdict.reason), env);
+                    break;
+                }
+                _ => self.carry_out(&verdict, env),
+            }
+        }
+        self.refresh(env);
+    }
+
+    fn carry_out(&mut self, verdict: &Verdict, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let Some(target) = instance.target() else { return };
+        let now = env.now.boot;
+        let reason = &*verdict.reason;
+        if verdict.act == Act::Freeze && instance.baseline == Baseline::Asked {
+            (instance.baseline, instance.sampling) = (Baseline::Done, None);
+            self.note("not-measured", "its memory was not measured in time", env);
+        }
+        let Some(instance) = &mut self.instance else { return };
+        match (verdict.act, instance.hold) {
+            (Act::Measure, _) => {
+                instance.baseline = Baseline::Asked;
+                instance.sample(SampleKind::Resident, env);
+            }
+            (Act::Freeze, _) if env.profile == Profile::Observe && instance.by_hand.is_none() => {
+                instance.hold = Hold::WouldBeFrozen { since: now, paged: Paged::NotYet };
+                self.decide("would-freeze", reason, env);
+            }
+            (Act::Freeze, _) => {
+                instance.hold = Hold::Freezing { since: now };
+                instance.sampling = None;
+                self.decide("freeze", reason, env);
+                env.out.push_back(Output::Freeze(target));
+            }
+            (Act::Thaw, Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
+                let verdict = if instance.hold == Hold::WouldBeKilled { "would-start" } else { "would-thaw" };
+                instance.hold = Hold::Running;
+                if self.pending || instance.wanted {
+                    instance.wake(env);
+                }
+                self.decide(verdict, reason, env);
+            }
+            (Act::Thaw, Hold::Thawing { .. }) => {
+                // Decided and told when it was first asked for, and when it failed.
+                instance.hold = Hold::Thawing { since: now, retry: None };
+                env.out.push_back(Output::Thaw(target));
+            }
+            (Act::Thaw, _) => self.thaw(reason, env),
+            (Act::PageOut, Hold::WouldBeFrozen { since, .. }) => {
+                instance.hold = Hold::WouldBeFrozen { since, paged: Paged::Done };
+                self.decide("would-page-out", reason, env);
+            }
+            (Act::PageOut, _) => {
+                instance.paging = true;
+                self.decide("page-out", reason, env);
+                env.out.push_back(Output::PageOut(target));
+            }
+            (Act::LeavePages, Hold::WouldBeFrozen { since, .. }) => {
+                instance.hold = Hold::WouldBeFrozen { since, paged: Paged::Left };
+                self.decide("leave", reason, env);
+            }
+            (Act::LeavePages, Hold::Frozen { since, .. }) => {
+                instance.hold = Hold::Frozen { since, paged: Paged::Left };
+                self.decide("leave", reason, env);
+            }
+            (Act::Kill, Hold::WouldBeFrozen { .. }) => {
+                instance.hold = Hold::WouldBeKilled;
+                self.decide("would-kill", reason, env);
+            }
+            (Act::Kill, _) => self.kill(target, reason, env),
+            (Act::NoAnswer, Hold::Freezing { .. }) => {
+                self.freeze_failed(reason, env);
+                self.thaw("it is not known whether it is frozen", env);
+            }
+            (Act::NoAnswer, Hold::Thawing { since, .. }) => self.thaw_failed(since, reason, env),
+            (Act::NoAnswer, Hold::Killing { .. }) => self.kill_failed(reason, env),
+            (Act::LeavePages | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
+        }
+    }
+
+    fn thaw(&mut self, reason: &str, env: &mut Env<'_>) {
+        self.decide("thaw", reason, env);
+        let Some(instance) = &mut self.instance else { return };
+        let Some(target) = instance.target() else { return };
+        instance.hold = Hold::Thawing { since: env.now.boot, retry: None };
+        instance.thaw_fails = 0;
+        instance.sampling = None;
+        instance.by_hand = None;
+        instance.fail(Command::Freeze, reason, env);
+        env.out.push_back(Output::Thaw(target));
+    }
+
+    fn thawed(&mut self, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        instance.hold = Hold::Running;
+        instance.thaw_fails = 0;
+        instance.finish(Command::Thaw, Ok(()), env);
+        instance.wake(env);
+        // A name given up meanwhile cannot be called; the delivery hears of that by itself.
+        if std::mem::take(&mut instance.wanted) && instance.owner.is_some() {
+            env.out.push_back(Output::Runnable(env.key.clone()));
+        }
+    }
+
+    fn thaw_failed(&mut self, since: Instant, text: &str, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let soon = THAW_SOON.get(instance.thaw_fails).copied();
+        instance.thaw_fails = instance.thaw_fails.saturating_add(1);
+        instance.hold = Hold::Thawing { since, retry: Some(env.now.boot + soon.unwrap_or(THAW_AGAIN)) };
+        let reason = if soon.is_some() {
+            format!("it could not be thawed and is tried again: {text}")
+        } else {
+            instance.fail(Command::Thaw, text, env);
+            format!("it still cannot be thawed, and is tried every {} from now on: {text}", human(THAW_AGAIN))
+        };
+        self.note("thaw-failed", &reason, env);
+    }
+
+    fn freeze_failed(&mut self, text: &str, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let by_hand = instance.by_hand.take().is_some();
+        instance.fail(Command::Freeze, text, env);
+        let reason = if instance.freeze_fails >= MOST_RETRIES {
+            instance.freeze_again = Retry::Never;
+            format!("it could not be frozen: {text}")
+        } else {
+            let pause = FREEZE_AGAIN * (1 << instance.freeze_fails);
+            instance.freeze_fails += 1;
+            instance.freeze_again = Retry::At(env.now.boot + pause);
+            let again = if by_hand { "if it is in the background" } else { "if it still is in the background" };
+            format!("it could not be frozen, and is tried again in {} {again}: {text}", human(pause))
+        };
+        self.decide("freeze-failed", &reason, env);
+    }
+
+    fn kill(&mut self, target: TargetId, reason: &str, env: &mut Env<'_>) {
+        self.decide("kill", reason, env);
+        let Some(instance) = &mut self.instance else { return };
+        instance.hold = Hold::Killing { since: env.now.boot };
+        instance.sampling = None;
+        instance.by_hand = None;
+        for command in [Command::Freeze, Command::Thaw] {
+            instance.fail(command, "it is being ended", env);
+        }
+        env.out.push_back(Output::Kill { target, grace: KILL_GRACE });
+    }
+
+    fn kill_failed(&mut self, text: &str, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        instance.fail(Command::Kill, text, env);
+        let reason = if instance.kill_fails >= MOST_RETRIES {
+            instance.kill_again = Retry::Never;
+            format!("it could not be ended and is not tried again: {text}")
+        } else {
+            instance.kill_again = Retry::At(env.now.boot + KILL_AGAIN * (1 << instance.kill_fails));
+            instance.kill_fails += 1;
+            format!("it could not be ended: {text}")
+        };
+        self.decide("kill-failed", &reason, env);
+        self.thaw("it is not known whether it is frozen", env);
+    }
+
+    /// The instance is over.
+    fn end(&mut self, rest: State, env: &mut Env<'_>) {
+        if let Some(instance) = self.instance.take() {
+            if let Some(target) = instance.target() {
+                env.out.push_back(Output::Forget(target));
+            }
+            finish_all(instance.commands, "it has ended", env);
+        }
+        self.rest = rest;
+        self.left = None;
+        self.next = None;
+        self.refresh(env);
+    }
+
+    fn leave(&mut self, reason: Option<&str>, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            // It runs for a reason: what is measured now would not be the app at rest.
+            instance.sampling = None;
+            if instance.baseline == Baseline::Asked {
+                instance.baseline = Baseline::NotAsked;
+            }
+        }
+        let Some(reason) = reason else { return };
+        if self.left.as_deref() != Some(reason) {
+            self.left = Some(reason.into());
+            self.note("leave", reason, env);
+        }
+    }
+
+    fn decide(&mut self, verdict: &'static str, reason: &str, env: &mut Env<'_>) {
+        self.left = None;
+        self.note(verdict, reason, env);
+    }
+
+    fn refresh(&mut self, env: &Env<'_>) {
+        let state = match &self.instance {
+            None => self.rest,
+            Some(instance) => instance.state(env.now.boot),
+        };
+        if state != self.shown.0 {
+            self.shown = (state, env.now.boot);
+        }
+    }
+}
+
+impl Instance {
+    const fn new(owner: Owner, standing: Standing) -> Self {
+        Self {
+            owner: Some(owner),
+            process: None,
+            shared: None,
+            standing,
+            hold: Hold::Running,
+            awake: None,
+            wanted: false,
+            by_hand: None,
+            baseline: Baseline::NotAsked,
+            sampling: None,
+            uss: None,
+            paging: false,
+            freeze_fails: 0,
+            freeze_again: Retry::Now,
+            kill_fails: 0,
+            kill_again: Retry::Now,
+            thaw_fails: 0,
+            commands: Vec::new(),
+        }
+    }
+
+    fn target(&self) -> Option<TargetId> {
+        match &self.process {
+            Some(Ok((target, _))) => Some(*target),
+            _ => None,
+        }
+    }
+
+    fn facts(&self) -> Option<&ProcessFacts> {
+        match &self.process {
+            Some(Ok((_, facts))) => Some(facts),
+            _ => None,
+        }
+    }
+
+    const fn is_held(&self) -> bool {
+        matches!(self.hold, Hold::Freezing { .. } | Hold::Frozen { .. } | Hold::Thawing { .. })
+    }
+
+    fn touchable(&self) -> Process<'_> {
+        match (&self.process, &self.shared) {
+            (None, _) => Process::Unknown,
+            (Some(Err(reason)), _) => Process::Untouchable(reason),
+            (Some(Ok((_, ProcessFacts { protected: Some(reason), .. }))), _) => Process::Untouchable(reason),
+            (Some(Ok(_)), Some(with)) => Process::Untouchable(with),
+            (Some(Ok((_, facts))), None) => Process::Touchable { can_page_out: facts.can_page_out },
+        }
+    }
+
+    fn snapshot<'a>(&'a self, pending: bool, env: &Env<'_>) -> Snapshot<'a> {
+        Snapshot {
+            profile: env.profile,
+            times: env.times,
+            ending: env.ending,
+            process: self.touchable(),
+            hold: self.hold,
+            standing: &self.standing,
+            awake_until: self.awake.map(|awake| awake.until),
+            pending: pending || self.wanted,
+            by_hand: self.by_hand.as_deref(),
+            baseline: self.baseline,
+            sampling_until: self.sampling.map(|(_, until)| until),
+            paging: self.paging,
+            uss: self.uss,
+            freeze_again: self.freeze_again,
+            kill_again: self.kill_again,
+        }
+    }
+
+    fn state(&self, now: Instant) -> State {
+        match self.hold {
+            Hold::Freezing { .. } => State::Freezing,
+            Hold::Frozen { paged: Paged::Done, .. } => State::Reclaimed,
+            Hold::Frozen { .. } | Hold::Thawing { .. } => State::Frozen,
+            Hold::Killing { .. } => State::Ending,
+            Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled => match self.standing {
+                Standing::Unknown(_) | Standing::Foreground { .. } => State::Foreground,
+                Standing::Background { .. } if self.awake.is_some_and(|awake| now < awake.until) => State::Awake,
+                Standing::Background { .. } => State::Background,
+            },
+        }
+    }
+
+    /// Opens or extends the awake window of an app in the background, up to the cap.
+    fn wake(&mut self, env: &Env<'_>) {
+        let now = env.now.boot;
+        let since = self.awake.filter(|awake| now < awake.until).map_or(now, |awake| awake.since);
+        let cap = since + AWAKE_MOST.max(env.times.awake_window);
+        self.set_awake(since, cap.min(now + env.times.awake_window));
+    }
+
+    /// Opens a window of its own, whatever was used up before.
+    fn wake_anew(&mut self, env: &Env<'_>) {
+        self.set_awake(env.now.boot, env.now.boot + env.times.awake_window);
+    }
+
+    fn set_awake(&mut self, since: Instant, until: Instant) {
+        if matches!(self.standing, Standing::Background { .. }) {
+            self.awake = Some(Awake { since, until });
+        }
+    }
+
+    fn sample(&mut self, kind: SampleKind, env: &mut Env<'_>) {
+        if let Some(target) = self.target() {
+            self.sampling = Some((kind, env.now.boot + SAMPLE_ANSWER));
+            env.out.push_back(Output::Sample(target, kind));
+        }
+    }
+
+    fn forget_claims(&mut self, reason: &'static str) {
+        self.standing = Standing::Unknown(reason);
+        self.awake = None;
+        self.by_hand = None;
+    }
+
+    /// What the user froze by hand is let go by something that counts for more.
+    fn let_go(&mut self, reason: &str, env: &mut Env<'_>) {
+        self.by_hand = None;
+        self.fail(Command::Freeze, reason, env);
+    }
+
+    fn fail(&mut self, command: Command, reason: &str, env: &mut Env<'_>) {
+        self.finish(command, Err(reason.to_owned()), env);
+    }
+
+    fn finish(&mut self, command: Command, result: Result<(), String>, env: &mut Env<'_>) {
+        if let Some(at) = self.commands.iter().position(|waiting| *waiting == command) {
+            self.commands.remove(at);
+            env.out.push_back(Output::CommandDone(env.key.clone(), command, result));
+        }
+    }
+}
+
+fn finish_all(commands: Vec<Command>, reason: &str, env: &mut Env<'_>) {
+    for command in commands {
+        env.out.push_back(Output::CommandDone(env.key.clone(), command, Err(reason.to_owned())));
+    }
+}
+
+fn claimed(claim: Claim, by: &str, env: &Env<'_>) -> Standing {
+    let now = env.now.boot;
+    match claim {
+        Claim::Foreground => Standing::Foreground { by: by.into() },
+        Claim::Background => Standing::Background { since: now, grace_until: now + env.times.grace },
+    }
+}
+
+/// The earliest of the deadlines of all apps.
+pub(super) fn next_of<'a>(apps: impl Iterator<Item = &'a App>) -> Option<Instant> {
+    apps.fold(None, |next, app| earliest(next, app.next))
+}

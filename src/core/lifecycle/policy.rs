@@ -1,0 +1,654 @@
+//! The policy: from what is known of one app to what is to be done with it, and why. A pure function of its arguments.
+//!
+//! It first asks why the app must run ([`why_run`]); only when there is no such reason may it be held still.
+
+use std::{borrow::Cow, sync::Arc, time::Duration};
+
+use super::decisions::human;
+use crate::{
+    model::{LifecycleTimes, Profile},
+    time::{Instant, earliest},
+};
+
+/// An app that gives back less than this is not worth paging out (design.md: iOS 8 MB, Android 12 MB). KiB.
+pub(super) const PAGE_OUT_LEAST: u64 = 8 * 1024;
+/// How long a measurement may take before the app is frozen without it.
+pub(super) const SAMPLE_ANSWER: Duration = Duration::from_secs(5);
+/// How long a freeze or a thaw may stay without an outcome; the executor promises 2 s.
+pub(super) const HOLD_ANSWER: Duration = Duration::from_secs(5);
+/// How long a kill may stay without an end: the grace between SIGTERM and SIGKILL, and time to die.
+pub(super) const KILL_ANSWER: Duration = Duration::from_secs(30);
+
+/// Everything a decision depends on.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshot<'a> {
+    pub(super) profile: Profile,
+    pub(super) times: LifecycleTimes,
+    /// The daemon is about to exit.
+    pub(super) ending: bool,
+    pub(super) process: Process<'a>,
+    pub(super) hold: Hold,
+    pub(super) standing: &'a Standing,
+    /// End of the window a push or a thaw by hand gave it, also when it has passed.
+    pub(super) awake_until: Option<Instant>,
+    /// A message waits for it.
+    pub(super) pending: bool,
+    /// Who asked to freeze it by hand, as long as that stands.
+    pub(super) by_hand: Option<&'a str>,
+    pub(super) baseline: Baseline,
+    /// Until when a measurement under way is waited for.
+    pub(super) sampling_until: Option<Instant>,
+    /// A page-out has no outcome yet.
+    pub(super) paging: bool,
+    /// What paging out could free at most, KiB, where it was measured.
+    pub(super) uss: Option<u64>,
+    pub(super) freeze_again: Retry,
+    pub(super) kill_again: Retry,
+}
+
+/// What is known of the process behind the app's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Process<'a> {
+    /// Nothing yet.
+    Unknown,
+    /// It must not be touched; the reason is a sentence.
+    Untouchable(&'a str),
+    /// It may be touched.
+    Touchable { can_page_out: bool },
+}
+
+/// What the process is doing, as far as we and the kernel are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hold {
+    Running,
+    Freezing {
+        since: Instant,
+    },
+    Frozen {
+        since: Instant,
+        paged: Paged,
+    },
+    Thawing {
+        since: Instant,
+        retry: Option<Instant>,
+    },
+    Killing {
+        since: Instant,
+    },
+    /// Profile `observe`: it runs, and would be frozen by now.
+    WouldBeFrozen {
+        since: Instant,
+        paged: Paged,
+    },
+    /// Profile `observe`: it runs, and would be a tombstone by now.
+    WouldBeKilled,
+}
+
+/// How far paging out has come since the freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Paged {
+    NotYet,
+    /// Decided against, or failed: not tried again before the next freeze.
+    Left,
+    Done,
+}
+
+/// What was said of this instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Nothing that holds: treated as foreground (design.md, invariant 2). With the reason as a sentence.
+    Unknown(&'static str),
+    /// Somebody looks at it, says `by`.
+    Foreground { by: Arc<str> },
+    /// Nobody looks at it.
+    Background { since: Instant, grace_until: Instant },
+}
+
+/// The measurement before the first freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Baseline {
+    NotAsked,
+    Asked,
+    Done,
+}
+
+/// When something that failed may be tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Retry {
+    Now,
+    At(Instant),
+    Never,
+}
+
+/// What is to be done, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub(super) struct Verdict {
+    pub(super) act: Act,
+    /// A sentence; empty for [`Act::Wait`] and [`Act::Measure`], which are no decisions.
+    pub(super) reason: Cow<'static, str>,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Act {
+    /// Measure it before its first freeze.
+    Measure,
+    Freeze,
+    Thaw,
+    PageOut,
+    /// Leave its memory where it is until the next freeze.
+    LeavePages,
+    Kill,
+    /// Something asked for has had no outcome for too long.
+    NoAnswer,
+    /// Let it run; look again at `until`.
+    Leave {
+        until: Option<Instant>,
+        told: bool,
+    },
+    /// All is as it should be; look again at `until`.
+    Wait {
+        until: Option<Instant>,
+    },
+}
+
+/// What is to be done with an app now. An `until` in the verdict is always after `now`.
+pub(super) fn decide(app: &Snapshot<'_>, now: Instant) -> Verdict {
+    match app.hold {
+        Hold::Killing { since } => return answer_or_wait(since + KILL_ANSWER, now, "it did not end"),
+        Hold::Thawing { retry: Some(retry), .. } if now < retry => return wait(Some(retry)),
+        Hold::Thawing { retry: Some(_), .. } => return verdict(Act::Thaw, "the last attempt to thaw it failed"),
+        Hold::Thawing { since, retry: None } => {
+            return answer_or_wait(since + HOLD_ANSWER, now, "the freezer did not answer");
+        }
+        _ => {}
+    }
+    match (why_run(app, now), app.hold) {
+        (Some(Run { reason, until, told }), Hold::Running) => verdict(Act::Leave { until, told }, reason),
+        (Some(Run { reason, .. }), _) => verdict(Act::Thaw, reason),
+        (None, Hold::Running) => running(app, now),
+        (None, Hold::Freezing { since }) => answer_or_wait(since + HOLD_ANSWER, now, "the freezer did not answer"),
+        (None, Hold::Frozen { since, paged } | Hold::WouldBeFrozen { since, paged }) => frozen(app, since, paged, now),
+        (None, Hold::WouldBeKilled | Hold::Thawing { .. } | Hold::Killing { .. }) => wait(None),
+    }
+}
+
+struct Run {
+    reason: Cow<'static, str>,
+    until: Option<Instant>,
+    told: bool,
+}
+
+fn run(reason: impl Into<Cow<'static, str>>) -> Option<Run> {
+    Some(Run { reason: reason.into(), until: None, told: true })
+}
+
+/// Why the app must run now, if it must.
+fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
+    const MESSAGE: &str = "a message is waiting for it";
+    if app.ending {
+        return run("Night Porter is ending");
+    }
+    if app.pending && app.hold != Hold::Running {
+        return run(MESSAGE);
+    }
+    if let Process::Untouchable(reason) = app.process {
+        return run(reason.to_owned());
+    }
+    if app.by_hand.is_none() {
+        match app.standing {
+            Standing::Unknown(reason) => return run(*reason),
+            Standing::Foreground { by } => return run(format!("{by} says that it is in the foreground")),
+            Standing::Background { .. } => {}
+        }
+    }
+    if app.process == Process::Unknown {
+        return run("its process is not known yet");
+    }
+    if app.pending {
+        return Some(Run { reason: MESSAGE.into(), until: None, told: freeze_due(app).is_some_and(|due| due <= now) });
+    }
+    match app.awake_until {
+        Some(until) if app.by_hand.is_none() && now < until => Some(Run {
+            reason: format!("it may run for {} after a message or a thaw", human(app.times.awake_window)).into(),
+            until: Some(until),
+            told: true,
+        }),
+        _ => None,
+    }
+}
+
+fn running(app: &Snapshot<'_>, now: Instant) -> Verdict {
+    if let Some(by) = app.by_hand {
+        return measure_first(app, now).unwrap_or_else(|| verdict(Act::Freeze, format!("{by} asked for it")));
+    }
+    match freeze_due(app) {
+        Some(due) if now < due => {
+            let reason = format!("it went to the background and may run for {} more", human(app.times.grace));
+            return verdict(Act::Leave { until: Some(due), told: true }, reason);
+        }
+        Some(_) => {}
+        None => return wait(None),
+    }
+    match app.freeze_again {
+        Retry::At(again) if now < again => return wait(Some(again)),
+        Retry::Now | Retry::At(_) => {}
+        Retry::Never => {
+            let reason = "it could not be frozen several times and is left alone until it starts again";
+            return verdict(Act::Leave { until: None, told: true }, reason);
+        }
+    }
+    measure_first(app, now).unwrap_or_else(|| verdict(Act::Freeze, freeze_reason(app)))
+}
+
+/// The baseline is worth something only when taken in the background, so a freeze by hand of an app in the foreground
+/// goes without.
+fn measure_first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
+    let background = matches!(app.standing, Standing::Background { .. });
+    match (app.baseline, app.sampling_until) {
+        (Baseline::NotAsked, _) if background => Some(verdict(Act::Measure, "")),
+        (Baseline::Asked, Some(until)) if now < until => Some(wait(Some(until))),
+        _ => None,
+    }
+}
+
+fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Verdict {
+    // Under `observe` only the user's hand holds an app still, and then nothing more is done to it.
+    if app.profile == Profile::Observe && matches!(app.hold, Hold::Frozen { .. }) {
+        return wait(None);
+    }
+    let kill = kill_due(app);
+    if kill.is_some_and(|due| due <= now) {
+        let time = human(app.times.tombstone_after);
+        return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
+    }
+    if paged != Paged::NotYet || app.paging {
+        return wait(kill);
+    }
+    let due = since + app.times.page_out_after;
+    if now < due {
+        return wait(earliest(Some(due), kill));
+    }
+    // A measurement under way is that of the frozen app: paging out now would spoil it.
+    if let Some(until) = app.sampling_until.filter(|until| now < *until) {
+        return wait(earliest(Some(until), kill));
+    }
+    match (app.process, app.uss) {
+        (Process::Touchable { can_page_out: false }, _) => {
+            verdict(Act::LeavePages, "its memory cannot be paged out on this system")
+        }
+        (_, None) => verdict(Act::LeavePages, "its memory is not paged out: it is not known how much that would free"),
+        (_, Some(uss)) if uss < PAGE_OUT_LEAST => {
+            verdict(Act::LeavePages, "its memory is not paged out: it holds less than 8 MiB of its own")
+        }
+        _ => verdict(Act::PageOut, format!("it has been frozen for {}", human(app.times.page_out_after))),
+    }
+}
+
+/// When grace and awake window are over; none when nothing says that it is in the background.
+fn freeze_due(app: &Snapshot<'_>) -> Option<Instant> {
+    match app.standing {
+        Standing::Background { grace_until, .. } => Some(app.awake_until.map_or(*grace_until, |a| a.max(*grace_until))),
+        Standing::Unknown(_) | Standing::Foreground { .. } => None,
+    }
+}
+
+/// When it is to become a tombstone, if time alone does that to it.
+fn kill_due(app: &Snapshot<'_>) -> Option<Instant> {
+    let Standing::Background { since, .. } = app.standing else { return None };
+    if app.profile == Profile::Cached || app.by_hand.is_some() {
+        return None;
+    }
+    let due = app.awake_until.map_or(*since, |awake| awake.max(*since)) + app.times.tombstone_after;
+    match app.kill_again {
+        Retry::Now => Some(due),
+        Retry::At(again) => Some(due.max(again)),
+        Retry::Never => None,
+    }
+}
+
+fn freeze_reason(app: &Snapshot<'_>) -> String {
+    match (app.standing, app.awake_until) {
+        (Standing::Background { grace_until, .. }, Some(awake)) if awake >= *grace_until => {
+            "it is in the background and its time after a message or a thaw is over".into()
+        }
+        _ => format!("it has been in the background for {}", human(app.times.grace)),
+    }
+}
+
+fn answer_or_wait(until: Instant, now: Instant, reason: &'static str) -> Verdict {
+    if now < until { wait(Some(until)) } else { verdict(Act::NoAnswer, reason) }
+}
+
+fn verdict(act: Act, reason: impl Into<Cow<'static, str>>) -> Verdict {
+    Verdict { act, reason: reason.into() }
+}
+
+fn wait(until: Option<Instant>) -> Verdict {
+    verdict(Act::Wait { until }, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: u64 = 1_000_000_000;
+
+    fn at(secs: u64) -> Instant {
+        Instant::from_nanos(secs * S)
+    }
+
+    const fn frozen_at(secs: u64) -> Hold {
+        Hold::Frozen { since: Instant::from_nanos(secs * S), paged: Paged::NotYet }
+    }
+
+    const BACKGROUND: Standing =
+        Standing::Background { since: Instant::from_nanos(100 * S), grace_until: Instant::from_nanos(110 * S) };
+    const UNKNOWN: Standing = Standing::Unknown("nothing says that it is in the background");
+
+    /// In the background since 100 s, measured, with the default times.
+    fn app() -> Snapshot<'static> {
+        Snapshot {
+            profile: Profile::Tombstone,
+            times: LifecycleTimes::default(),
+            ending: false,
+            process: Process::Touchable { can_page_out: true },
+            hold: Hold::Running,
+            standing: &BACKGROUND,
+            awake_until: None,
+            pending: false,
+            by_hand: None,
+            baseline: Baseline::Done,
+            sampling_until: None,
+            paging: false,
+            uss: Some(20 * 1024),
+            freeze_again: Retry::Now,
+            kill_again: Retry::Now,
+        }
+    }
+
+    const fn leave(until: Option<Instant>) -> Act {
+        Act::Leave { until, told: true }
+    }
+
+    const fn until(secs: u64) -> Act {
+        Act::Wait { until: Some(Instant::from_nanos(secs * S)) }
+    }
+
+    /// Each line: what it says, how the app differs, when, and what must come out.
+    type Case = (&'static str, fn(&mut Snapshot<'static>), u64, Act, &'static str);
+
+    fn check(cases: &[Case]) {
+        for (name, change, now, act, reason) in cases {
+            let mut app = app();
+            change(&mut app);
+            let verdict = decide(&app, at(*now));
+            assert_eq!((verdict.act, &*verdict.reason), (*act, *reason), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_must_run_runs() {
+        const FOREGROUND: fn() -> &'static Standing =
+            || Box::leak(Box::new(Standing::Foreground { by: "the shell".into() }));
+        let none = leave(None);
+        check(&[
+            ("unknown", |a| a.standing = &UNKNOWN, 999, none, "nothing says that it is in the background"),
+            ("foreground", |a| a.standing = FOREGROUND(), 999, none, "the shell says that it is in the foreground"),
+            (
+                "frozen, then foreground",
+                |a| (a.standing, a.hold) = (FOREGROUND(), frozen_at(110)),
+                111,
+                Act::Thaw,
+                "the shell says that it is in the foreground",
+            ),
+            ("unknown process", |a| a.process = Process::Unknown, 999, none, "its process is not known yet"),
+            (
+                "protected",
+                |a| a.process = Process::Untouchable("it is the message bus"),
+                999,
+                none,
+                "it is the message bus",
+            ),
+            (
+                "protected, by hand too",
+                |a| (a.process, a.by_hand) = (Process::Untouchable("it is the message bus"), Some("root")),
+                999,
+                none,
+                "it is the message bus",
+            ),
+            ("pending", |a| a.pending = true, 110, none, "a message is waiting for it"),
+            (
+                "pending in grace vetoes nothing yet",
+                |a| a.pending = true,
+                105,
+                Act::Leave { until: None, told: false },
+                "a message is waiting for it",
+            ),
+            (
+                "pending, frozen by hand",
+                |a| (a.pending, a.by_hand, a.hold) = (true, Some("root"), frozen_at(101)),
+                102,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+            (
+                "pending while freezing",
+                |a| (a.pending, a.hold) = (true, Hold::Freezing { since: at(110) }),
+                110,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+            (
+                "awake",
+                |a| a.awake_until = Some(at(200)),
+                199,
+                leave(Some(at(200))),
+                "it may run for 10 s after a message or a thaw",
+            ),
+            ("shutdown", |a| a.ending = true, 999, none, "Night Porter is ending"),
+            (
+                "shutdown, frozen by hand",
+                |a| (a.ending, a.hold, a.by_hand) = (true, frozen_at(110), Some("root")),
+                999,
+                Act::Thaw,
+                "Night Porter is ending",
+            ),
+            (
+                "would be killed, then pending",
+                |a| (a.pending, a.hold) = (true, Hold::WouldBeKilled),
+                999,
+                Act::Thaw,
+                "a message is waiting for it",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_in_the_background_is_frozen_after_its_grace() {
+        let grace = "it has been in the background for 10 s";
+        let after = "it is in the background and its time after a message or a thaw is over";
+        check(&[
+            ("in grace", |_| (), 109, leave(Some(at(110))), "it went to the background and may run for 10 s more"),
+            ("grace over", |_| (), 110, Act::Freeze, grace),
+            ("observe decides the same", |a| a.profile = Profile::Observe, 110, Act::Freeze, grace),
+            ("cached too", |a| a.profile = Profile::Cached, 110, Act::Freeze, grace),
+            ("awake over", |a| a.awake_until = Some(at(200)), 200, Act::Freeze, after),
+            (
+                "awake over, grace not",
+                |a| a.awake_until = Some(at(105)),
+                106,
+                leave(Some(at(110))),
+                "it went to the background and may run for 10 s more",
+            ),
+            ("awake over before the grace was", |a| a.awake_until = Some(at(105)), 110, Act::Freeze, grace),
+            ("measured first", |a| a.baseline = Baseline::NotAsked, 110, Act::Measure, ""),
+            (
+                "measurement under way",
+                |a| (a.baseline, a.sampling_until) = (Baseline::Asked, Some(at(115))),
+                110,
+                until(115),
+                "",
+            ),
+            (
+                "measurement lost",
+                |a| (a.baseline, a.sampling_until) = (Baseline::Asked, Some(at(115))),
+                115,
+                Act::Freeze,
+                grace,
+            ),
+            ("failed before", |a| a.freeze_again = Retry::At(at(125)), 124, until(125), ""),
+            ("tried again", |a| a.freeze_again = Retry::At(at(125)), 125, Act::Freeze, grace),
+            (
+                "failed for good",
+                |a| a.freeze_again = Retry::Never,
+                999,
+                leave(None),
+                "it could not be frozen several times and is left alone until it starts again",
+            ),
+            (
+                "by hand, at once, whatever failed before",
+                |a| (a.by_hand, a.freeze_again, a.awake_until) = (Some("root"), Retry::Never, Some(at(999))),
+                101,
+                Act::Freeze,
+                "root asked for it",
+            ),
+            (
+                "by hand in the foreground: no baseline",
+                |a| (a.by_hand, a.standing, a.baseline) = (Some("root"), &UNKNOWN, Baseline::NotAsked),
+                101,
+                Act::Freeze,
+                "root asked for it",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_frozen_is_paged_out_and_becomes_a_tombstone() {
+        let paged_out = "it has been frozen for 60 s";
+        let killed = "it has been in the background without a message for 10 min";
+        check(&[
+            ("waits", |a| a.hold = frozen_at(110), 111, until(170), ""),
+            ("paged out", |a| a.hold = frozen_at(110), 170, Act::PageOut, paged_out),
+            (
+                "not while its frozen memory is measured",
+                |a| (a.hold, a.sampling_until) = (frozen_at(110), Some(at(175))),
+                170,
+                until(175),
+                "",
+            ),
+            ("page-out under way", |a| (a.hold, a.paging) = (frozen_at(110), true), 171, until(700), ""),
+            (
+                "cannot",
+                |a| (a.hold, a.process) = (frozen_at(110), Process::Touchable { can_page_out: false }),
+                170,
+                Act::LeavePages,
+                "its memory cannot be paged out on this system",
+            ),
+            (
+                "too small",
+                |a| (a.hold, a.uss) = (frozen_at(110), Some(PAGE_OUT_LEAST - 1)),
+                170,
+                Act::LeavePages,
+                "its memory is not paged out: it holds less than 8 MiB of its own",
+            ),
+            (
+                "just large enough",
+                |a| (a.hold, a.uss) = (frozen_at(110), Some(PAGE_OUT_LEAST)),
+                170,
+                Act::PageOut,
+                paged_out,
+            ),
+            (
+                "not measured",
+                |a| (a.hold, a.uss) = (frozen_at(110), None),
+                170,
+                Act::LeavePages,
+                "its memory is not paged out: it is not known how much that would free",
+            ),
+            ("killed", |a| a.hold = Hold::Frozen { since: at(110), paged: Paged::Done }, 700, Act::Kill, killed),
+            ("not before", |a| a.hold = Hold::Frozen { since: at(110), paged: Paged::Left }, 699, until(700), ""),
+            ("killed before it is paged out", |a| a.hold = frozen_at(690), 750, Act::Kill, killed),
+            (
+                "counted from the last awake window",
+                |a| (a.hold, a.awake_until) = (frozen_at(300), Some(at(300))),
+                899,
+                Act::PageOut,
+                paged_out,
+            ),
+            ("and then killed", |a| (a.hold, a.awake_until) = (frozen_at(300), Some(at(300))), 900, Act::Kill, killed),
+            (
+                "cached: never by time",
+                |a| (a.hold, a.profile) = (Hold::Frozen { since: at(110), paged: Paged::Done }, Profile::Cached),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "frozen by hand: stays",
+                |a| (a.hold, a.by_hand) = (Hold::Frozen { since: at(110), paged: Paged::Done }, Some("root")),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "frozen by hand under observe: not even paged out",
+                |a| (a.hold, a.by_hand, a.profile) = (frozen_at(110), Some("root"), Profile::Observe),
+                99_999,
+                Act::Wait { until: None },
+                "",
+            ),
+            (
+                "the kill failed",
+                |a| {
+                    (a.hold, a.kill_again) = (Hold::Frozen { since: at(710), paged: Paged::Done }, Retry::At(at(790)));
+                },
+                720,
+                until(790),
+                "",
+            ),
+            (
+                "observe: would page out",
+                |a| {
+                    (a.profile, a.hold) =
+                        (Profile::Observe, Hold::WouldBeFrozen { since: at(110), paged: Paged::NotYet });
+                },
+                170,
+                Act::PageOut,
+                paged_out,
+            ),
+            (
+                "observe: would kill",
+                |a| {
+                    (a.profile, a.hold) =
+                        (Profile::Observe, Hold::WouldBeFrozen { since: at(110), paged: Paged::Done });
+                },
+                700,
+                Act::Kill,
+                killed,
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_was_asked_for_is_waited_for_but_not_for_ever() {
+        let lost = "the freezer did not answer";
+        check(&[
+            ("freezing", |a| a.hold = Hold::Freezing { since: at(110) }, 114, until(115), ""),
+            ("freeze lost", |a| a.hold = Hold::Freezing { since: at(110) }, 115, Act::NoAnswer, lost),
+            ("thawing", |a| a.hold = Hold::Thawing { since: at(110), retry: None }, 114, until(115), ""),
+            ("thaw lost", |a| a.hold = Hold::Thawing { since: at(110), retry: None }, 115, Act::NoAnswer, lost),
+            ("thaw failed", |a| a.hold = Hold::Thawing { since: at(110), retry: Some(at(112)) }, 111, until(112), ""),
+            (
+                "thawed again, pending or not",
+                |a| a.hold = Hold::Thawing { since: at(110), retry: Some(at(112)) },
+                112,
+                Act::Thaw,
+                "the last attempt to thaw it failed",
+            ),
+            ("killing", |a| (a.hold, a.pending) = (Hold::Killing { since: at(700) }, true), 729, until(730), ""),
+            ("kill lost", |a| a.hold = Hold::Killing { since: at(700) }, 730, Act::NoAnswer, "it did not end"),
+        ]);
+    }
+}

@@ -1,0 +1,260 @@
+//! What the daemon shows of itself (`view`).
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use serde::Serialize;
+
+use super::{Core, Purpose};
+use crate::{
+    action::{Action, ErrorKind, Reply},
+    event::{CallId, Caller, Query},
+    model::{AppKey, Bus, ConnectorVersion, TargetId},
+    time::{Instant, Now},
+    view,
+};
+
+/// A report is built with what has been measured by then.
+const REPORT_TIME: Duration = Duration::from_secs(20);
+/// Calls that may wait for one report; beyond it the newest is refused.
+const CALLS: usize = 32;
+
+/// A report whose samples are on their way.
+#[derive(Debug)]
+pub(super) struct ReportRun {
+    calls: Vec<(CallId, Caller)>,
+    targets: BTreeSet<TargetId>,
+    daemon: bool,
+    deadline: Instant,
+}
+
+impl ReportRun {
+    pub(super) const fn deadline(&self) -> Instant {
+        self.deadline
+    }
+}
+
+impl Core {
+    pub(super) fn query(&mut self, call: CallId, caller: &Caller, query: Query, now: Now) {
+        let reply = match query {
+            Query::Status => json(&self.status(caller, now)),
+            Query::Apps => self.for_controllers(caller, |core| json(&core.app_list(caller, now))),
+            Query::Show(service) => self.for_app(caller, service, |core, app| core.show(app, now)),
+            Query::Why(service) => self.for_app(caller, service, |core, app| core.why(app, now)),
+            Query::Endpoints(service) => self.for_app(caller, service, Self::endpoints),
+            Query::Report => {
+                if self.may_control(caller) {
+                    self.begin_report(call, caller, now);
+                    return;
+                }
+                not_authorized()
+            }
+        };
+        self.reply(call, reply);
+    }
+
+    fn for_controllers(&self, caller: &Caller, show: impl FnOnce(&Self) -> Reply) -> Reply {
+        if self.may_control(caller) { show(self) } else { not_authorized() }
+    }
+
+    /// An app may read about itself, whoever may control it about any.
+    fn for_app(&self, caller: &Caller, service: Arc<str>, show: impl FnOnce(&Self, &AppKey) -> Reply) -> Reply {
+        let app = AppKey::new(caller.bus, service);
+        if self.app_of_caller(caller).as_ref() == Some(&app) {
+            return show(self, &app);
+        }
+        match self.controlled(caller, &app) {
+            Ok(()) => show(self, &app),
+            Err(reply) => reply,
+        }
+    }
+
+    fn status(&self, caller: &Caller, now: Now) -> view::Status {
+        let visible = |app: &&AppKey| sees(caller, app);
+        let registrations = self.registry.iter().filter(|r| sees(caller, &r.app)).count();
+        let all = self.registry.len() == registrations;
+        let mut troubles = Vec::new();
+        if let Some(path) = &self.damaged {
+            troubles.push(format!("the database was damaged; it was kept as {path} and a new one was begun"));
+        }
+        if let Some(error) = &self.store_trouble {
+            troubles.push(format!("the state directory cannot be written: {error}"));
+        }
+        let upstreams = self.upstreams.iter().map(|upstream| {
+            let standing = upstream.session.standing();
+            troubles.extend(standing.trouble.as_deref().map(str::to_owned));
+            view::Upstream {
+                name: upstream.settings.name.to_string(),
+                kind: upstream.settings.kind.as_str().to_owned(),
+                state: standing.state,
+                since_secs: now.boot.since(standing.since).as_secs(),
+                retry_in_secs: standing.retry_at.map(|at| at.since(now.boot).as_secs()),
+                last_error: standing.last_error.as_deref().map(str::to_owned),
+                registrations: standing.registrations,
+            }
+        });
+        let upstreams = upstreams.collect();
+        view::Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            profile: self.settings.profile,
+            upstreams,
+            buses: self.buses.iter().map(Bus::to_string).collect(),
+            apps: self.apps.keys().filter(visible).count(),
+            registrations,
+            messages_waiting: if all {
+                self.delivery.waiting()
+            } else {
+                self.apps.keys().filter(visible).map(|app| self.delivery.waiting_for(app)).sum()
+            },
+            messages: self.messages,
+            troubles,
+        }
+    }
+
+    fn app_list(&self, caller: &Caller, now: Now) -> Vec<view::App> {
+        self.apps.keys().filter(|app| sees(caller, app)).filter_map(|app| self.app_view(app, now)).collect()
+    }
+
+    fn app_view(&self, app: &AppKey, now: Now) -> Option<view::App> {
+        let shown = self.lifecycle.show(app, now)?;
+        Some(view::App {
+            name: app.service.to_string(),
+            bus: app.bus.to_string(),
+            state: shown.state.as_str().to_owned(),
+            since_secs: shown.since.as_secs(),
+            pid: shown.pid,
+            registrations: self.registry.of_app(app).count(),
+            waiting: self.delivery.waiting_for(app),
+            reason: shown.reason.as_deref().unwrap_or_default().to_owned(),
+        })
+    }
+
+    fn show(&self, app: &AppKey, now: Now) -> Reply {
+        let (Some(line), Some(shown)) = (self.app_view(app, now), self.lifecycle.show(app, now)) else {
+            return no_such_app(app);
+        };
+        let registered = self.registry.of_app(app).map(|r| view::Registered {
+            token: r.token.to_string(),
+            description: r.description.to_string(),
+            upstream: r.upstream.to_string(),
+            version: match r.version {
+                ConnectorVersion::V1 => 1,
+                ConnectorVersion::V2 => 2,
+            },
+            vapid: r.vapid.is_some(),
+            waiting: self.delivery.waiting_in(r.id),
+        });
+        json(&view::Show {
+            freezer: shown.freezer,
+            protected: shown.protected.as_deref().map(str::to_owned),
+            registered: registered.collect(),
+            memory: self.ledger.row(app, shown.state.as_str()),
+            app: line,
+        })
+    }
+
+    fn why(&self, app: &AppKey, now: Now) -> Reply {
+        let Some(shown) = self.lifecycle.show(app, now) else { return no_such_app(app) };
+        let decisions = self.lifecycle.decisions(app).map(|decision| view::Decision {
+            at: decision.at.to_string(),
+            verdict: decision.verdict.to_owned(),
+            reason: decision.reason.to_string(),
+        });
+        json(&view::Why {
+            name: app.service.to_string(),
+            state: shown.state.as_str().to_owned(),
+            decisions: decisions.collect(),
+        })
+    }
+
+    fn endpoints(&self, app: &AppKey) -> Reply {
+        let endpoints: Vec<view::Endpoint> = self
+            .registry
+            .of_app(app)
+            .map(|r| view::Endpoint {
+                token: r.token.to_string(),
+                endpoint: r.endpoint.to_string(),
+                vapid: r.vapid.is_some(),
+                kind: self
+                    .upstreams
+                    .iter()
+                    .find(|upstream| upstream.settings.name == r.upstream)
+                    .map_or("", |upstream| upstream.settings.kind.as_str())
+                    .to_owned(),
+            })
+            .collect();
+        json(&endpoints)
+    }
+
+    fn begin_report(&mut self, call: CallId, caller: &Caller, now: Now) {
+        if let Some(run) = &mut self.report {
+            if run.calls.len() < CALLS {
+                run.calls.push((call, caller.clone()));
+            } else {
+                let text = format!("{CALLS} reports are being made already");
+                self.reply(call, Reply::Error(ErrorKind::LimitsExceeded, text));
+            }
+            return;
+        }
+        let targets: BTreeSet<TargetId> = self.apps.keys().filter_map(|app| self.lifecycle.target_of(app)).collect();
+        for target in &targets {
+            self.sample(*target, Purpose::Report);
+        }
+        self.actions.push_back(Action::SampleSelf);
+        let deadline = now.boot + REPORT_TIME;
+        self.report = Some(ReportRun { calls: vec![(call, caller.clone())], targets, daemon: false, deadline });
+    }
+
+    pub(super) fn report_target_done(&mut self, target: TargetId, now: Now) {
+        if let Some(run) = &mut self.report
+            && run.targets.remove(&target)
+        {
+            self.finish_if_measured(now);
+        }
+    }
+
+    pub(super) fn report_daemon_sampled(&mut self, now: Now) {
+        if let Some(run) = &mut self.report {
+            run.daemon = true;
+            self.finish_if_measured(now);
+        }
+    }
+
+    fn finish_if_measured(&mut self, now: Now) {
+        if self.report.as_ref().is_some_and(|run| run.daemon && run.targets.is_empty()) {
+            self.finish_report(now);
+        }
+    }
+
+    pub(super) fn finish_report(&mut self, now: Now) {
+        let Some(run) = self.report.take() else { return };
+        for (call, caller) in run.calls {
+            let states = self
+                .apps
+                .keys()
+                .filter(|app| sees(&caller, app))
+                .filter_map(|app| self.lifecycle.show(app, now).map(|shown| (app, shown.state.as_str())));
+            let report = self.ledger.report(now, self.settings.profile, states);
+            self.reply(call, json(&report));
+        }
+    }
+}
+
+/// One user's apps are invisible to another; root on the system bus sees all.
+fn sees(caller: &Caller, app: &AppKey) -> bool {
+    app.bus == caller.bus || (caller.bus == Bus::System && caller.uid == 0)
+}
+
+fn json(document: &impl Serialize) -> Reply {
+    match serde_json::to_string(document) {
+        Ok(text) => Reply::Json(text),
+        Err(error) => Reply::Error(ErrorKind::Failed, format!("cannot write the answer as JSON: {error}")),
+    }
+}
+
+fn not_authorized() -> Reply {
+    Reply::Error(ErrorKind::NotAuthorized, "only root or the user's own unconfined programs may read this".into())
+}
+
+fn no_such_app(app: &AppKey) -> Reply {
+    Reply::Error(ErrorKind::NoSuchApp, format!("no app named \"{app}\" is registered"))
+}

@@ -1,0 +1,290 @@
+//! Register and Unregister (push.md §0), from the app's call to the endpoint in its hands.
+//!
+//! An app is told that it is registered only when the registration is durable: otherwise a crash would leave it with an
+//! endpoint nobody listens at.
+
+use std::sync::Arc;
+
+use super::{
+    Core, Presence, Stored, access,
+    registry::{Pending, describe},
+};
+use crate::{
+    action::{Action, ConnectorCall, Reply, StoreOp},
+    event::{CallId, Caller, DeliveryTicket, StoreError},
+    model::{AppKey, ConnectorVersion, FailureReason, Registration, RegistrationId},
+    time::Now,
+};
+
+/// Calls that may wait for one registration; an app that asks again and again before the answer is told to wait.
+const CALLS: usize = 8;
+/// For calls whose outcome nobody waits for.
+const NO_TICKET: DeliveryTicket = DeliveryTicket(0);
+
+/// What an app wants registered.
+pub(super) struct Wish {
+    pub(super) service: Arc<str>,
+    pub(super) token: Arc<str>,
+    pub(super) description: Arc<str>,
+    pub(super) vapid: Option<Arc<str>>,
+    pub(super) version: ConnectorVersion,
+}
+
+impl Core {
+    pub(super) fn register(&mut self, call: CallId, caller: &Caller, wish: Wish, now: Now) {
+        if !access::may_register(caller, &wish.service) {
+            log::warn!("{} may not register {}: it does not own that name", describe(caller), wish.service);
+            let text = format!("{} is not a name this caller owns", wish.service);
+            self.fail(call, FailureReason::Unauthorized, text);
+            return;
+        }
+        let app = AppKey::new(caller.bus, Arc::clone(&wish.service));
+        if let Some((_, pending)) = self.registry.pending_by_token(&app, &wish.token) {
+            if pending.calls.len() >= CALLS {
+                self.fail(call, FailureReason::InternalError, "this registration is being made already".into());
+            } else {
+                pending.calls.push(call);
+            }
+            return;
+        }
+        let known = self.registry.by_token(&app, &wish.token);
+        match known.map(|known| (known.id, known.vapid == wish.vapid)) {
+            Some((id, true)) => self.register_again(call, id, wish, now),
+            known => self.register_new(call, app, wish, known.map(|(id, _)| id), now),
+        }
+    }
+
+    /// The hot path: apps register at each start.
+    fn register_again(&mut self, call: CallId, id: RegistrationId, wish: Wish, now: Now) {
+        let Some(registration) = self.registry.get_mut(id) else { return };
+        if registration.version != wish.version || registration.description != wish.description {
+            registration.version = wish.version;
+            registration.description = wish.description;
+            let op = StoreOp::PutRegistration(registration.clone());
+            self.delivery.version_changed(id, wish.version);
+            self.store(op, None);
+        }
+        self.reply(call, Reply::Registered);
+        if let Some(endpoint) = self.registry.get(id).map(|registration| Arc::clone(&registration.endpoint)) {
+            self.delivery.endpoint_due(id, &endpoint, now);
+        }
+    }
+
+    fn register_new(&mut self, call: CallId, app: AppKey, wish: Wish, replaces: Option<RegistrationId>, now: Now) {
+        let limits = self.settings.limits;
+        if self.registry.count() >= limits.registrations {
+            let text = format!("{} registrations exist, which is the limit", limits.registrations);
+            self.fail(call, FailureReason::ActionRequired, text);
+            return;
+        }
+        if self.registry.count_of(&app) >= limits.registrations_per_app {
+            let text = format!("{app} has {} registrations, which is the limit", limits.registrations_per_app);
+            self.fail(call, FailureReason::ActionRequired, text);
+            return;
+        }
+        let Some(upstream) = self.upstreams.first_mut() else { return };
+        if upstream.settings.require_vapid && wish.vapid.is_none() {
+            let text = format!("the server \"{}\" takes registrations with a VAPID key only", upstream.settings.name);
+            self.fail(call, FailureReason::VapidRequired, text);
+            return;
+        }
+        let name = Arc::clone(&upstream.settings.name);
+        let vapid = wish.vapid.clone();
+        self.know_app(&app, now);
+        let id = self.registry.begin(Pending {
+            app,
+            token: wish.token,
+            description: wish.description,
+            vapid: wish.vapid,
+            version: wish.version,
+            upstream: name,
+            calls: vec![call],
+            replaces,
+        });
+        if let Some(upstream) = self.upstreams.first_mut() {
+            upstream.session.register(id, vapid, now);
+        }
+    }
+
+    /// From now on the bus tells who owns the app's name.
+    fn know_app(&mut self, app: &AppKey, now: Now) {
+        if !self.apps.contains_key(app) {
+            self.apps.insert(app.clone(), Presence::default());
+            self.lifecycle.add_app(app, now);
+            self.actions.push_back(Action::Watch(app.clone()));
+        }
+    }
+
+    /// An upstream made a registration, or moved one.
+    pub(super) fn registered(&mut self, id: RegistrationId, channel: Arc<str>, endpoint: Arc<str>, now: Now) {
+        if let Some(pending) = self.registry.pending(id) {
+            let registration = Registration {
+                id,
+                app: pending.app.clone(),
+                token: Arc::clone(&pending.token),
+                description: Arc::clone(&pending.description),
+                vapid: pending.vapid.clone(),
+                version: pending.version,
+                upstream: Arc::clone(&pending.upstream),
+                channel,
+                endpoint,
+                told: false,
+            };
+            // Its first message may come before the store has answered.
+            self.delivery.add(&registration);
+            self.registry.insert(registration.clone());
+            self.store(StoreOp::PutRegistration(registration), Some(Stored::Registration(id)));
+            return;
+        }
+        let Some(registration) = self.registry.get_mut(id) else { return };
+        if registration.channel == channel && registration.endpoint == endpoint {
+            return;
+        }
+        registration.channel = channel;
+        registration.told &= registration.endpoint == endpoint;
+        registration.endpoint = endpoint;
+        let (app, told) = (registration.app.clone(), registration.told);
+        let op = StoreOp::PutRegistration(registration.clone());
+        self.store(op, Some(Stored::Registration(id)));
+        if !told {
+            self.lifecycle.note(&app, "endpoint", "its server gave it a new address", now);
+        }
+    }
+
+    pub(super) fn registration_stored(&mut self, id: RegistrationId, result: Result<(), StoreError>, now: Now) {
+        match (self.registry.take_pending(id), result) {
+            (Some(pending), Ok(())) => {
+                if let Some(old) = pending.replaces {
+                    self.drop_registration(old, now);
+                }
+                for call in pending.calls {
+                    self.reply(call, Reply::Registered);
+                }
+                log::info!("{}: registered with \"{}\"", pending.app, pending.upstream);
+            }
+            (Some(pending), Err(error)) => {
+                for call in pending.calls {
+                    let text = format!("the registration could not be written to the disk: {error}");
+                    self.fail(call, FailureReason::InternalError, text);
+                }
+                self.drop_registration(id, now);
+                return;
+            }
+            (None, _) => {}
+        }
+        if let Some(registration) = self.registry.get(id)
+            && !registration.told
+        {
+            let endpoint = Arc::clone(&registration.endpoint);
+            self.delivery.endpoint_due(id, &endpoint, now);
+        }
+    }
+
+    pub(super) fn register_failed(&mut self, id: RegistrationId, reason: FailureReason, text: String) {
+        let Some(pending) = self.registry.take_pending(id) else { return };
+        log::warn!("{}: not registered ({}): {text}", pending.app, reason.as_str());
+        for call in pending.calls {
+            self.fail(call, reason, text.clone());
+        }
+        self.forget_if_unused(&pending.app);
+    }
+
+    /// The server has dropped a registration for good: the app is told, so that it can register again.
+    pub(super) fn registration_lost(&mut self, id: RegistrationId, text: &str, now: Now) {
+        let Some(registration) = self.registry.get(id).cloned() else { return };
+        log::warn!("{}: its registration is lost: {text}", registration.app);
+        self.tell_unregistered(&registration, Arc::clone(&registration.token));
+        self.drop_registration(id, now);
+    }
+
+    pub(super) fn unregister(
+        &mut self,
+        call: CallId,
+        caller: &Caller,
+        token: &Arc<str>,
+        version: ConnectorVersion,
+        now: Now,
+    ) {
+        let owner = |app: &AppKey| self.apps.get(app).and_then(|presence| presence.owner.as_ref());
+        let made = self.registry.with_token(token).find(|r| access::is_app(caller, &r.app, owner(&r.app))).cloned();
+        let pending =
+            self.registry.pending_with_token(token).find(|(_, p)| access::is_app(caller, &p.app, owner(&p.app)));
+        let pending = pending.map(|(id, _)| id);
+        self.reply(call, Reply::Done);
+        if let Some(id) = pending
+            && let Some(pending) = self.registry.take_pending(id)
+        {
+            for call in pending.calls {
+                self.fail(call, FailureReason::InternalError, "the app unregistered meanwhile".into());
+            }
+            self.drop_registration(id, now);
+            self.forget_if_unused(&pending.app);
+        }
+        if let Some(registration) = made {
+            log::info!("{}: unregistered", registration.app);
+            // Version 1 confirms with an empty token; with a token it would mean a removal the app did not ask for.
+            let confirmed = match version {
+                ConnectorVersion::V1 => "".into(),
+                ConnectorVersion::V2 => Arc::clone(token),
+            };
+            self.tell_unregistered(&registration, confirmed);
+            self.drop_registration(registration.id, now);
+        }
+    }
+
+    /// Only a running app is told: any other finds out when it registers at its next start.
+    fn tell_unregistered(&mut self, registration: &Registration, token: Arc<str>) {
+        let Some(owner) = self.apps.get(&registration.app).and_then(|presence| presence.owner.clone()) else { return };
+        self.actions.push_back(Action::Call {
+            ticket: NO_TICKET,
+            app: registration.app.clone(),
+            owner,
+            version: registration.version,
+            call: ConnectorCall::Unregistered { token },
+        });
+    }
+
+    /// Removes a registration everywhere.
+    fn drop_registration(&mut self, id: RegistrationId, now: Now) {
+        if let Some(index) = self.upstream_of(id)
+            && let Some(upstream) = self.upstreams.get_mut(index)
+        {
+            upstream.session.unregister(id, now);
+        }
+        self.delivery.remove(id, now);
+        if let Some(registration) = self.registry.remove(id) {
+            self.store(StoreOp::DeleteRegistration(id), None);
+            if self.registry.count_of(&registration.app) == 0 {
+                self.lifecycle.remove_app(&registration.app, now);
+            }
+            self.forget_if_unused(&registration.app);
+        }
+    }
+
+    /// An app that is gone for good: its unique name will never come back.
+    pub(super) fn forget_app(&mut self, app: &AppKey, now: Now) {
+        for (id, pending) in self.registry.drop_pending_of(app) {
+            if let Some(upstream) = self.upstreams.iter_mut().find(|u| u.settings.name == pending.upstream) {
+                upstream.session.unregister(id, now);
+            }
+        }
+        let ids: Vec<RegistrationId> = self.registry.of_app(app).map(|r| r.id).collect();
+        for id in ids {
+            self.drop_registration(id, now);
+        }
+        self.forget_if_unused(app);
+    }
+
+    fn forget_if_unused(&mut self, app: &AppKey) {
+        if self.registry.count_of(app) > 0 || self.apps.remove(app).is_none() {
+            return;
+        }
+        self.ledger.remove(app);
+        self.actions.push_back(Action::Unwatch(app.clone()));
+        self.store(StoreOp::DeleteApp(app.clone()), None);
+    }
+
+    fn fail(&mut self, call: CallId, reason: FailureReason, text: String) {
+        self.reply(call, Reply::RegisterFailed(reason, text));
+    }
+}

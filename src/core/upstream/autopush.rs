@@ -1,1 +1,0 @@
-//! Mozilla autopush (push.md §3a).

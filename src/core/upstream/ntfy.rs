@@ -1,1 +1,0 @@
-//! ntfy over its WebSocket stream (push.md §3b).

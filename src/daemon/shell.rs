@@ -1,0 +1,297 @@
+//! The loop and the one `match` over actions. Nothing here blocks but the poll.
+
+use std::{
+    collections::VecDeque,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use mio::{Events, Interest, Poll, Token};
+
+use super::{DaemonError, Options};
+use crate::{
+    action::Action,
+    config::{Settings, UpstreamSettings},
+    core::Core,
+    event::{BusEvent, Event, LinkEvent, LinkId},
+    model::{Bus, Snapshot},
+    sys::{
+        bus::{BusAddress, BusThread},
+        clock, fetch,
+        inbox::{self, Inbox, Incoming},
+        jobs::Jobs,
+        link::Links,
+        memory,
+        network::Monitor,
+        process::{self, Targets},
+        signals::Signals,
+        store::Store,
+        timer::{Alarm, ResumeWatch},
+    },
+    time::{Instant, earliest},
+};
+
+const INBOX: Token = Token(0);
+const SIGNALS: Token = Token(1);
+const ALARM: Token = Token(2);
+const RESUME: Token = Token(3);
+const NETWORK: Token = Token(4);
+/// Links and targets take tokens from here on, half of the space each.
+const LINKS: usize = 1 << 16;
+const TARGETS: usize = 1 << 20;
+
+/// Events taken in per turn: busy input must not starve the timers.
+const BUDGET: usize = 256;
+/// After this many events the heap is worth trimming once it is quiet.
+const BURST: usize = 256;
+/// How long it must be quiet before.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Everything the loop owns.
+pub(super) struct Shell {
+    poll: Poll,
+    events: Events,
+    inbox: Inbox,
+    sender: inbox::Sender,
+    jobs: Jobs,
+    links: Links,
+    targets: Targets,
+    bus: BusThread,
+    store: Store,
+    alarm: Alarm,
+    resume: ResumeWatch,
+    network: Option<Monitor>,
+    signals: Signals,
+    upstreams: Vec<UpstreamSettings>,
+    pending: VecDeque<Event>,
+    link_events: Vec<(LinkId, LinkEvent)>,
+    more_on_links: bool,
+    since_trim: usize,
+    told_ready: bool,
+}
+
+impl Shell {
+    /// Opens everything; blocking, before the loop.
+    pub(super) fn new(
+        options: &Options,
+        settings: &Settings,
+        state_dir: &Path,
+        runtime_dir: PathBuf,
+    ) -> Result<(Self, Snapshot), DaemonError> {
+        let system = |what| move |error| DaemonError::System(what, error);
+        let poll = Poll::new().map_err(system("cannot make an epoll instance"))?;
+        let registry = || poll.registry().try_clone().map_err(system("cannot use the epoll instance"));
+        let mut signals = Signals::new().map_err(system("cannot handle signals"))?;
+        let mut alarm = Alarm::new().map_err(system("cannot make a timer"))?;
+        let mut resume = ResumeWatch::new().map_err(system("cannot watch the clock"))?;
+        let mut network = Monitor::new();
+        let watch = system("cannot use the epoll instance");
+        let mut register = || -> io::Result<()> {
+            let registry = poll.registry();
+            registry.register(&mut signals, SIGNALS, Interest::READABLE)?;
+            registry.register(&mut alarm, ALARM, Interest::READABLE)?;
+            registry.register(&mut resume, RESUME, Interest::READABLE)?;
+            match &mut network {
+                Some(network) => registry.register(network, NETWORK, Interest::READABLE),
+                None => Ok(()),
+            }
+        };
+        register().map_err(watch)?;
+        let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
+        // First of all: its lock keeps a second daemon from thawing what the first has frozen.
+        let (store, snapshot) = Store::open(state_dir, sender.clone())?;
+        let jobs = Jobs::default();
+        let targets =
+            Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir, process::Options::default())
+                .map_err(|error| {
+                    DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error))
+                })?;
+        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), jobs.clone());
+        let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
+        let shell = Self {
+            poll,
+            events: Events::with_capacity(64),
+            inbox,
+            sender,
+            jobs,
+            links,
+            targets,
+            bus,
+            store,
+            alarm,
+            resume,
+            network,
+            signals,
+            upstreams: settings.upstreams.clone(),
+            pending: VecDeque::new(),
+            link_events: Vec::new(),
+            more_on_links: false,
+            since_trim: BURST,
+            told_ready: false,
+        };
+        Ok((shell, snapshot))
+    }
+
+    /// Serves until the core says `Exit`.
+    pub(super) fn run(&mut self, core: &mut Core) -> Result<(), DaemonError> {
+        loop {
+            while let Some(action) = core.poll_action() {
+                if action == Action::Exit {
+                    return Ok(());
+                }
+                self.perform(action);
+            }
+            self.collect();
+            if self.pending.is_empty() {
+                self.wait(core.poll_timeout())?;
+                self.collect();
+                core.handle(Event::Tick, clock::now());
+            }
+            for _ in 0..BUDGET {
+                let Some(event) = self.pending.pop_front() else { break };
+                self.since_trim += 1;
+                core.handle(event, clock::now());
+            }
+        }
+    }
+
+    /// Ends in order: nothing stays frozen, everything written.
+    pub(super) fn end(mut self) {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        self.targets.thaw_all();
+        self.bus.stop();
+        self.store.close();
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect { link, upstream, path } => self.links.connect(link, &upstream, &path),
+            Action::Send(link, text) => self.links.send(link, text),
+            Action::Ping(link) => self.links.ping(link),
+            Action::Close(link) => self.links.close(link),
+            Action::Fetch { ticket, upstream, url, limit } => {
+                if let Some(upstream) = self.upstreams.iter().find(|settings| settings.name == upstream) {
+                    fetch::fetch(&self.jobs, &self.sender, ticket, upstream, url, limit);
+                }
+            }
+            Action::Store(op, ticket) => self.store.apply(op, ticket),
+            Action::Freeze(target) => self.targets.freeze(target),
+            Action::Thaw(target) => self.targets.thaw(target),
+            Action::PageOut(target) => self.targets.page_out(target),
+            Action::Kill { target, grace } => self.targets.kill(target, grace),
+            Action::Forget(target) => self.targets.forget(target),
+            Action::Sample(target) => self.targets.sample(target),
+            Action::SampleSelf => self.targets.sample_self(),
+            Action::Reply(..) | Action::Watch(_) | Action::Unwatch(_) | Action::Call { .. } | Action::Start(_) => {
+                self.bus.perform(action);
+            }
+            Action::Exit => {}
+        }
+    }
+
+    /// Takes in what is there without waiting.
+    fn collect(&mut self) {
+        self.more_on_links = self.links.poll(&mut self.link_events, BUDGET);
+        self.pending.extend(self.link_events.drain(..).map(|(link, event)| Event::Link(link, event)));
+        let mut outcomes = Vec::new();
+        self.targets.drain(&mut outcomes);
+        self.pending.extend(outcomes);
+        for _ in 0..BUDGET {
+            let Some(incoming) = self.inbox.take() else { break };
+            match incoming {
+                Incoming::Event(event) => {
+                    self.tell_ready(&event);
+                    self.pending.push_back(event);
+                }
+                Incoming::Process { app, owner, process } => {
+                    let process = process.and_then(|process| self.targets.adopt(&app, process));
+                    self.pending.push_back(Event::Identified { app, owner, process });
+                }
+                Incoming::Resolved(link, addresses) => self.links.resolved(link, addresses),
+            }
+        }
+    }
+
+    /// Blocks until something happens or `deadline`.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), DaemonError> {
+        let deadline = earliest(deadline, earliest(self.links.poll_timeout(), self.targets.poll_timeout()));
+        if let Err(error) = self.alarm.set(deadline) {
+            return Err(DaemonError::System("cannot set the timer", error));
+        }
+        let overdue = deadline.is_some_and(|at| at <= clock::boot());
+        let timeout = if self.more_on_links || overdue {
+            Some(Duration::ZERO)
+        } else if self.since_trim >= BURST {
+            Some(QUIET)
+        } else {
+            None
+        };
+        match self.poll.poll(&mut self.events, timeout) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(DaemonError::System("cannot wait for events", error)),
+        }
+        if timeout == Some(QUIET) && self.events.is_empty() {
+            self.since_trim = 0;
+            self.pending.shrink_to(16);
+            memory::trim();
+        }
+        for event in &self.events {
+            match event.token() {
+                INBOX => {}
+                SIGNALS => {
+                    if self.signals.drain() {
+                        self.pending.push_back(Event::Shutdown);
+                    }
+                }
+                ALARM => {
+                    self.alarm.drain();
+                }
+                RESUME => {
+                    if self.resume.drain() {
+                        self.pending.push_back(Event::Resumed);
+                    }
+                }
+                NETWORK => {
+                    if self.network.as_mut().is_some_and(Monitor::drain) {
+                        self.pending.push_back(Event::NetworkReturned);
+                    }
+                }
+                token if self.targets.owns(token) => self.targets.ready(token),
+                token => self.links.ready(token, event),
+            }
+        }
+        let now = clock::boot();
+        self.links.handle_timeout(now);
+        self.targets.handle_timeout(now);
+        Ok(())
+    }
+
+    /// systemd is told that the daemon is up when the first bus is: from then on apps find it.
+    fn tell_ready(&mut self, event: &Event) {
+        if let Event::Bus(BusEvent::Up(bus)) = event
+            && !std::mem::replace(&mut self.told_ready, true)
+        {
+            log::info!("serving the {bus} bus");
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        }
+    }
+}
+
+fn addresses(options: &Options) -> Result<Vec<BusAddress>, DaemonError> {
+    if !options.user {
+        return Ok(vec![BusAddress { bus: Bus::System, address: None }]);
+    }
+    let address = std::env::var("DBUS_SESSION_BUS_ADDRESS").ok().filter(|address| !address.is_empty());
+    let address = address.or_else(|| {
+        let dir = PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR")?);
+        let socket = dir.join("bus");
+        socket.exists().then(|| format!("unix:path={}", socket.display()))
+    });
+    let uid = nix::unistd::geteuid().as_raw();
+    match address {
+        Some(address) => Ok(vec![BusAddress { bus: Bus::Session(uid), address: Some(address) }]),
+        None => Err(DaemonError::NoSessionBus),
+    }
+}

@@ -1,0 +1,335 @@
+//! Calls to us that wait for the loop's reply: who calls is found out first, calls of one sender stay in order, and
+//! nobody can have more than a few waiting.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use zbus::{DynamicType, Message, SerializeDict, Type, message::Flags};
+
+use super::{
+    process::{self, Identity, Purpose},
+    request::{self, About, Answer, Call, Fault, INVALID_ARGS, LIMITS_EXCEEDED, Wording},
+    wire::{Pending, Response, Wire},
+};
+use crate::{
+    action::{ErrorKind, Reply},
+    event::{BusEvent, CallId, Caller, Request},
+    model::Owner,
+    sys::inbox::Process,
+};
+
+/// Calls of one sender waiting at most.
+const PER_SENDER: usize = 32;
+/// Calls waiting at most.
+const TOTAL: usize = 1024;
+/// Senders without a waiting call whose identity is remembered.
+const REMEMBERED: usize = 256;
+/// How long a caller without an application id is believed to have none: shells move apps into their own unit shortly
+/// after the start.
+const UNKNOWN_FOR: Duration = Duration::from_secs(10);
+
+/// The waiting calls of one connection.
+pub(super) struct Calls {
+    senders: HashMap<Arc<str>, Peer>,
+    asked: BTreeMap<u64, Asked>,
+    /// Calls waiting, wherever.
+    waiting: usize,
+    clock: u64,
+}
+
+/// One sender.
+#[derive(Default)]
+struct Peer {
+    identity: Option<(Identity, Instant)>,
+    identifying: bool,
+    queue: VecDeque<Queued>,
+    /// Its calls that the loop has.
+    asked: usize,
+    /// When it last called, to know whom to forget.
+    used: u64,
+}
+
+/// Not yet with the loop.
+struct Queued {
+    message: Message,
+    request: Request,
+    wording: Wording,
+    about: About,
+    owns: Owns,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owns {
+    Unknown,
+    Asking,
+    Known(bool),
+}
+
+/// With the loop.
+struct Asked {
+    message: Message,
+    wording: Wording,
+    sender: Arc<str>,
+}
+
+impl Calls {
+    pub(super) fn new() -> Self {
+        Self { senders: HashMap::new(), asked: BTreeMap::new(), waiting: 0, clock: 0 }
+    }
+
+    /// A method call came. `refuse` is set, with the reason, while we may not serve. `next` numbers calls.
+    pub(super) fn incoming(&mut self, wire: &mut Wire, message: Message, refuse: Option<&str>, next: Option<&mut u64>) {
+        let Some(sender) = message.header().sender().map(|sender| Arc::<str>::from(sender.as_str())) else { return };
+        let (request, wording, about) = match request::read(&message) {
+            Ok(Call::Answer(answer)) => return answer_now(wire, &message, &answer),
+            Ok(Call::Ask { request, wording, about }) => (request, wording, about),
+            Err(fault) => {
+                log::debug!("{sender}: {}", fault.text);
+                return reply_error(wire, &message, fault.name, &fault.text);
+            }
+        };
+        if let Some(reason) = refuse {
+            return reply_error(wire, &message, "org.freedesktop.DBus.Error.Failed", reason);
+        }
+        let own = self.senders.get(&sender).map_or(0, |peer| peer.queue.len() + peer.asked);
+        if own >= PER_SENDER || self.waiting >= TOTAL {
+            let Fault { name, text } = busy(own);
+            return reply_error(wire, &message, name, &text);
+        }
+        self.clock += 1;
+        self.waiting += 1;
+        let peer = self.senders.entry(Arc::clone(&sender)).or_default();
+        peer.used = self.clock;
+        let stale = peer.identity.as_ref().is_some_and(|(identity, since)| {
+            identity.app_id.is_none() && since.elapsed() > UNKNOWN_FOR && peer.queue.is_empty()
+        });
+        if stale {
+            peer.identity = None;
+        }
+        peer.queue.push_back(Queued { message, request, wording, about, owns: Owns::Unknown });
+        self.forget_somebody();
+        if let Some(next) = next {
+            self.pump(wire, &sender, next);
+        }
+    }
+
+    /// We may serve now: hands over what came before.
+    pub(super) fn pump_all(&mut self, wire: &mut Wire, next: &mut u64) {
+        let senders: Vec<_> = self.senders.keys().cloned().collect();
+        for sender in senders {
+            self.pump(wire, &sender, next);
+        }
+    }
+
+    /// We may not serve: refuses what waits.
+    pub(super) fn refuse_all(&mut self, wire: &mut Wire, reason: &str) {
+        for queued in self.senders.values_mut().flat_map(|peer| peer.queue.drain(..)) {
+            self.waiting -= 1;
+            reply_error(wire, &queued.message, "org.freedesktop.DBus.Error.Failed", reason);
+        }
+    }
+
+    /// A caller's process was found, or not.
+    pub(super) fn identified(
+        &mut self,
+        wire: &mut Wire,
+        sender: &Arc<str>,
+        process: Result<Process, Arc<str>>,
+        next: &mut u64,
+    ) {
+        let Some(peer) = self.senders.get_mut(sender) else { return };
+        peer.identifying = false;
+        match process.and_then(|process| process::identify(&process)) {
+            Ok(identity) => {
+                peer.identity = Some((identity, Instant::now()));
+                self.pump(wire, sender, next);
+            }
+            Err(reason) => {
+                let queued: Vec<_> = peer.queue.drain(..).collect();
+                self.waiting -= queued.len();
+                for call in queued {
+                    // If it is gone, the bus drops this.
+                    let text = format!("cannot tell who calls: {reason}");
+                    reply_error(wire, &call.message, "org.freedesktop.DBus.Error.AccessDenied", &text);
+                }
+            }
+        }
+    }
+
+    /// The bus told who owns the service that `sender`'s first waiting call is about.
+    pub(super) fn service_owner(&mut self, wire: &mut Wire, sender: &Arc<str>, response: Response, next: &mut u64) {
+        let owner = response.ok().map(|message| message.body().deserialize::<&str>().map(ToOwned::to_owned));
+        let owns = matches!(owner, Some(Ok(owner)) if *owner == **sender);
+        let front = self.senders.get_mut(sender).and_then(|peer| peer.queue.front_mut());
+        if let Some(front) = front.filter(|front| front.owns == Owns::Asking) {
+            front.owns = Owns::Known(owns);
+            self.pump(wire, sender, next);
+        }
+    }
+
+    /// The loop replied.
+    pub(super) fn reply(&mut self, wire: &mut Wire, call: CallId, reply: Reply) {
+        // Unknown: from before the connection was lost, and so is who asked.
+        let Some(Asked { message, wording, sender }) = self.asked.remove(&call.0) else { return };
+        self.waiting -= 1;
+        if let Some(peer) = self.senders.get_mut(&sender) {
+            peer.asked -= 1;
+        }
+        self.forget_somebody();
+        word(wire, &message, wording, reply);
+    }
+
+    /// Gives the loop every call of `sender` that is ready, in order.
+    fn pump(&mut self, wire: &mut Wire, sender: &Arc<str>, next: &mut u64) {
+        let Some(peer) = self.senders.get_mut(sender) else { return };
+        while let Some(front) = peer.queue.front_mut() {
+            let Some((identity, _)) = &peer.identity else {
+                if !peer.identifying {
+                    peer.identifying = true;
+                    process::ask(wire, sender, Purpose::Caller);
+                }
+                return;
+            };
+            let owns_service = match (front.owns, &front.about) {
+                (Owns::Known(owns), _) => owns,
+                (Owns::Asking, _) => return,
+                (_, About::Caller) => true,
+                (_, About::Nobody) => false,
+                (_, About::Service(service)) if service == sender => true,
+                (_, About::Service(service)) if service.starts_with(':') => false,
+                (_, About::Service(service)) => {
+                    front.owns = Owns::Asking;
+                    wire.ask_bus("GetNameOwner", &&**service, Pending::Service(Arc::clone(sender)));
+                    return;
+                }
+            };
+            let caller = Caller {
+                bus: wire.bus,
+                owner: Owner(Arc::clone(sender)),
+                uid: identity.uid,
+                pid: identity.pid,
+                app_id: identity.app_id.clone(),
+                sandboxed: identity.sandboxed,
+                owns_service,
+            };
+            let Some(Queued { message, request, wording, .. }) = peer.queue.pop_front() else { return };
+            peer.asked += 1;
+            let call = CallId(*next);
+            *next += 1;
+            self.asked.insert(call.0, Asked { message, wording, sender: Arc::clone(sender) });
+            wire.event(BusEvent::Call { call, caller, request });
+        }
+    }
+
+    /// Keeps the table of senders within its bound: who has nothing waiting and called longest ago goes.
+    fn forget_somebody(&mut self) {
+        let busy = |peer: &Peer| peer.identifying || peer.asked > 0 || !peer.queue.is_empty();
+        if self.senders.len() <= REMEMBERED {
+            return;
+        }
+        let idle = self.senders.iter().filter(|(_, peer)| !busy(peer));
+        if let Some(oldest) = idle.min_by_key(|(_, peer)| peer.used).map(|(sender, _)| Arc::clone(sender)) {
+            self.senders.remove(&oldest);
+        }
+    }
+}
+
+fn busy(own: usize) -> Fault {
+    let text = if own >= PER_SENDER {
+        format!("{own} of your calls wait for an answer already")
+    } else {
+        format!("{TOTAL} calls wait for an answer already")
+    };
+    Fault { name: LIMITS_EXCEEDED, text }
+}
+
+fn answer_now(wire: &mut Wire, call: &Message, answer: &Answer) {
+    match answer {
+        Answer::Empty => reply(wire, call, &()),
+        Answer::Text(text) => reply(wire, call, &text.as_str()),
+        Answer::Property(text) => reply(wire, call, &zbus::Variant::from(*text)),
+        Answer::Properties(all) => {
+            let all: HashMap<_, _> = all.iter().map(|(name, value)| (*name, zbus::Variant::from(*value))).collect();
+            reply(wire, call, &all);
+        }
+    }
+}
+
+/// Results of version 2's Register.
+#[derive(SerializeDict, Type)]
+#[zbus(signature = "a{sv}")]
+struct RegisterResult {
+    success: &'static str,
+    reason: Option<&'static str>,
+}
+
+const SUCCEEDED: &str = "REGISTRATION_SUCCEEDED";
+const FAILED: &str = "REGISTRATION_FAILED";
+
+fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
+    match (answer, wording) {
+        (Reply::Error(kind, text), _) => reply_error(wire, call, error_name(kind), &text),
+        (Reply::Registered, Wording::RegisterV1) => reply(wire, call, &(SUCCEEDED, "")),
+        (Reply::Registered, Wording::RegisterV2) => {
+            reply(wire, call, &RegisterResult { success: SUCCEEDED, reason: None });
+        }
+        (Reply::RegisterFailed(reason, text), Wording::RegisterV1) => {
+            let text = if text.is_empty() { reason.as_str() } else { &text };
+            reply(wire, call, &(FAILED, text));
+        }
+        (Reply::RegisterFailed(reason, text), Wording::RegisterV2) => {
+            log::info!("a registration failed: {}: {text}", reason.as_str());
+            reply(wire, call, &RegisterResult { success: FAILED, reason: Some(reason.as_str()) });
+        }
+        (Reply::Json(text), Wording::Text) => reply(wire, call, &text.as_str()),
+        (Reply::Done, Wording::Empty) => reply(wire, call, &()),
+        (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
+        (answer, wording) => {
+            log::error!("a reply {answer:?} does not fit a call that wants {wording:?}");
+            reply_error(wire, call, "org.freedesktop.DBus.Error.Failed", "this daemon made a mistake");
+        }
+    }
+}
+
+const fn error_name(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::InvalidArgs => INVALID_ARGS,
+        ErrorKind::LimitsExceeded => LIMITS_EXCEEDED,
+        ErrorKind::NotAuthorized => "org.nightporter1.Error.NotAuthorized",
+        ErrorKind::NoSuchApp => "org.nightporter1.Error.NoSuchApp",
+        ErrorKind::NotRunning => "org.nightporter1.Error.NotRunning",
+        ErrorKind::Refused => "org.nightporter1.Error.Refused",
+        ErrorKind::Failed => "org.nightporter1.Error.Failed",
+    }
+}
+
+fn reply<B: Serialize + DynamicType>(wire: &mut Wire, call: &Message, body: &B) {
+    if !wants_reply(call) {
+        return;
+    }
+    match Message::method_return(&call.header()).build(body) {
+        Ok(message) => wire.send(message),
+        Err(error) => {
+            reply_error(wire, call, "org.freedesktop.DBus.Error.Failed", &format!("no reply can be made: {error}"))
+        }
+    }
+}
+
+fn reply_error(wire: &mut Wire, call: &Message, name: &'static str, text: &str) {
+    if wants_reply(call) {
+        // NUL cannot be in a D-Bus string, and some of these texts quote others.
+        let text = text.replace('\0', "");
+        match Message::error(&call.header(), name).build(&text.as_str()) {
+            Ok(message) => wire.send(message),
+            Err(error) => log::error!("cannot make an error reply: {error}"),
+        }
+    }
+}
+
+fn wants_reply(call: &Message) -> bool {
+    !call.primary_header().flags().contains(Flags::NO_REPLY_EXPECTED)
+}

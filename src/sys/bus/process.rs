@@ -1,0 +1,133 @@
+//! From a unique bus name to its process. A pid from the bus may be somebody else's by the time it is used; a pidfd
+//! cannot. So the pidfd is the bus's own where it gives one; else it is opened by pid and the bus is asked *afterwards*
+//! whether the connection is still there.
+
+use std::{fs, os::fd::OwnedFd, sync::Arc};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+use zbus::fdo::ConnectionCredentials;
+
+use super::{
+    sandbox::{self, Sandbox},
+    unit,
+    wire::{Failure, Pending, Response, Wire},
+};
+use crate::{model::AppKey, sys::inbox::Process};
+
+/// What a process is wanted for.
+#[derive(Clone)]
+pub(super) enum Purpose {
+    /// It owns the name of a watched app.
+    Watch(AppKey),
+    /// It called us.
+    Caller,
+}
+
+/// Who a caller is.
+#[derive(Clone, Debug)]
+pub(super) struct Identity {
+    pub(super) uid: u32,
+    pub(super) pid: u32,
+    pub(super) app_id: Option<Arc<str>>,
+    pub(super) sandboxed: bool,
+}
+
+/// Asks for the process of `owner`; ends with [`credentials`] or [`alive`].
+pub(super) fn ask(wire: &mut Wire, owner: &Arc<str>, purpose: Purpose) {
+    wire.ask_bus("GetConnectionCredentials", &&**owner, Pending::Credentials(Arc::clone(owner), purpose));
+}
+
+/// The bus told the credentials of `owner`. `None` while it is asked once more.
+pub(super) fn credentials(
+    wire: &mut Wire,
+    owner: &Arc<str>,
+    purpose: &Purpose,
+    response: Response,
+) -> Option<Result<Process, Arc<str>>> {
+    let message = match response {
+        Ok(message) => message,
+        Err(failure) => return Some(Err(gone_or(failure))),
+    };
+    let Ok(known) = message.body().deserialize::<ConnectionCredentials>() else {
+        return Some(Err("the bus told its credentials in a form we do not know".into()));
+    };
+    let (Some(uid), Some(pid)) = (known.unix_user_id(), known.process_id()) else {
+        return Some(Err("the bus does not know its process".into()));
+    };
+    if let Some(pidfd) = known.into_process_fd() {
+        let pidfd = OwnedFd::from(pidfd);
+        // The bus may live in another pid namespace; the number that counts is ours.
+        let own = sandbox::fdinfo(&pidfd, "Pid:").and_then(|pid| pid.parse::<u32>().ok());
+        return Some(own.map(|pid| Process { pid, uid, pidfd }).ok_or_else(|| "its process ended".into()));
+    }
+    let opened = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    match opened {
+        Some(Ok(pidfd)) => {
+            let process = Process { pid, uid, pidfd };
+            let pending = Pending::Alive(Arc::clone(owner), purpose.clone(), process);
+            wire.ask_bus("NameHasOwner", &&**owner, pending);
+            None
+        }
+        Some(Err(rustix::io::Errno::SRCH)) => Some(Err("its process ended".into())),
+        Some(Err(error)) => Some(Err(format!("cannot open its process {pid}: {error}").into())),
+        None => Some(Err(format!("{pid} is no process id").into())),
+    }
+}
+
+/// The bus told whether the connection outlived the opening of its process.
+pub(super) fn alive(process: Process, response: Response) -> Result<Process, Arc<str>> {
+    match response {
+        Ok(message) if message.body().deserialize::<bool>().unwrap_or(false) => Ok(process),
+        Ok(_) => Err("its process ended".into()),
+        Err(failure) => Err(gone_or(failure)),
+    }
+}
+
+/// Everything the kernel says about a caller.
+pub(super) fn identify(process: &Process) -> Result<Identity, Arc<str>> {
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+    let placement = unit::placement(&cgroup);
+    let (app_id, sandboxed) = match sandbox::look(process.pid) {
+        Sandbox::Flatpak(app) => (Some(app), true),
+        Sandbox::Other => (placement.app_id, true),
+        Sandbox::None => (placement.app_id, placement.sandbox),
+    };
+    // All of it was read by pid: it holds only if the process behind the pidfd still has that pid.
+    if has_ended(process) {
+        return Err("its process ended".into());
+    }
+    Ok(Identity { uid: process.uid, pid: process.pid, app_id: app_id.map(Into::into), sandboxed })
+}
+
+fn has_ended(process: &Process) -> bool {
+    let mut fds = [PollFd::new(&process.pidfd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |ready| ready > 0)
+}
+
+fn gone_or(failure: Failure) -> Arc<str> {
+    if failure.name == "org.freedesktop.DBus.Error.NameHasNoOwner" {
+        return "its process ended".into();
+    }
+    format!("the bus does not tell its credentials: {failure}").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_ended_is_noticed() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let process = Process { pid: child.id(), uid: 0, pidfd: pidfd_open(pid, PidfdFlags::empty()).unwrap() };
+        assert!(!identify(&process).unwrap().sandboxed);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(identify(&process).is_err());
+    }
+}

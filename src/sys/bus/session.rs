@@ -1,0 +1,472 @@
+//! One bus: connecting, staying connected, and everything that is said meanwhile, in the order it is said.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_channel::Receiver;
+use futures_core::Stream;
+use zbus::{Connection, Message, MessageStream, connection::Builder, message::Type};
+use zruntime::{SharedRuntime, Task};
+
+use super::{
+    BusAddress,
+    calls::Calls,
+    deliver::Deliveries,
+    interfaces::NAMES,
+    process::{self, Purpose},
+    start,
+    watch::Watches,
+    wire::{BUS_NAME, Pending, Response, Wire},
+};
+use crate::{
+    action::Action,
+    event::{BusEvent, CallOutcome, Event, StartOutcome},
+    model::{AppKey, Bus},
+    sys::inbox::{Incoming, Process, Sender},
+};
+
+/// A bus that does not finish the handshake within this is as good as absent.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Between two attempts to connect, first and at most.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Messages handled before what they caused is written.
+const BATCH: usize = 64;
+/// RequestName without flags: nobody may take the names from us, and if somebody has them we wait in line, so that the
+/// bus tells when they are free and nothing need be tried again.
+const WAIT_IN_LINE: u32 = 0;
+
+/// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
+pub(super) async fn serve(address: BusAddress, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+    let runtime = match SharedRuntime::current() {
+        Ok(runtime) => runtime,
+        Err(error) => return log::error!("no runtime for the {} bus: {error}", address.bus),
+    };
+    let mut lasting = Lasting { bus: address.bus, inbox, watched: BTreeSet::new(), next_call, told_down: false };
+    let mut orders = pin!(orders);
+    let mut delay = RETRY.0;
+    loop {
+        let attempt = runtime.timeout(CONNECT_LIMIT, connect(&address));
+        let ended = match lasting.while_down(orders.as_mut(), attempt).await {
+            None => return,
+            Some(Ok(Ok(connection))) => {
+                let ended = Session::new(&mut lasting, connection).run(orders.as_mut()).await;
+                match ended {
+                    Ended::Stopped => return,
+                    Ended::Lost { text, was_up } => {
+                        if was_up {
+                            delay = RETRY.0;
+                        }
+                        text
+                    }
+                }
+            }
+            Some(Ok(Err(error))) => format!("cannot connect: {error}"),
+            Some(Err(_)) => "cannot connect: it does not answer".into(),
+        };
+        lasting.down(&ended);
+        if lasting.while_down(orders.as_mut(), runtime.sleep(delay)).await.is_none() {
+            return;
+        }
+        delay = (delay * 2).min(RETRY.1);
+    }
+}
+
+async fn connect(address: &BusAddress) -> zbus::Result<Connection> {
+    let builder = match (&address.address, address.bus) {
+        (Some(address), _) => Builder::address(address.as_str()),
+        (None, Bus::System) => Builder::system(),
+        (None, Bus::Session(_)) => Builder::session(),
+    };
+    builder.build().await
+}
+
+/// What outlasts a connection.
+struct Lasting {
+    bus: Bus,
+    inbox: Sender,
+    watched: BTreeSet<AppKey>,
+    next_call: u64,
+    told_down: bool,
+}
+
+impl Lasting {
+    /// Says once that the bus is not to be had; loudly, for without it no app gets a message.
+    fn down(&mut self, text: &str) {
+        if self.told_down {
+            return log::debug!("{} bus: {text}", self.bus);
+        }
+        log::error!("{} bus: {text}", self.bus);
+        self.told_down = true;
+        self.event(BusEvent::Down(self.bus, text.to_owned()));
+    }
+
+    fn up(&mut self) {
+        log::info!("{} bus: ready", self.bus);
+        self.told_down = false;
+        self.event(BusEvent::Up(self.bus));
+    }
+
+    fn event(&self, event: BusEvent) {
+        // False means that the loop is gone, and this thread about to end.
+        let _ = self.inbox.send(Incoming::Event(Event::Bus(event)));
+    }
+
+    /// Runs `work` and answers orders meanwhile as there is no bus. `None` when told to stop.
+    async fn while_down<T>(
+        &mut self,
+        mut orders: Pin<&mut Receiver<Action>>,
+        work: impl Future<Output = T>,
+    ) -> Option<T> {
+        let mut work = pin!(work);
+        poll_fn(|context| {
+            if let Poll::Ready(done) = work.as_mut().poll(context) {
+                return Poll::Ready(Some(done));
+            }
+            loop {
+                match orders.as_mut().poll_next(context) {
+                    Poll::Ready(Some(order)) => self.refuse(order),
+                    Poll::Ready(None) => return Poll::Ready(None),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await
+    }
+
+    /// An order while there is no bus: nobody owns anything, nobody can be called.
+    fn refuse(&mut self, order: Action) {
+        match order {
+            Action::Watch(app) => {
+                self.event(BusEvent::OwnerChanged(app.clone(), None));
+                self.watched.insert(app);
+            }
+            Action::Unwatch(app) => {
+                self.watched.remove(&app);
+            }
+            other => refuse(other, |event| self.event(event)),
+        }
+    }
+}
+
+/// Answers an order that needs a bus there is none of.
+pub(super) fn refuse(order: Action, tell: impl FnOnce(BusEvent)) {
+    match order {
+        Action::Watch(app) => tell(BusEvent::OwnerChanged(app, None)),
+        Action::Call { ticket, .. } => {
+            tell(BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into())));
+        }
+        Action::Start(app) => tell(BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))),
+        // A reply to somebody who is gone.
+        _ => {}
+    }
+}
+
+/// How a connection ended.
+enum Ended {
+    /// Told to stop.
+    Stopped,
+    /// It broke, or is of no use.
+    Lost { text: String, was_up: bool },
+}
+
+/// One connection.
+struct Session<'a> {
+    lasting: &'a mut Lasting,
+    connection: Connection,
+    wire: Wire,
+    calls: Calls,
+    watches: Watches,
+    deliveries: Deliveries,
+    starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
+    names: [bool; NAMES.len()],
+    was_up: bool,
+    /// Why the names are not ours, once that is known.
+    taken: Option<String>,
+    /// Set when the connection is of no use.
+    useless: Option<String>,
+}
+
+enum Input {
+    Message(Message),
+    Order(Action),
+    Stop,
+    Broken(String),
+}
+
+impl<'a> Session<'a> {
+    fn new(lasting: &'a mut Lasting, connection: Connection) -> Self {
+        Self {
+            wire: Wire::new(lasting.bus, lasting.inbox.clone()),
+            lasting,
+            connection,
+            calls: Calls::new(),
+            watches: Watches::default(),
+            deliveries: Deliveries::default(),
+            starts: HashMap::new(),
+            names: [false; NAMES.len()],
+            was_up: false,
+            taken: None,
+            useless: None,
+        }
+    }
+
+    async fn run(mut self, mut orders: Pin<&mut Receiver<Action>>) -> Ended {
+        let mut stream = MessageStream::from(&self.connection);
+        for (index, name) in NAMES.into_iter().enumerate() {
+            self.wire.ask_bus("RequestName", &(name, WAIT_IN_LINE), Pending::Name(index));
+        }
+        let mut orders_first = false;
+        loop {
+            let out = self.wire.drain();
+            if !out.is_empty()
+                && let Err(error) = self.connection.send_all(&out).await
+            {
+                return self.lost(format!("the connection broke: {error}"));
+            }
+            let mut input = poll_fn(|context| poll_input(&mut stream, orders.as_mut(), orders_first, context)).await;
+            orders_first = !orders_first;
+            for _ in 0..BATCH {
+                match input {
+                    Input::Message(message) => self.message(message),
+                    Input::Order(order) => self.order(order),
+                    Input::Stop => {
+                        let out = self.wire.drain();
+                        if let Err(error) = self.connection.send_all(&out).await {
+                            log::debug!("{} bus: the last words were not sent: {error}", self.lasting.bus);
+                        }
+                        return Ended::Stopped;
+                    }
+                    Input::Broken(text) => return self.lost(text),
+                }
+                if let Some(text) = self.useless.take() {
+                    return self.lost(text);
+                }
+                let more = poll_fn(|context| {
+                    Poll::Ready(match poll_input(&mut stream, orders.as_mut(), orders_first, context) {
+                        Poll::Ready(input) => Some(input),
+                        Poll::Pending => None,
+                    })
+                });
+                let Some(next) = more.await else { break };
+                orders_first = !orders_first;
+                input = next;
+                if matches!(input, Input::Stop | Input::Broken(_)) {
+                    continue;
+                }
+            }
+        }
+    }
+
+    fn lost(self, text: String) -> Ended {
+        for (app, task) in self.starts {
+            if !task.is_finished() {
+                let outcome = StartOutcome::Failed("the bus went away".into());
+                self.lasting.event(BusEvent::Started(app, outcome));
+            }
+        }
+        self.deliveries.end(&self.wire);
+        Ended::Lost { text, was_up: self.was_up }
+    }
+
+    fn order(&mut self, order: Action) {
+        if !self.is_up() {
+            return self.lasting.refuse(order);
+        }
+        match order {
+            Action::Reply(call, reply) => self.calls.reply(&mut self.wire, call, reply),
+            Action::Watch(app) => {
+                self.watches.add(&mut self.wire, &app);
+                self.lasting.watched.insert(app);
+            }
+            Action::Unwatch(app) => {
+                self.watches.remove(&mut self.wire, &app);
+                self.lasting.watched.remove(&app);
+            }
+            Action::Call { ticket, app, owner, version, call } => {
+                self.deliveries.call(&mut self.wire, ticket, app, owner, version, call);
+            }
+            Action::Start(app) => self.start(app),
+            other => log::error!("the bus thread was given {other:?}"),
+        }
+    }
+
+    fn start(&mut self, app: AppKey) {
+        self.starts.retain(|_, task| !task.is_finished());
+        if self.starts.contains_key(&app) {
+            return;
+        }
+        let (connection, inbox, starting) = (self.connection.clone(), self.lasting.inbox.clone(), app.clone());
+        let task = zruntime::spawn(async move {
+            let outcome = start::start(connection, starting.clone()).await;
+            let _ = inbox.send(Incoming::Event(Event::Bus(BusEvent::Started(starting, outcome))));
+        });
+        self.starts.insert(app, task);
+    }
+
+    /// A watched name came: whoever was starting it need wait no longer.
+    fn started(&mut self, name: &str) {
+        let app = AppKey::new(self.lasting.bus, name);
+        if let Some(task) = self.starts.remove(&app)
+            && !task.is_finished()
+        {
+            self.wire.event(BusEvent::Started(app, StartOutcome::Started));
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        match message.message_type() {
+            Type::MethodCall => {
+                let next = self.was_up.then_some(&mut self.lasting.next_call);
+                self.calls.incoming(&mut self.wire, message, self.taken.as_deref(), next);
+            }
+            Type::MethodReturn | Type::Error => {
+                if let Some((pending, response)) = self.wire.take(&message) {
+                    self.response(pending, response);
+                }
+            }
+            Type::Signal => self.signal(&message),
+        }
+    }
+
+    fn response(&mut self, pending: Pending, response: Response) {
+        match pending {
+            Pending::Name(index) => self.name_requested(index, response),
+            Pending::Holder(index) => {
+                let holder = response.ok().and_then(|message| message.body().deserialize::<u32>().ok());
+                let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
+                // It may have been let go in the meantime.
+                if !self.names[index] {
+                    self.refuse_service(format!(
+                        "{} owns the name {}: is another Night Porter running? Waiting until the name is free",
+                        holder, NAMES[index]
+                    ));
+                }
+            }
+            Pending::Match(app) => Watches::matched(&app, response),
+            Pending::Owner(app, number) => self.watches.owner(&mut self.wire, &app, number, response),
+            Pending::Credentials(owner, purpose) => {
+                if let Some(process) = process::credentials(&mut self.wire, &owner, &purpose, response) {
+                    self.identified(&owner, purpose, process);
+                }
+            }
+            Pending::Alive(owner, purpose, process) => {
+                self.identified(&owner, purpose, process::alive(process, response));
+            }
+            Pending::Service(sender) => {
+                self.calls.service_owner(&mut self.wire, &sender, response, &mut self.lasting.next_call);
+            }
+            Pending::Delivery(number) => self.deliveries.answered(&mut self.wire, number, response),
+            Pending::Ping(number) => self.deliveries.pinged(&mut self.wire, number, response),
+        }
+    }
+
+    fn identified(&mut self, owner: &Arc<str>, purpose: Purpose, process: Result<Process, Arc<str>>) {
+        match purpose {
+            Purpose::Watch(app) => self.watches.identified(&self.wire, app, Arc::clone(owner), process),
+            Purpose::Caller => self.calls.identified(&mut self.wire, owner, process, &mut self.lasting.next_call),
+        }
+    }
+
+    fn signal(&mut self, message: &Message) {
+        let header = message.header();
+        // Anybody can send us a signal of this name; only the bus can be its sender.
+        if header.sender().is_none_or(|sender| sender.as_str() != BUS_NAME) {
+            return;
+        }
+        let body = message.body();
+        match header.member().map(|member| member.as_str()) {
+            Some("NameOwnerChanged") => {
+                if let Ok((name, _, new)) = body.deserialize::<(&str, &str, &str)>() {
+                    self.watches.changed(&mut self.wire, name, new);
+                    if !new.is_empty() {
+                        self.started(name);
+                    }
+                }
+            }
+            Some("NameAcquired") => {
+                let index = body.deserialize::<&str>().ok().and_then(|name| NAMES.iter().position(|own| *own == name));
+                if let Some(index) = index {
+                    self.have(index);
+                }
+            }
+            Some("NameLost") => {
+                let name = body.deserialize::<&str>().ok().filter(|name| NAMES.contains(name));
+                self.useless = name.map(|name| format!("the bus took the name {name} away"));
+            }
+            _ => {}
+        }
+    }
+
+    fn name_requested(&mut self, index: usize, response: Response) {
+        const OWNER: u32 = 1;
+        const IN_LINE: u32 = 2;
+        const OWNER_ALREADY: u32 = 4;
+        match response.map(|message| message.body().deserialize::<u32>()) {
+            Ok(Ok(OWNER | OWNER_ALREADY)) => self.have(index),
+            Ok(Ok(IN_LINE)) => {
+                self.wire.ask_bus("GetConnectionUnixProcessID", &NAMES[index], Pending::Holder(index));
+            }
+            Ok(other) => self.useless = Some(format!("the bus does not give us the name {}: {other:?}", NAMES[index])),
+            Err(failure) => {
+                self.useless = Some(format!(
+                    "the bus refuses us the name {}: {failure}. Is the policy file in dbus-1/system.d installed?",
+                    NAMES[index]
+                ));
+            }
+        }
+    }
+
+    fn have(&mut self, index: usize) {
+        self.names[index] = true;
+        if !self.is_up() || self.was_up {
+            return;
+        }
+        self.was_up = true;
+        self.taken = None;
+        self.lasting.up();
+        for app in &self.lasting.watched {
+            self.watches.add(&mut self.wire, app);
+        }
+        self.calls.pump_all(&mut self.wire, &mut self.lasting.next_call);
+    }
+
+    fn refuse_service(&mut self, reason: String) {
+        self.lasting.down(&reason);
+        self.calls.refuse_all(&mut self.wire, &reason);
+        self.taken = Some(reason);
+    }
+
+    fn is_up(&self) -> bool {
+        self.names.iter().all(|owned| *owned)
+    }
+}
+
+/// The next thing that happens, either kind first in turn so that neither starves the other.
+fn poll_input(
+    stream: &mut MessageStream,
+    mut orders: Pin<&mut Receiver<Action>>,
+    orders_first: bool,
+    context: &mut Context<'_>,
+) -> Poll<Input> {
+    for kind in [orders_first, !orders_first] {
+        let polled = if kind {
+            orders.as_mut().poll_next(context).map(|order| order.map_or(Input::Stop, Input::Order))
+        } else {
+            Pin::new(&mut *stream).poll_next(context).map(|message| match message {
+                Some(Ok(message)) => Input::Message(message),
+                Some(Err(error)) => Input::Broken(format!("the connection broke: {error}")),
+                None => Input::Broken("the bus closed the connection".into()),
+            })
+        };
+        if polled.is_ready() {
+            return polled;
+        }
+    }
+    Poll::Pending
+}

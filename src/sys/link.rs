@@ -1,1 +1,0 @@
-//! WebSocket links: mio TCP, rustls, tungstenite.

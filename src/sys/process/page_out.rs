@@ -1,0 +1,265 @@
+//! Moving a frozen app's memory to swap, on a worker thread, in pieces small enough to be called off.
+
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use sysinfo::{MemoryRefreshKind, System};
+
+use super::{
+    cgroup::{Cgroup, number},
+    measure::{Scope, Zram},
+    procfs::{Member, is_gone},
+};
+use crate::{event::Outcome, sys::clock};
+
+/// Per call to the kernel: tens of milliseconds of work on a slow phone.
+const CHUNK: u64 = 16 * 1024 * 1024;
+/// `UIO_MAXIOV`.
+const MAX_RANGES: usize = 1024;
+/// `CAP_SYS_NICE` of capabilities(7).
+const CAP_SYS_NICE: u32 = 23;
+
+/// One page-out under way: the loop can call it off and see whether it has ended.
+#[derive(Debug, Default)]
+pub(super) struct Ticket {
+    cancelled: AtomicBool,
+    done: AtomicBool,
+}
+
+impl Ticket {
+    /// Ends it at the next piece.
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+
+    fn go_on(&self) -> Result<(), Arc<str>> {
+        if self.cancelled.load(Ordering::Relaxed) { Err("it was asked to run again first".into()) } else { Ok(()) }
+    }
+}
+
+/// Whether memory could be paged out: there is swap, and the cgroup takes `memory.reclaim` or we may use
+/// process_madvise(2) on others.
+pub(super) fn is_possible(cgroup: Option<&Cgroup>) -> bool {
+    swap().is_some_and(|swap| swap.total > 0) && (cgroup.is_some_and(has_reclaim) || has_capability(CAP_SYS_NICE))
+}
+
+/// Pages `scope` out and measures it before and after. Blocks; never call it on the loop.
+pub(super) fn run(scope: &Scope, ticket: &Ticket) -> Outcome {
+    let outcome = page_out(scope, ticket).unwrap_or_else(Outcome::PageOutFailed);
+    ticket.done.store(true, Ordering::Release);
+    outcome
+}
+
+fn page_out(scope: &Scope, ticket: &Ticket) -> Result<Outcome, Arc<str>> {
+    match swap() {
+        None => return Err("whether there is swap cannot be read".into()),
+        Some(Swap { total: 0, .. }) => return Err("there is no swap".into()),
+        Some(Swap { free: 0, .. }) => return Err("the swap is full".into()),
+        Some(_) => {}
+    }
+    ticket.go_on()?;
+    let since = clock::boot();
+    let (before, zram_before) = (scope.measure()?, Zram::now());
+    match scope.cgroup.as_ref().filter(|cgroup| has_reclaim(cgroup)) {
+        Some(cgroup) => reclaim(cgroup, ticket)?,
+        None => {
+            for member in scope.members()? {
+                madvise(member, ticket)?;
+            }
+        }
+    }
+    let (after, zram_after) = (scope.measure()?, Zram::now());
+    Ok(Outcome::PagedOut {
+        freed: before.pss.saturating_sub(after.pss),
+        zram: zram_after.used.saturating_sub(zram_before.used),
+        took: clock::boot().since(since),
+    })
+}
+
+/// `memory.reclaim` (Documentation/admin-guide/cgroup-v2.rst), until the anonymous memory there was has been asked for.
+fn reclaim(cgroup: &Cgroup, ticket: &Ticket) -> Result<(), Arc<str>> {
+    let anonymous = cgroup.read("memory.stat").ok().and_then(|text| number(&text, "anon"));
+    let anonymous = anonymous.ok_or("memory.stat of its cgroup cannot be read")?;
+    let mut asked = 0;
+    let mut refused = 0;
+    // Anonymous memory only (Linux 6.14 or so), mostly anonymous, or whatever an older kernel picks.
+    let mut styles = [" swappiness=max", " swappiness=200", ""].into_iter();
+    let mut style = styles.next().unwrap_or_default();
+    while asked < anonymous && refused < 2 {
+        ticket.go_on()?;
+        let chunk = CHUNK.min(anonymous - asked);
+        match cgroup.write("memory.reclaim", &format!("{chunk}{style}")) {
+            Ok(()) => asked += chunk,
+            // Less than asked for could be had.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => refused += 1,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match styles.next() {
+                Some(next) => style = next,
+                None => return Err("the kernel refuses memory.reclaim".into()),
+            },
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(format!("memory.reclaim: {error}").into()),
+        }
+    }
+    Ok(())
+}
+
+/// process_madvise(2) with MADV_PAGEOUT over the private anonymous memory of one process.
+fn madvise(member: Member, ticket: &Ticket) -> Result<(), Arc<str>> {
+    // What ends meanwhile has no memory left to page out.
+    let Ok(pidfd) = member.pidfd() else { return Ok(()) };
+    let maps = match member.dir().and_then(|dir| dir.read("maps")) {
+        Ok(maps) => maps,
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(format!("reading the mappings of process {} takes CAP_SYS_PTRACE", member.pid).into());
+        }
+        Err(_) => return Ok(()),
+    };
+    let mut ranges = pieces(parse_maps(&maps)).peekable();
+    while ranges.peek().is_some() {
+        ticket.go_on()?;
+        let mut size = 0;
+        let mut batch = Vec::new();
+        while batch.len() < MAX_RANGES
+            && let Some(range) = ranges.next_if(|(start, end)| size == 0 || size + (end - start) <= CHUNK)
+        {
+            size += range.1 - range.0;
+            batch.push(range);
+        }
+        match advise(&pidfd, &batch) {
+            Err(error) if is_gone(&error) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err("process_madvise takes CAP_SYS_NICE and CAP_SYS_PTRACE".into());
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+                return Err("the kernel has no process_madvise (Linux 5.10)".into());
+            }
+            Ok(advised) if advised >= size => {}
+            // The kernel stops at the first piece it will not take (locked memory, a hole): the others one by one.
+            Ok(_) | Err(_) => {
+                for range in batch {
+                    let _ = advise(&pidfd, &[range]);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Private, anonymous, accessible mappings of a `/proc/PID/maps`: (start, end).
+fn parse_maps(maps: &str) -> impl Iterator<Item = (u64, u64)> {
+    maps.lines().filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let mode = fields.next()?;
+        let inode = fields.nth(2)?;
+        let name = fields.next().unwrap_or_default();
+        let anonymous =
+            inode == "0" && (name.is_empty() || name == "[heap]" || name == "[stack]" || name.starts_with("[anon"));
+        let range = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        (anonymous && mode.starts_with('r') && mode.ends_with('p') && range.0 < range.1).then_some(range)
+    })
+}
+
+fn pieces(ranges: impl Iterator<Item = (u64, u64)>) -> impl Iterator<Item = (u64, u64)> {
+    ranges.flat_map(|(start, end)| {
+        let count = (end - start).div_ceil(CHUNK);
+        (0..count).map(move |n| (start + n * CHUNK, end.min(start.saturating_add((n + 1) * CHUNK))))
+    })
+}
+
+#[expect(unsafe_code, reason = "neither nix nor rustix wraps process_madvise")]
+fn advise(pidfd: &OwnedFd, ranges: &[(u64, u64)]) -> io::Result<u64> {
+    let vectors: Vec<libc::iovec> = ranges
+        .iter()
+        .filter_map(|(start, end)| {
+            Some(libc::iovec {
+                iov_base: std::ptr::without_provenance_mut(usize::try_from(*start).ok()?),
+                iov_len: usize::try_from(end - start).ok()?,
+            })
+        })
+        .collect();
+    // SAFETY: the kernel only reads the vector, whose length is given, while the call lasts. The addresses in it belong
+    // to another process and are not accessed through us; MADV_PAGEOUT changes no content there.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            pidfd.as_raw_fd(),
+            vectors.as_ptr(),
+            vectors.len(),
+            libc::MADV_PAGEOUT,
+            0,
+        )
+    };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn has_reclaim(cgroup: &Cgroup) -> bool {
+    cgroup.may_write("memory.reclaim")
+}
+
+struct Swap {
+    total: u64,
+    free: u64,
+}
+
+fn swap() -> Option<Swap> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_swap());
+    Some(Swap { total: system.total_swap(), free: system.free_swap() })
+}
+
+fn has_capability(number: u32) -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|status| parse_capability(&status, number))
+}
+
+fn parse_capability(status: &str, number: u32) -> bool {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|bits| bits >> number & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_private_anonymous_memory_is_taken() {
+        let maps = "1000-3000 rw-p 00000000 00:00 0 \n\
+            3000-4000 r-xp 00000000 fe:00 12 /usr/bin/x\n\
+            4000-5000 rw-p 00000000 fe:00 12 /usr/bin/x\n\
+            5000-6000 rw-p 00000000 00:00 0 [heap]\n\
+            6000-7000 rw-s 00000000 00:01 99 /memfd:x (deleted)\n\
+            7000-8000 ---p 00000000 00:00 0 \n\
+            8000-9000 rw-p 00000000 00:00 0 [anon:mine]\n\
+            9000-a000 r-xp 00000000 00:00 0 [vdso]\n\
+            b000-b000 rw-p 00000000 00:00 0\nx\n\nzz-1 rw-p 0 0 0\nc000-";
+        let ranges: Vec<_> = parse_maps(maps).collect();
+        assert_eq!(ranges, [(0x1000, 0x3000), (0x5000, 0x6000), (0x8000, 0x9000)]);
+    }
+
+    #[test]
+    fn large_mappings_are_cut() {
+        let whole = (0x1000, 0x1000 + 2 * CHUNK + 4096);
+        let cut: Vec<_> = pieces([whole].into_iter()).collect();
+        assert_eq!(cut.len(), 3);
+        assert_eq!((cut[0].0, cut[2].1), whole);
+        assert!(cut.windows(2).all(|pair| pair[0].1 == pair[1].0));
+        assert!(cut.iter().all(|(start, end)| end - start <= CHUNK));
+    }
+
+    #[test]
+    fn capabilities_are_bits() {
+        assert!(parse_capability("CapPrm:\t0\nCapEff:\t0000000000800000\n", CAP_SYS_NICE));
+        assert!(!parse_capability("CapEff:\t0000000000400000\n", CAP_SYS_NICE));
+        assert!(!parse_capability("", CAP_SYS_NICE));
+    }
+}

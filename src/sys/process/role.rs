@@ -1,0 +1,270 @@
+//! Who is never touched, by role: the processes and bus names a session stands on (design.md, invariant 3). Either name,
+//! the executable's or the one a process gives itself, is enough: at worst an app protects itself from being frozen.
+
+use std::path::Path;
+
+use super::procfs::Stat;
+
+/// `comm` is cut to this many bytes by the kernel.
+const COMM: usize = 15;
+
+/// What a process of this name is, as a noun phrase. A trailing `*` stands for anything.
+const PROCESSES: &[(&str, &[&str])] = &[
+    ("the message bus", &["dbus-daemon", "dbus-broker", "dbus-broker-launch"]),
+    ("the service manager", &["systemd", "(sd-pam)", "(systemd)", "init", "openrc-init", "runit", "s6-svscan"]),
+    ("a part of the system", &["systemd-*", "elogind*", "login", "seatd", "greetd", "gdm*", "sddm*", "lightdm*"]),
+    ("the sound server", &["pipewire", "pipewire-pulse", "wireplumber", "pulseaudio", "pipewire-media-session"]),
+    ("a desktop portal", &["xdg-desktop-portal*", "xdg-document-portal", "xdg-permission-store"]),
+    ("the virtual file system", &["gvfsd", "gvfsd-*", "gvfs-*", "kiod*"]),
+    (
+        "the desktop shell",
+        &[
+            "phosh",
+            "phoc",
+            "phosh-session",
+            "kwin_wayland*",
+            "kwin_x11",
+            "plasmashell",
+            "plasma_session",
+            "startplasma-*",
+            "sway",
+            "swayidle",
+            "swaylock",
+            "labwc",
+            "cage",
+            "wayfire",
+            "hyprland",
+            "Hyprland",
+            "niri",
+            "cosmic-comp",
+            "cosmic-session",
+            "river",
+            "weston",
+            "gnome-shell",
+            "gnome-session*",
+            "mutter*",
+            "lomiri*",
+            "Xwayland",
+            "Xorg",
+            "X",
+            "kded*",
+            "ksmserver",
+            "gsd-*",
+        ],
+    ),
+    (
+        "an input method",
+        &["ibus*", "fcitx*", "squeekboard", "phosh-osk*", "stevia", "maliit-*", "wvkbd*", "onboard", "uim-*"],
+    ),
+    ("an assistive technology", &["at-spi*", "orca", "speech-dispatcher", "sd_*"]),
+    ("the keyring", &["gnome-keyring*", "kwalletd*", "ksecretd", "keepassxc"]),
+    ("a key agent", &["ssh-agent", "gpg-agent", "scdaemon", "gcr-ssh-agent", "pinentry*"]),
+    ("the authorisation agent", &["polkitd", "polkit-*", "lxpolkit", "xfce-polkit"]),
+    ("the network manager", &["NetworkManager", "connmand", "iwd", "wpa_supplicant", "systemd-networkd"]),
+    ("the modem manager", &["ModemManager", "ofonod", "oFono*"]),
+    ("the notification service", &["dunst", "mako", "fnott", "swaync"]),
+    ("the porter itself", &["nightporterd"]),
+];
+
+/// Likewise for bus names.
+const NAMES: &[(&str, &[&str])] = &[
+    ("the message bus", &["org.freedesktop.DBus", "org.freedesktop.DBus.*"]),
+    ("the service manager", &["org.freedesktop.systemd1", "org.freedesktop.login1"]),
+    ("the sound server", &["org.pulseaudio.*", "org.PulseAudio*", "org.freedesktop.ReserveDevice1.*"]),
+    ("a desktop portal", &["org.freedesktop.portal.*", "org.freedesktop.impl.portal.*"]),
+    ("the virtual file system", &["org.gtk.vfs.*"]),
+    (
+        "the desktop shell",
+        &[
+            "org.gnome.Shell",
+            "org.gnome.Shell.*",
+            "org.gnome.Mutter.*",
+            "org.gnome.SessionManager",
+            "org.kde.KWin",
+            "org.kde.plasmashell",
+            "org.kde.ksmserver",
+            "sm.puri.Phosh*",
+            "mobi.phosh.Shell*",
+            "org.gnome.SettingsDaemon*",
+        ],
+    ),
+    ("an input method", &["org.freedesktop.IBus*", "org.fcitx.*", "sm.puri.OSK0", "org.maliit.*"]),
+    ("an assistive technology", &["org.a11y.*"]),
+    ("the keyring", &["org.freedesktop.secrets", "org.gnome.keyring*", "org.kde.kwalletd*"]),
+    ("the authorisation service", &["org.freedesktop.PolicyKit1"]),
+    ("the network manager", &["org.freedesktop.NetworkManager"]),
+    ("the modem manager", &["org.freedesktop.ModemManager1"]),
+    ("the notification service", &["org.freedesktop.Notifications"]),
+    ("a push distributor", &["org.unifiedpush.Distributor.*", "org.nightporter1"]),
+];
+
+/// Protected only with something running in them.
+const TERMINALS: &[&str] = &[
+    "gnome-terminal*",
+    "kgx",
+    "gnome-console",
+    "konsole",
+    "qmlkonsole",
+    "foot",
+    "footclient",
+    "alacritty",
+    "kitty",
+    "xterm",
+    "ptyxis*",
+    "xfce4-terminal",
+    "lxterminal",
+    "st",
+    "wezterm*",
+    "terminator",
+    "tilix",
+    "tmux*",
+    "screen",
+    "sshd*",
+    "cool-retro-term",
+    "deepin-terminal",
+];
+
+const SHELLS: &[&str] = &["sh", "ash", "bash", "dash", "fish", "ksh*", "mksh", "zsh", "nu", "tcsh", "csh"];
+
+/// Why this process must never be touched, as a sentence part, if so. `has_children`: whether anything runs below it.
+pub(super) fn of_process(stat: &Stat, exe: Option<&Path>, has_children: bool) -> Option<String> {
+    if stat.pid == 1 {
+        return Some("it is the first process of the system".to_owned());
+    }
+    if stat.is_kernel_thread() {
+        return Some("it is a part of the kernel".to_owned());
+    }
+    let exe = exe.and_then(Path::file_name).and_then(|name| name.to_str());
+    let exe = exe.map(|name| name.strip_suffix(" (deleted)").unwrap_or(name));
+    let is = |patterns: &[&str]| {
+        patterns.iter().any(|pattern| is_comm(pattern, &stat.comm) || exe.is_some_and(|exe| is_name(pattern, exe)))
+    };
+    if let Some((role, _)) = PROCESSES.iter().find(|(_, patterns)| is(patterns)) {
+        return Some(format!("it is {role} ({})", exe.unwrap_or(&stat.comm)));
+    }
+    if has_children && is(TERMINALS) {
+        return Some("it is a terminal with jobs in it".to_owned());
+    }
+    // What a login or a terminal starts: first of its session, with a terminal of its own.
+    if is(SHELLS) && stat.session == stat.pid && stat.terminal != 0 {
+        return Some("it is a login shell".to_owned());
+    }
+    None
+}
+
+/// Why an app of this bus name must never be touched, as a sentence part, if so.
+pub(super) fn of_service(service: &str) -> Option<String> {
+    let (role, _) = NAMES.iter().find(|(_, patterns)| patterns.iter().any(|pattern| is_name(pattern, service)))?;
+    Some(format!("it is {role}"))
+}
+
+fn is_name(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(start) => name.starts_with(start),
+        None => name == pattern,
+    }
+}
+
+fn is_comm(pattern: &str, comm: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(start) => comm.starts_with(start.get(..COMM).unwrap_or(start)),
+        None => comm == pattern.get(..COMM).unwrap_or(pattern),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(comm: &str) -> Stat {
+        Stat {
+            pid: 70,
+            comm: comm.to_owned(),
+            state: 'S',
+            parent: 1,
+            session: 60,
+            terminal: 0,
+            flags: 0x0040_0000,
+            start: 1,
+        }
+    }
+
+    #[test]
+    fn a_session_stands_on_these() {
+        for comm in [
+            "dbus-daemon",
+            "dbus-broker-lau",
+            "systemd",
+            "(sd-pam)",
+            "pipewire",
+            "wireplumber",
+            "pulseaudio",
+            "xdg-desktop-por",
+            "gvfsd-fuse",
+            "phosh",
+            "phoc",
+            "kwin_wayland",
+            "kwin_wayland_wr",
+            "plasmashell",
+            "sway",
+            "labwc",
+            "gnome-shell",
+            "mutter",
+            "Xwayland",
+            "Xorg",
+            "ibus-daemon",
+            "fcitx5",
+            "squeekboard",
+            "maliit-keyboard",
+            "at-spi-bus-laun",
+            "gnome-keyring-d",
+            "ssh-agent",
+            "gpg-agent",
+            "polkit-gnome-au",
+            "NetworkManager",
+            "ModemManager",
+            "nightporterd",
+            "init",
+        ] {
+            assert!(of_process(&process(comm), None, false).is_some(), "{comm}");
+        }
+        for comm in
+            ["", "sleep", "sh", "dbus", "dbus-daemonx", "fractal", "systemctl", "signal-desktop", "nightporter-sam"]
+        {
+            assert_eq!(of_process(&process(comm), None, false), None, "{comm}");
+        }
+    }
+
+    #[test]
+    fn the_executable_counts_as_well() {
+        let renamed = process("innocent");
+        assert!(of_process(&renamed, Some(Path::new("/usr/bin/dbus-daemon")), false).unwrap().contains("message bus"));
+        assert!(of_process(&renamed, Some(Path::new("/usr/bin/phoc (deleted)")), false).is_some());
+        assert_eq!(of_process(&renamed, Some(Path::new("/usr/bin/chatty")), false), None);
+    }
+
+    #[test]
+    fn terminals_and_shells_only_with_somebody_in_them() {
+        assert_eq!(of_process(&process("kgx"), None, false), None);
+        assert!(of_process(&process("gnome-terminal-"), None, true).is_some());
+        assert_eq!(of_process(&process("bash"), None, true), None);
+        let login = Stat { session: 70, terminal: 34816, ..process("bash") };
+        assert!(of_process(&login, None, false).is_some());
+    }
+
+    #[test]
+    fn the_first_process_and_the_kernel() {
+        assert!(of_process(&Stat { pid: 1, ..process("anything") }, None, false).is_some());
+        assert!(of_process(&Stat { flags: 0x0020_8040, ..process("kworker/0:1") }, None, false).is_some());
+    }
+
+    #[test]
+    fn names_of_services() {
+        for name in ["org.freedesktop.DBus", "org.freedesktop.portal.Desktop", "org.unifiedpush.Distributor.kde"] {
+            assert!(of_service(name).is_some(), "{name}");
+        }
+        for name in ["org.freedesktop.DBusX", "im.fractal.Fractal", ":1.5", ""] {
+            assert_eq!(of_service(name), None, "{name}");
+        }
+    }
+}

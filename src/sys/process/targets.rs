@@ -1,0 +1,439 @@
+//! All targets: the door the loop uses.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::fd::AsRawFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use mio::{Interest, Registry, Token, unix::SourceFd};
+
+use super::{
+    cgroup::Cgroup,
+    home::{Home, World, remove},
+    measure,
+    page_out::{self, Ticket},
+    procfs::{Member, ProcDir, parse_uids},
+    record::{Record, thaw_leftovers},
+    target::{Context, Phase, Target, has_ended, kill_all},
+};
+use crate::{
+    event::{Event, Outcome},
+    model::{AppKey, Freezer, ProcessFacts, TargetId},
+    sys::{
+        clock,
+        inbox::{Process, Sender},
+        jobs::Jobs,
+    },
+    time::{Instant, earliest},
+};
+
+/// Targets at most.
+const MAX_TARGETS: usize = 4096;
+
+/// Two targets of one process (tests have them) must not make cgroups of the same name.
+static NEXT_TARGET: AtomicU64 = AtomicU64::new(1);
+
+/// Why [`Targets::new`] failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// Nothing may be frozen that cannot be written down first.
+    #[error("cannot keep the freeze record in {}: {error}; give a directory on a tmpfs that is the daemon's own", dir.display())]
+    Record {
+        /// The runtime directory.
+        dir: PathBuf,
+        /// What went wrong.
+        error: io::Error,
+    },
+    /// `/proc` is not what it should be.
+    #[error("cannot read /proc: {0}; is it mounted?")]
+    Proc(io::Error),
+}
+
+/// What is found out by itself unless said otherwise.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Never use cgroups.
+    pub signals_only: bool,
+    /// Where the cgroup v2 hierarchy is mounted, instead of what `/proc/self/mountinfo` says.
+    pub cgroup_mount: Option<PathBuf>,
+    /// Whether systemd manages the cgroups, instead of whether `/run/systemd/system` is there.
+    pub systemd: Option<bool>,
+    /// A freeze or thaw that the kernel has not confirmed by then has failed.
+    pub deadline: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { signals_only: false, cgroup_mount: None, systemd: None, deadline: Duration::from_secs(2) }
+    }
+}
+
+/// The processes behind apps' names. Owned by the loop thread; never blocks. Results are taken with
+/// [`Targets::drain`], those of measuring and paging out come through the inbox.
+pub struct Targets {
+    registry: Registry,
+    first_token: usize,
+    sender: Sender,
+    jobs: Jobs,
+    world: World,
+    record: Record,
+    deadline: Duration,
+    targets: HashMap<TargetId, Target>,
+    /// By token: two for each target, its pidfd's and its `cgroup.events`'.
+    slots: Vec<Option<TargetId>>,
+    killed: Vec<Killed>,
+    /// Cgroups made by us, or by a daemon before us, that still have somebody in them.
+    made: Vec<PathBuf>,
+    out: Vec<Event>,
+}
+
+/// The rest of an app whose main process ended on SIGTERM.
+struct Killed {
+    deadline: Instant,
+    members: Vec<Member>,
+    cgroup: Option<Cgroup>,
+}
+
+impl Targets {
+    /// Tokens used, from `first_token` on.
+    pub const TOKENS: usize = 2 * MAX_TARGETS;
+
+    /// Thaws what an earlier daemon left in `runtime_dir` and starts a freeze record there.
+    ///
+    /// # Errors
+    /// When the record cannot be written or `/proc` cannot be read.
+    pub fn new(
+        registry: Registry,
+        first_token: usize,
+        sender: Sender,
+        jobs: Jobs,
+        runtime_dir: PathBuf,
+        options: Options,
+    ) -> Result<Self, ProcessError> {
+        let report = thaw_leftovers(&runtime_dir);
+        if !report.is_empty() {
+            log::warn!("left frozen by the daemon before: {report}");
+        }
+        let world = World::new(options.cgroup_mount, options.systemd).map_err(ProcessError::Proc)?;
+        let record = Record::open(&runtime_dir).map_err(|error| ProcessError::Record { dir: runtime_dir, error })?;
+        let made = world.sweep_dead();
+        let world = if options.signals_only { world.signals_only() } else { world };
+        Ok(Self {
+            registry,
+            first_token,
+            sender,
+            jobs,
+            world,
+            record,
+            deadline: options.deadline,
+            targets: HashMap::new(),
+            slots: Vec::new(),
+            killed: Vec::new(),
+            made,
+            out: Vec::new(),
+        })
+    }
+
+    /// Takes the process behind `app`'s name into care. Nothing is done to it yet.
+    ///
+    /// # Errors
+    /// As a sentence part, when it has ended, is not the one meant, or there are 4096 already.
+    pub fn adopt(&mut self, app: &AppKey, process: Process) -> Result<(TargetId, ProcessFacts), Arc<str>> {
+        let main = identify(&process)?;
+        let id = TargetId(NEXT_TARGET.fetch_add(1, Ordering::Relaxed));
+        let survey = self.world.survey(&app.service, main, &[])?;
+        let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        if slot >= MAX_TARGETS {
+            return Err("there are 4096 apps already".into());
+        }
+        let token = self.first_token + 2 * slot;
+        self.registry
+            .register(&mut SourceFd(&process.pidfd.as_raw_fd()), Token(token), Interest::READABLE)
+            .map_err(|error| format!("its end cannot be watched: {error}"))?;
+        let (freezer, cgroup) = match &survey.home {
+            Home::Cgroup { cgroup, .. } => (Freezer::Cgroup2, Some(cgroup)),
+            Home::Movable => (Freezer::Cgroup2, None),
+            Home::Tree => (Freezer::Signal, None),
+        };
+        let can_page_out = survey.protected.is_none() && page_out::is_possible(cgroup);
+        let facts = ProcessFacts { pid: main.pid, freezer, can_page_out, protected: survey.protected };
+        let target = Target {
+            id,
+            app: app.clone(),
+            main,
+            pidfd: process.pidfd,
+            token: Token(token + 1),
+            home: survey.home,
+            phase: Phase::Running,
+            page_out: None,
+            kill: None,
+        };
+        match self.slots.get_mut(slot) {
+            Some(free) => *free = Some(id),
+            None => self.slots.push(Some(id)),
+        }
+        self.targets.insert(id, target);
+        Ok((id, facts))
+    }
+
+    /// Holds the app still. Ends with `Frozen` or `FreezeFailed`.
+    pub fn freeze(&mut self, id: TargetId) {
+        let ended = || Outcome::FreezeFailed("its process has ended".into());
+        self.with_others(id, ended, |target, others, cx| target.freeze(others, cx));
+    }
+
+    /// Lets it run. Ends with `Thawed` or `ThawFailed`.
+    pub fn thaw(&mut self, id: TargetId) {
+        self.with(id, |target, cx| target.thaw(cx));
+        if !self.targets.contains_key(&id) {
+            self.out.push(Event::Outcome(id, Outcome::ThawFailed("its process has ended".into())));
+        }
+    }
+
+    /// Asks it to end with SIGTERM, and kills it after `grace`. Ends with `TargetGone` or `KillFailed`.
+    pub fn kill(&mut self, id: TargetId, grace: Duration) {
+        let ended = || Outcome::KillFailed("its process has ended".into());
+        self.with_others(id, ended, |target, others, cx| target.kill(grace, others, cx));
+    }
+
+    /// Moves the memory of a frozen app to swap. Ends with `PagedOut` or `PageOutFailed`, in the inbox.
+    pub fn page_out(&mut self, id: TargetId) {
+        let started = self.start_page_out(id);
+        if let Err(reason) = started {
+            self.out.push(Event::Outcome(id, Outcome::PageOutFailed(reason)));
+        }
+    }
+
+    /// Measures it. Ends with `Sampled`, in the inbox.
+    pub fn sample(&mut self, id: TargetId) {
+        let failed = match self.targets.get(&id) {
+            None => "its process has ended",
+            Some(target) => {
+                let (scope, sender) = (target.scope(), self.sender.clone());
+                let run = move || {
+                    sender.event(Event::Sampled(id, scope.measure()));
+                };
+                if self.jobs.run(run) {
+                    return;
+                }
+                "too much other work is waiting"
+            }
+        };
+        self.out.push(Event::Sampled(id, Err(failed.into())));
+    }
+
+    /// Measures this daemon and zram. Ends with `SampledSelf`, in the inbox.
+    pub fn sample_self(&mut self) {
+        let sender = self.sender.clone();
+        let run = move || {
+            sender.event(measure::this_process());
+        };
+        if !self.jobs.run(run) {
+            // Cheap enough: a daemon of a few MiB.
+            self.out.push(measure::this_process());
+        }
+    }
+
+    /// Lets it run, if it is held, and takes no more care of it. A kill under way goes on.
+    pub fn forget(&mut self, id: TargetId) {
+        self.end(id);
+        self.sweep();
+    }
+
+    /// Whether `token` is one of ours.
+    pub fn owns(&self, token: Token) -> bool {
+        (self.first_token..self.first_token + Self::TOKENS).contains(&token.0)
+    }
+
+    /// Something happened behind `token`.
+    pub fn ready(&mut self, token: Token) {
+        let Some(index) = token.0.checked_sub(self.first_token) else { return };
+        let Some(id) = self.slots.get(index / 2).copied().flatten() else { return };
+        if index % 2 == 1 {
+            return self.with(id, |target, cx| target.step(clock::boot(), cx));
+        }
+        // The slot may have had another tenant when this was made.
+        if self.targets.get(&id).is_some_and(|target| has_ended(&target.pidfd)) {
+            self.end(id);
+            self.out.push(Event::TargetGone(id));
+            self.sweep();
+        }
+    }
+
+    /// When [`Targets::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let targets = self.targets.values().filter_map(Target::due).min();
+        earliest(targets, self.killed.iter().map(|killed| killed.deadline).min())
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let due = |target: &&Target| target.due().is_some_and(|due| due <= now);
+        let due: Vec<TargetId> = self.targets.values().filter(due).map(|target| target.id).collect();
+        for id in due {
+            let others = self.others(id);
+            self.with(id, |target, cx| {
+                target.step(now, cx);
+                target.force(now, &others, cx);
+            });
+        }
+        let over: Vec<Killed> = self.killed.extract_if(.., |killed| killed.deadline <= now).collect();
+        for killed in over {
+            self.finish(killed);
+        }
+    }
+
+    /// Moves what happened to `out`, in order.
+    pub fn drain(&mut self, out: &mut Vec<Event>) {
+        out.append(&mut self.out);
+    }
+
+    /// Lets everything run, at once: the daemon ends. Dropping does the same.
+    pub fn thaw_all(&mut self) {
+        let ids: Vec<TargetId> = self.targets.keys().copied().collect();
+        for id in ids {
+            self.with(id, |target, cx| {
+                if let Err(error) = target.stop_holding(cx) {
+                    log::error!("{} could not be thawed: {error}", target.app);
+                }
+            });
+        }
+        self.record.thaw_inherited();
+    }
+
+    fn start_page_out(&mut self, id: TargetId) -> Result<(), Arc<str>> {
+        let target = self.targets.get_mut(&id).ok_or("its process has ended")?;
+        if !matches!(target.phase, Phase::Frozen(_)) {
+            return Err("it is not frozen".into());
+        }
+        if target.page_out.as_ref().is_some_and(|ticket| !ticket.is_done()) {
+            return Err("that is under way already".into());
+        }
+        let ticket = Arc::new(Ticket::default());
+        target.page_out = Some(Arc::clone(&ticket));
+        let (scope, sender) = (target.scope(), self.sender.clone());
+        let run = move || {
+            sender.event(Event::Outcome(id, page_out::run(&scope, &ticket)));
+        };
+        if self.jobs.run(run) { Ok(()) } else { Err("too much other work is waiting".into()) }
+    }
+
+    /// Ends the care for a target that is gone or forgotten.
+    fn end(&mut self, id: TargetId) {
+        self.with(id, |target, cx| {
+            if let Err(error) = target.stop_holding(cx) {
+                log::error!("{} could not be thawed: {error}", target.app);
+            }
+            // What it was about to say is of no interest any more.
+            cx.out.retain(|event| !matches!(event, Event::Outcome(of, _) if *of == id));
+        });
+        let Some(target) = self.targets.remove(&id) else { return };
+        let _ = self.registry.deregister(&mut SourceFd(&target.pidfd.as_raw_fd()));
+        for slot in self.slots.iter_mut().filter(|slot| **slot == Some(id)) {
+            *slot = None;
+        }
+        if let Some(kill) = target.kill
+            && self.killed.len() < MAX_TARGETS
+        {
+            let deadline = kill.deadline();
+            let cgroup = match target.home {
+                Home::Cgroup { cgroup, whole: true } => Some(cgroup),
+                _ => None,
+            };
+            self.killed.push(Killed { deadline, members: kill.members, cgroup });
+        }
+    }
+
+    /// The grace of an app is over whose main process has ended: the rest goes as well.
+    fn finish(&mut self, killed: Killed) {
+        match killed.cgroup {
+            // Its own, and nobody we know has moved in.
+            Some(cgroup)
+                if cgroup.is_current()
+                    && cgroup.procs().is_ok_and(|pids| !self.targets.values().any(|t| pids.contains(&t.main.pid))) =>
+            {
+                if let Err(error) = cgroup.kill() {
+                    log::warn!("{}: cgroup.kill: {error}", cgroup.path().display());
+                    kill_all(killed.members);
+                }
+            }
+            Some(_) => {}
+            None => kill_all(killed.members),
+        }
+        self.sweep();
+    }
+
+    /// Removes cgroups of ours that are empty now.
+    fn sweep(&mut self) {
+        self.made.retain(|path| !remove(path));
+    }
+
+    fn with(&mut self, id: TargetId, act: impl FnOnce(&mut Target, &mut Context<'_>)) {
+        let Some(target) = self.targets.get_mut(&id) else { return };
+        let mut cx = Context {
+            registry: &self.registry,
+            world: &self.world,
+            record: &mut self.record,
+            made: &mut self.made,
+            out: &mut self.out,
+            deadline: self.deadline,
+        };
+        act(target, &mut cx);
+    }
+
+    fn with_others(
+        &mut self,
+        id: TargetId,
+        ended: impl FnOnce() -> Outcome,
+        act: impl FnOnce(&mut Target, &[(u32, Arc<str>)], &mut Context<'_>),
+    ) {
+        let others = self.others(id);
+        if self.targets.contains_key(&id) {
+            self.with(id, |target, cx| act(target, &others, cx));
+        } else {
+            self.out.push(Event::Outcome(id, ended()));
+        }
+    }
+
+    /// The processes of all other apps.
+    fn others(&self, id: TargetId) -> Vec<(u32, Arc<str>)> {
+        let Some(app) = self.targets.get(&id).map(|target| &target.app) else { return Vec::new() };
+        let others = self.targets.values().filter(|other| other.app != *app);
+        others.map(|other| (other.main.pid, Arc::clone(&other.app.service))).collect()
+    }
+}
+
+impl Drop for Targets {
+    fn drop(&mut self) {
+        self.thaw_all();
+    }
+}
+
+/// The start time that belongs to the process behind the pidfd.
+fn identify(process: &Process) -> Result<Member, Arc<str>> {
+    let gone = || Arc::from("its process has ended");
+    let dir = ProcDir::open(process.pid).map_err(|_| gone())?;
+    let main = Member::of(&dir.stat().map_err(|_| gone())?);
+    let uids = dir.read("status").ok().and_then(|status| parse_uids(&status));
+    let same = fs::read_to_string(format!("/proc/self/fdinfo/{}", process.pidfd.as_raw_fd())).is_ok_and(|info| {
+        info.lines().any(|line| line.strip_prefix("Pid:").is_some_and(|pid| pid.trim() == process.pid.to_string()))
+    });
+    // Still alive after its pid was read: so the pid was its own all the while.
+    if has_ended(&process.pidfd) {
+        return Err(gone());
+    }
+    if !same {
+        return Err(format!("its pidfd is not that of process {}", process.pid).into());
+    }
+    if !uids.is_some_and(|uids| uids.contains(&process.uid)) {
+        return Err(format!("process {} does not run as user {}", process.pid, process.uid).into());
+    }
+    Ok(main)
+}
