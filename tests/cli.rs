@@ -36,7 +36,7 @@ impl Bus {
 <busconfig>
   <type>session</type>
   <listen>unix:path={}</listen>
-  <policy context="default"><allow send_destination="*"/><allow own="*"/></policy>
+  <policy context="default"><allow send_destination="*"/><allow receive_sender="*"/><allow own="*"/></policy>
 </busconfig>"#,
                 dir.path().join("bus").display()
             ),
