@@ -425,7 +425,8 @@ fn history(name: &str, bytes: usize) -> Vec<Box<str>> {
         let mut message = String::with_capacity(160);
         let _ = write!(message, "{clock} <{}>", PEOPLE[random.below(PEOPLE.len() as u64) as usize]);
         for _ in 0..4 + random.below(20) {
-            let _ = write!(message, " {}", WORDS[random.below(WORDS.len() as u64) as usize]);
+            message.push(' ');
+            message.push_str(WORDS[random.below(WORDS.len() as u64) as usize]);
         }
         if random.below(12) == 0 {
             let _ = write!(message, " https://example.org/p/{:x}", random.below(1 << 48));
