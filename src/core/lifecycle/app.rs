@@ -83,7 +83,8 @@ struct Instance {
     baseline: Baseline,
     sampling: Option<(SampleKind, Instant)>,
     uss: Option<u64>,
-    paging: bool,
+    /// Since when it was frozen as its page-out was asked for, until that has an outcome.
+    paging: Option<Instant>,
     freeze_fails: u32,
     freeze_again: Retry,
     kill_fails: u32,
@@ -288,12 +289,13 @@ impl App {
             instance.wanted = true;
             return Readiness::Ending;
         }
-        if instance.owner.is_none() {
+        instance.let_go("a message came for it", env);
+        let named = instance.owner.is_some();
+        instance.wanted = named;
+        self.settle(env);
+        if !named {
             return Readiness::NotRunning;
         }
-        instance.wanted = true;
-        instance.let_go("a message came for it", env);
-        self.settle(env);
         match &mut self.instance {
             Some(instance) if instance.hold == Hold::Running => {
                 instance.wanted = false;
@@ -331,23 +333,30 @@ impl App {
             (Outcome::Frozen { .. }, Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
                 self.thaw("it was frozen after it had been let go", env);
             }
+            (Outcome::ThawFailed(text), Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
+                self.thaw(&format!("it is not known whether it is frozen: {text}"), env);
+            }
             (Outcome::FreezeFailed(text), Hold::Freezing { .. }) => {
                 instance.hold = Hold::Running;
                 self.freeze_failed(text, env);
             }
             (Outcome::Thawed { .. }, Hold::Thawing { .. }) => self.thawed(env),
             (Outcome::ThawFailed(text), Hold::Thawing { since, retry: None }) => self.thaw_failed(since, text, env),
+            // A page-out overtaken by a thaw says nothing about the next freeze.
             (Outcome::PagedOut { .. }, hold) => {
-                // One that was overtaken by a thaw says nothing about the next freeze.
-                let paged = std::mem::take(&mut instance.paging);
-                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                let asked = instance.paging.take();
+                if let Hold::Frozen { since, paged: Paged::NotYet } = hold
+                    && asked == Some(since)
+                {
                     instance.hold = Hold::Frozen { since, paged: Paged::Done };
                     instance.sample(SampleKind::PagedOut, env);
                 }
             }
             (Outcome::PageOutFailed(text), hold) => {
-                let paged = std::mem::take(&mut instance.paging);
-                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                let asked = instance.paging.take();
+                if let Hold::Frozen { since, paged: Paged::NotYet } = hold
+                    && asked == Some(since)
+                {
                     instance.hold = Hold::Frozen { since, paged: Paged::Left };
                     self.decide("page-out-failed", &format!("its memory could not be paged out: {text}"), env);
                 }
@@ -574,8 +583,8 @@ impl App {
                 instance.hold = Hold::WouldBeFrozen { since, paged: Paged::Done };
                 self.decide("would-page-out", reason, env);
             }
-            (Act::PageOut, _) => {
-                instance.paging = true;
+            (Act::PageOut, Hold::Frozen { since, .. }) => {
+                instance.paging = Some(since);
                 self.decide("page-out", reason, env);
                 env.out.push_back(Output::PageOut(target));
             }
@@ -598,7 +607,7 @@ impl App {
             }
             (Act::NoAnswer, Hold::Thawing { since, .. }) => self.thaw_failed(since, reason, env),
             (Act::NoAnswer, Hold::Killing { .. }) => self.kill_failed(reason, env),
-            (Act::LeavePages | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
+            (Act::PageOut | Act::LeavePages | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
         }
     }
 
@@ -743,7 +752,7 @@ impl Instance {
             baseline: Baseline::NotAsked,
             sampling: None,
             uss: None,
-            paging: false,
+            paging: None,
             freeze_fails: 0,
             freeze_again: Retry::Now,
             kill_fails: 0,
@@ -794,7 +803,7 @@ impl Instance {
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
             sampling_until: self.sampling.map(|(_, until)| until),
-            paging: self.paging,
+            paging: self.paging.is_some(),
             uss: self.uss,
             freeze_again: self.freeze_again,
             kill_again: self.kill_again,
