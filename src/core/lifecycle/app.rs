@@ -199,7 +199,7 @@ impl App {
     /// The process ended.
     pub(super) fn target_gone(&mut self, target: TargetId, env: &mut Env<'_>) {
         if self.early_process.as_ref().is_some_and(|(_, p)| matches!(p, Ok((early, _)) if *early == target)) {
-            self.early_process = None;
+            self.forget_early(env);
         }
         let Some(instance) = self.instance.as_mut().filter(|instance| instance.target() == Some(target)) else {
             return;

@@ -200,7 +200,7 @@ impl World {
                 let uss = if small { 1000 } else { 20_000 };
                 let memory = if ok { Ok(Memory { pss: 2 * uss, uss, swap: 0 }) } else { Err("no".into()) };
                 if let Some(target) = self.life.target_of(&key(app)) {
-                    let _ = self.life.sampled(target, &memory, now);
+                    let _ = self.life.sampled(target, memory, now);
                 }
             }
             Op::Command(app, command) => self.command(app, command),

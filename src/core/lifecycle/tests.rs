@@ -88,7 +88,7 @@ impl World {
     }
 
     fn sampled(&mut self, memory: Memory) -> Option<SampleKind> {
-        self.life.sampled(T1, &Ok(memory), self.now)
+        self.life.sampled(T1, Ok(memory), self.now)
     }
 
     fn wanted(&mut self) -> Readiness {
@@ -188,7 +188,7 @@ fn the_whole_way_down_to_the_tombstone_and_up_again() {
     assert_eq!((world.state(), world.acts()), ("awake", vec![]));
     world.pass(1);
     assert_eq!(world.acts(), [Output::Sample(T2, SampleKind::Resident)]);
-    world.life.sampled(T2, &Ok(LARGE), world.now);
+    world.life.sampled(T2, Ok(LARGE), world.now);
     assert_eq!(world.acts(), [Output::Freeze(T2)]);
     assert_eq!(world.why(), "freeze: it is in the background and its time after a message or a thaw is over");
 }
@@ -313,7 +313,7 @@ fn a_measurement_that_fails_or_gets_lost_does_not_stop_the_freeze() {
     let mut world = World::background(Profile::Tombstone);
     world.pass(10);
     world.acts();
-    assert_eq!(world.life.sampled(T1, &Err("no access".into()), world.now), Some(SampleKind::Resident));
+    assert_eq!(world.life.sampled(T1, Err("no access".into()), world.now), Some(SampleKind::Resident));
     let told =
         ["not-measured: its memory could not be measured: no access", "freeze: it has been in the background for 10 s"];
     let decisions: Vec<_> = world.life.decisions(&world.app).map(|d| format!("{}: {}", d.verdict, d.reason)).collect();
@@ -626,6 +626,11 @@ fn news_may_come_in_any_order() {
     world.acts();
     world.pass(10);
     assert_eq!(world.acts(), [RESIDENT]);
+    // A process looked at and ended before its name came.
+    let mut world = World::new(Profile::Tombstone, false);
+    world.identify(1, T1);
+    world.life.target_gone(T1, world.now);
+    assert_eq!(world.acts(), [Output::Forget(T1)]);
     // But a claim is not kept for whoever comes later.
     let mut world = World::new(Profile::Tombstone, false);
     world.declare(Claim::Background);
