@@ -250,7 +250,7 @@ impl World {
         let Some(n) = (if whose == 1 { model.former } else { model.owner }) else { return };
         if whose == 3 {
             // A second look that finds another process, or none, costs the claim.
-            if self.life.target_of(&key(app)).is_some() {
+            if self.life.target_of(&key(app)).is_some() && !self.is_ending(app) {
                 self.apps[app].background = false;
                 self.apps[app].by_hand = false;
             }
@@ -272,11 +272,16 @@ impl World {
             can_page_out: true,
             protected: protected.then(|| "it is the message bus".into()),
         };
-        if known && whose == 2 {
+        if known && whose == 2 && !self.is_ending(app) {
             self.apps[app].background = false;
             self.apps[app].by_hand = false;
         }
         self.life.identified(&key(app), &owner(n), Ok((target, facts)), self.now);
+    }
+
+    /// What is being killed is seen through: looks at another process are not believed.
+    fn is_ending(&self, app: usize) -> bool {
+        self.life.show(&key(app), self.now).is_some_and(|view| view.state == State::Ending)
     }
 
     fn wanted(&mut self, app: usize) {
