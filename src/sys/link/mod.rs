@@ -173,8 +173,9 @@ impl Links {
         }
     }
 
-    /// Does what is ready and appends what happened to `out`, `budget` events at most. True when there is more to do
-    /// without any new readiness: mio will not tell again.
+    /// Does what is ready and appends what happened to `out`, `budget` events at most and one more for a link that ends
+    /// as it opens. True when there is more to do without any new readiness: mio will not tell again. To be called in
+    /// each turn, after all that was handed in: errors found at once by the other calls come out here.
     pub fn poll(&mut self, out: &mut Vec<(LinkId, LinkEvent)>, budget: usize) -> bool {
         let mut left = budget;
         while left > 0
