@@ -103,7 +103,8 @@ impl Links {
     }
 
     /// Opens `link` to the upstream of that name; `path` is appended to its base URL. Ends with `LinkEvent::Open`, or
-    /// with an error, also one found at once, out of [`Links::poll`].
+    /// with an error, also one found at once, out of [`Links::poll`]. Each address has five seconds to accept; how long
+    /// the whole may take is for the caller to say, with [`Links::close`].
     pub fn connect(&mut self, link: LinkId, upstream: &str, path: &str) {
         if let Err(error) = self.prepare(link, upstream, path) {
             self.ended.push_back((link, LinkEvent::Failed(error)));

@@ -446,6 +446,21 @@ fn fragments_that_never_end_do_not_keep_the_loop() {
 }
 
 #[test]
+fn what_comes_after_a_flood_of_fragments_is_read_without_a_new_edge() {
+    let (url, _server) = serve(|stream| {
+        let (mut socket, ..) = accept(stream);
+        // More than is read in one turn, and all there before the first.
+        let bytes = [&b"\x01\x00"[..], &[0; 100_000], b"\x80\x02hi"].concat();
+        socket.get_mut().write_all(&bytes).unwrap();
+        socket.read().map(drop)
+    });
+    let mut world = World::new(vec![settings(&url)]);
+    world.open("");
+    thread::sleep(Duration::from_millis(200));
+    world.until("text", |events| events.contains(&(LINK, LinkEvent::Text("hi".into()))));
+}
+
+#[test]
 fn a_peer_that_does_not_read_breaks_the_link_and_not_the_daemon() {
     let (release, wait) = mpsc::channel::<()>();
     let (url, server) = serve(move |stream| {
