@@ -88,8 +88,11 @@ fn an_app_that_shares_its_cgroup_gets_its_own() {
     porter.gone(target);
     wait_for("the cgroup to be removed", || {
         porter.turn();
-        porter.targets.forget(target);
         !dir.exists()
+    });
+    wait_for("rest", || {
+        porter.turn();
+        porter.targets.poll_timeout().is_none()
     });
 }
 
@@ -447,18 +450,38 @@ fn cgroups_of_a_dead_daemon_are_thawed_and_removed_even_without_a_record() {
     assert!(path.to_string_lossy().contains("/nightporter-"), "{}", path.display());
     let mut porter = Porter::new();
     assert!(app.grows());
-    // The app is alone in it: the new daemon uses it as it is, and removes it in the end.
+    // Another daemon that starts thaws and removes it again, so the new one does not freeze the app there.
     let (target, facts) = porter.adopt(&app);
     assert_eq!(facts.freezer, Freezer::Cgroup2);
     porter.freeze(target);
-    assert_eq!(mount().join(&cgroup_of(app.pid())[1..]), path);
+    let own = mount().join(&cgroup_of(app.pid())[1..]);
+    assert_ne!(own, path);
+    assert!(own.to_string_lossy().contains(&format!("/nightporter-{}.", std::process::id())), "{}", own.display());
     porter.targets.kill(target, Duration::from_millis(100));
     porter.gone(target);
-    wait_for("the cgroup to be removed", || {
+    wait_for("the cgroups to be removed", || {
         porter.turn();
-        porter.targets.forget(target);
-        !path.parent().unwrap().exists()
+        !own.exists() && !path.parent().unwrap().exists()
     });
+}
+
+#[test]
+fn an_app_in_the_care_of_another_daemon_is_left_to_it() {
+    let app = App::forking();
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = helper("churn-cgroup");
+    command.env("NP_DIR", dir.path()).env("NP_PID", app.pid().to_string());
+    let mut daemon = command.spawn().unwrap();
+    wait_for("the move", || cgroup_of(app.pid()).contains(&format!("/nightporter-{}.", daemon.id())));
+    let mut porter = Porter::new();
+    let key = AppKey::new(Bus::Session(0), "org.example.Other");
+    let refused = porter.targets.adopt(&key, app.process());
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert!(refused.unwrap_err().contains("another Night Porter"));
+    thaw_leftovers(dir.path());
+    assert!(app.grows());
+    porter.targets.adopt(&key, app.process()).unwrap();
 }
 
 #[test]

@@ -166,7 +166,7 @@ impl Target {
 
     fn begin(&mut self, survey: Survey, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
         self.home = match survey.home {
-            Home::Movable => match cx.world.make_own(&self.app.service, self.id, self.main) {
+            Home::Movable => match cx.world.make_own(&self.app.service, self.id, self.main, &survey.members) {
                 Ok(cgroup) => {
                     cx.made.push(cgroup.path().to_owned());
                     Home::Cgroup { cgroup, whole: true }
