@@ -181,6 +181,12 @@ fn what_somebody_else_froze_is_not_ours() {
     group.take(&app);
     let mut porter = Porter::new();
     let (target, _) = porter.adopt(&app);
+    let outer = group.0.parent().unwrap().join("cgroup.freeze");
+    fs::write(&outer, "1").unwrap();
+    wait_for("the freeze from above", || group.is_frozen());
+    let reason = porter.freeze_fails(target);
+    assert!(reason.contains("somebody else"), "{reason}");
+    fs::write(&outer, "0").unwrap();
     fs::write(group.0.join("cgroup.freeze"), "1").unwrap();
     let reason = porter.freeze_fails(target);
     assert!(reason.contains("somebody else"), "{reason}");

@@ -14,6 +14,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{
     cgroup::Cgroup,
+    hold::{Hold, Progress, Wait, read_frozen},
     home::{Home, ROUNDS, Survey, World},
     measure::Scope,
     page_out::Ticket,
@@ -29,9 +30,6 @@ use crate::{
 
 /// A process that got SIGKILL and is there after this long hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);
-/// Between looks at a tree that is stopping: doubled each time, from the first to the last of these.
-const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
-
 /// What a target needs of its surroundings for a while.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
@@ -65,36 +63,6 @@ pub(super) enum Phase {
     Thawing(Hold, Wait),
 }
 
-/// What is waited for, and since when.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wait {
-    since: Instant,
-    deadline: Instant,
-    next: Instant,
-    pause: Duration,
-}
-
-impl Wait {
-    fn start(now: Instant, patience: Duration) -> Self {
-        Self { since: now, deadline: now + patience, next: now + LOOK.0, pause: LOOK.0 }
-    }
-
-    /// Looks again soon, or only at the deadline where the kernel speaks up by itself.
-    fn again(&mut self, now: Instant, told: bool) {
-        self.pause = (self.pause * 2).min(LOOK.1);
-        self.next = if told { self.deadline } else { self.deadline.min(now + self.pause) };
-    }
-}
-
-/// How far a freeze has come.
-enum Progress {
-    Held,
-    /// The kernel tells when there is more to see.
-    Told,
-    /// To be looked at again; why it is not held yet.
-    Look(String),
-}
-
 /// A kill under way.
 #[derive(Debug)]
 pub(super) struct Kill {
@@ -107,13 +75,6 @@ impl Kill {
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }
-}
-
-/// What holds an app still.
-#[derive(Debug)]
-pub(super) enum Hold {
-    Cgroup { cgroup: Cgroup, events: File },
-    Tree { stopped: Vec<Member> },
 }
 
 impl Target {
@@ -235,7 +196,7 @@ impl Target {
                 }
                 Err(reason) => self.roll_back(hold, reason, cx),
             },
-            Phase::Thawing(hold, mut wait) => match self.is_running(&hold) {
+            Phase::Thawing(hold, mut wait) => match hold.is_running() {
                 Ok(true) => {
                     self.end_hold(hold, cx);
                     cx.record.remove(self.id);
@@ -333,17 +294,6 @@ impl Target {
         Ok(None)
     }
 
-    fn is_running(&self, hold: &Hold) -> io::Result<bool> {
-        match hold {
-            Hold::Cgroup { events, .. } => match read_frozen(events) {
-                Ok(frozen) => Ok(!frozen),
-                Err(error) if is_gone(&error) => Ok(true),
-                Err(error) => Err(error),
-            },
-            Hold::Tree { stopped, .. } => Ok(stopped.iter().all(|member| member.is_stopped() != Some(true))),
-        }
-    }
-
     pub(super) fn thaw(&mut self, cx: &mut Context<'_>) {
         self.cancel_page_out();
         let hold = match std::mem::replace(&mut self.phase, Phase::Running) {
@@ -359,7 +309,7 @@ impl Target {
             }
         };
         let now = clock::boot();
-        match release(&hold) {
+        match hold.release() {
             Ok(()) => {
                 self.phase = Phase::Thawing(hold, Wait::start(now, cx.deadline));
                 self.step(now, cx);
@@ -445,7 +395,7 @@ impl Target {
 
     /// Releases `hold` and forgets it; what cannot be released stays in the record for the next try.
     fn let_go(&self, hold: Hold, cx: &mut Context<'_>) -> io::Result<()> {
-        let released = release(&hold);
+        let released = hold.release();
         self.end_hold(hold, cx);
         match &released {
             Ok(()) => cx.record.remove(self.id),
@@ -489,34 +439,4 @@ pub(super) fn kill_all(members: Vec<Member>) {
             }
         }
     }
-}
-
-/// Lets run what is held; completion is the kernel's.
-fn release(hold: &Hold) -> io::Result<()> {
-    match hold {
-        Hold::Cgroup { cgroup, .. } => match cgroup.set_frozen(false) {
-            Err(error) if is_gone(&error) => Ok(()),
-            result => result,
-        },
-        Hold::Tree { stopped, .. } => {
-            let mut result = Ok(());
-            // Children before their parents, so that nobody waits for a child that is still stopped.
-            for member in stopped.iter().rev() {
-                match member.signal(Signal::CONT) {
-                    Err(error) if !is_gone(&error) => result = Err(error),
-                    _ => {}
-                }
-            }
-            result
-        }
-    }
-}
-
-fn read_frozen(events: &File) -> io::Result<bool> {
-    use std::os::unix::fs::FileExt;
-    let mut buffer = [0; 256];
-    // Reading is also what arms the next notification.
-    let length = events.read_at(&mut buffer, 0)?;
-    let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
-    Ok(super::cgroup::Events::parse(&text).frozen)
 }
