@@ -2,7 +2,8 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -101,6 +102,7 @@ impl Shell {
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
         // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
+        make_private_dir(&runtime_dir).map_err(system("cannot make the runtime directory"))?;
         let jobs = Jobs::default();
         let targets =
             Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir, process::Options::default())
@@ -277,6 +279,10 @@ impl Shell {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
+}
+
+fn make_private_dir(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 fn addresses(options: &Options) -> Result<Vec<BusAddress>, DaemonError> {
