@@ -14,7 +14,7 @@ use std::{
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
@@ -173,7 +173,6 @@ impl Record {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let record = Self { dir: dir.to_owned(), inherited, entries: BTreeMap::new() };
         record.save()?;
         Ok(record)
