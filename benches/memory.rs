@@ -1,8 +1,9 @@
 //! What the idle daemon costs: 100 registered apps and one live TLS connection, against a bare process with the same
 //! libraries and flags (`examples/bare.rs`), in one run.
 //!
-//! `cargo bench --bench memory [-- --idle SECONDS] [--apps N]`. A table, then one line of JSON. Ends with 1 when a
-//! target of the project is missed: PSS at most 4 MiB, private dirty at most 1.5 MiB, PSS at most 1.3 × bare, no wake-up.
+//! `cargo bench --bench memory -- [--idle SECONDS] [--apps N] [--bare]`; with `--bare` the bare process alone. A table,
+//! then one line of JSON. Ends with 1 when a target of the project is missed: PSS at most 4 MiB, private dirty at most
+//! 1.5 MiB, PSS at most 1.3 × bare, no wake-up.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark's output is its point")]
 
@@ -25,11 +26,7 @@ use support::{
     stats::percentile,
     tls::TlsProxy,
 };
-use zbus::{
-    Connection,
-    connection::Builder,
-    wire::{OwnedValue, Value},
-};
+use zbus::{Connection, OwnedVariant, Variant, connection::Builder};
 
 const DISTRIBUTOR: &str = "org.unifiedpush.Distributor.nightporter";
 const DISTRIBUTOR_PATH: &str = "/org/unifiedpush/Distributor";
@@ -41,6 +38,7 @@ const MAX_RATIO: f64 = 1.3;
 struct Options {
     idle: Duration,
     apps: usize,
+    bare: bool,
 }
 
 struct Figures {
@@ -61,13 +59,14 @@ fn main() -> ExitCode {
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { idle: Duration::from_secs(15), apps: 100 };
+    let mut options = Options { idle: Duration::from_secs(15), apps: 100, bare: false };
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|n| n.parse::<usize>().ok()).ok_or(format!("{arg} takes a number"));
         match arg.as_str() {
             "--idle" => options.idle = Duration::from_secs(number()? as u64),
             "--apps" => options.apps = number()?,
+            "--bare" => options.bare = true,
             // cargo bench says so.
             "--bench" => {}
             other => return Err(format!("unknown argument {other}").into()),
@@ -88,6 +87,11 @@ fn run(options: &Options) -> Result<bool> {
         Command::new(bare_program).arg(&bus.address).arg(proxy.address.to_string()).arg(&proxy.ca_file).arg(dir.path()),
         true,
     )?;
+    if options.bare {
+        let bare = measure(&bare, settled(bare.pid())?, options.idle)?;
+        println!("{}", serde_json::json!({ "bare": json(&bare) }));
+        return Ok(true);
+    }
 
     let relay = Child::start(
         Command::new(env!("CARGO_BIN_EXE_nightporter-relay")).args(["--listen", "127.0.0.1:0", "--memory"]),
@@ -115,17 +119,24 @@ fn run(options: &Options) -> Result<bool> {
     )?;
     let (_connection, latencies) = zbus::block_on(register(&bus.address, options.apps, &mut daemon))?;
 
-    let (daemon_memory, bare_memory) = (settled(daemon.pid())?, settled(bare.pid())?);
-    let before = (switches(daemon.pid())?, switches(bare.pid())?);
-    thread::sleep(options.idle);
-    let after = (switches(daemon.pid())?, switches(bare.pid())?);
+    let memory = (settled(daemon.pid())?, settled(bare.pid())?);
+    let (daemon_figures, bare_figures) = thread::scope(|scope| {
+        let bare = scope.spawn(|| measure(&bare, memory.1, options.idle));
+        let daemon = measure(&daemon, memory.0, options.idle);
+        (daemon, bare.join().unwrap_or_else(|_| Err("measuring panicked".into())))
+    });
     if let Some(status) = daemon.ended()? {
         return Err(format!("nightporterd ended: {status}").into());
     }
-    let daemon =
-        Figures { memory: daemon_memory, threads: threads(daemon.pid())?, switches: switched(&before.0, &after.0) };
-    let bare = Figures { memory: bare_memory, threads: threads(bare.pid())?, switches: switched(&before.1, &after.1) };
-    Ok(show(options, &daemon, &bare, &latencies))
+    Ok(show(options, &daemon_figures?, &bare_figures?, &latencies))
+}
+
+/// Counts what wakes `child` in `idle`.
+fn measure(child: &Child, memory: Memory, idle: Duration) -> Result<Figures> {
+    let before = switches(child.pid())?;
+    thread::sleep(idle);
+    let after = switches(child.pid())?;
+    Ok(Figures { memory, threads: threads(child.pid())?, switches: switched(&before, &after) })
 }
 
 /// The address in the relay's first line of output.
@@ -140,15 +151,15 @@ struct Connector;
 /// Says yes to everything.
 #[zbus::interface(name = "org.unifiedpush.Connector2")]
 impl Connector {
-    fn new_endpoint(&self, _args: HashMap<String, OwnedValue>) -> HashMap<String, OwnedValue> {
+    fn new_endpoint(&self, _args: HashMap<String, OwnedVariant>) -> HashMap<String, OwnedVariant> {
         HashMap::new()
     }
 
-    fn message(&self, _args: HashMap<String, OwnedValue>) -> HashMap<String, OwnedValue> {
+    fn message(&self, _args: HashMap<String, OwnedVariant>) -> HashMap<String, OwnedVariant> {
         HashMap::new()
     }
 
-    fn unregistered(&self, _args: HashMap<String, OwnedValue>) -> HashMap<String, OwnedValue> {
+    fn unregistered(&self, _args: HashMap<String, OwnedVariant>) -> HashMap<String, OwnedVariant> {
         HashMap::new()
     }
 }
@@ -166,17 +177,17 @@ async fn register(bus: &str, apps: usize, daemon: &mut Child) -> Result<(Connect
         let service = format!("org.example.App{n}");
         connection.request_name(service.as_str()).await?;
         let token = format!("token-{n}");
-        let args: HashMap<&str, Value<'_>> = HashMap::from([
-            ("service", Value::from(service.as_str())),
-            ("token", Value::from(token.as_str())),
-            ("description", Value::from("a benchmark")),
+        let args: HashMap<&str, Variant<'_>> = HashMap::from([
+            ("service", Variant::from(service.as_str())),
+            ("token", Variant::from(token.as_str())),
+            ("description", Variant::from("a benchmark")),
         ]);
         let start = Instant::now();
         let reply = connection
             .call_method(Some(DISTRIBUTOR), DISTRIBUTOR_PATH, Some("org.unifiedpush.Distributor2"), "Register", &args)
             .await?;
         latencies.push(start.elapsed());
-        let answer: HashMap<String, OwnedValue> = reply.body().deserialize()?;
+        let answer: HashMap<String, OwnedVariant> = reply.body().deserialize()?;
         let success = answer.get("success").map(|value| value.to_string()).unwrap_or_default();
         if !success.contains("REGISTRATION_SUCCEEDED") {
             return Err(format!("registering {service} was answered with {answer:?}").into());

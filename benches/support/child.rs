@@ -1,9 +1,8 @@
 //! Processes that end with the benchmark.
 
 use std::{
-    env,
     io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{self, Command, Stdio},
     sync::mpsc,
     thread,
@@ -64,24 +63,24 @@ impl Drop for Child {
     }
 }
 
-/// Builds the example `name` as this benchmark was built, with the flags of the release, and tells where it is. Cargo
-/// builds the examples with the benchmarks, but not with a single one of them.
+/// Builds the example `name` with the flags of the release and tells where it is. Cargo builds the examples with all
+/// benchmarks, but not with one of them.
 pub(crate) fn example(name: &str) -> Result<PathBuf> {
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--release", "--locked", "--example", name])
+    let output = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "--locked", "--message-format=json", "--example", name])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()?;
-    if !status.success() {
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
         return Err(format!("cannot build the example {name}").into());
     }
-    // .../release/deps/memory-0123 → .../release/examples/bare
-    let path = env::current_exe()?
-        .parent()
-        .and_then(Path::parent)
-        .map(|release| release.join("examples").join(name))
-        .ok_or("the benchmark is in an unusual place")?;
-    if !path.exists() {
-        return Err(format!("{} was not built; run this with cargo bench", path.display()).into());
-    }
-    Ok(path)
+    let executable = |message: serde_json::Value| {
+        let ours = message["target"]["kind"][0] == "example" && message["target"]["name"] == name;
+        if ours { message["executable"].as_str().map(PathBuf::from) } else { None }
+    };
+    String::from_utf8(output.stdout)?
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .find_map(executable)
+        .ok_or_else(|| format!("cargo does not tell where the example {name} is").into())
 }
