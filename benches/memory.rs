@@ -77,6 +77,8 @@ fn options() -> Result<Options> {
 
 fn run(options: &Options) -> Result<bool> {
     let bare_program = example("bare")?;
+    // Pages of a file just written count as dirty until they are on the disk, and these programs were just linked.
+    nix::unistd::sync();
     let dir = tempfile::tempdir()?;
     let bus = PrivateBus::start(dir.path())?;
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::{ServerConfig, ServerConnection, pki_types::PrivateKeyDer};
 
 use super::Result;
@@ -28,6 +28,8 @@ impl TlsProxy {
     pub(crate) fn start(dir: &Path, target: SocketAddr) -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // With the default name for both, OpenSSL takes the server's certificate for a self-signed one.
+        params.distinguished_name.push(DnType::CommonName, "Night Porter benchmark authority");
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
         let key = KeyPair::generate()?;
         let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
