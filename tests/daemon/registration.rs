@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Behaviour, Setup, World, dict, wait};
+use crate::support::{Behaviour, Setup, World, dict, error_of, wait};
 
 const OK: &str = "REGISTRATION_SUCCEEDED";
 const FAILED: &str = "REGISTRATION_FAILED";
@@ -223,9 +223,8 @@ fn bad_arguments_are_named_and_harm_nobody() {
         (dict(&[("service", APP), ("token", "t"), ("description", &long)]), "description"),
         (dict(&[("service", APP), ("token", "t"), ("vapid", "x")]), "vapid"),
     ] {
-        let error = app.distributor(v2, "Register", &arguments).unwrap_err();
-        let zbus::Error::MethodError(name, Some(text), _) = error else { panic!("{error}") };
-        assert_eq!(name.as_str(), "org.freedesktop.DBus.Error.InvalidArgs");
+        let (name, text) = error_of(app.distributor(v2, "Register", &arguments));
+        assert_eq!(name, "org.freedesktop.DBus.Error.InvalidArgs");
         assert!(text.to_lowercase().contains(word), "{arguments:?}: {text}");
     }
     assert!(app.distributor(v2, "Register", &(1_u8, "x")).is_err());

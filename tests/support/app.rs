@@ -12,7 +12,7 @@ use zbus::{Connection, Message, MessageStream, OwnedVariant, Variant, block_on};
 
 use super::{
     PATIENCE,
-    bus::{Behaviour, DISTRIBUTOR, DISTRIBUTOR_PATH, answer_all, connect, run},
+    bus::{Behaviour, DISTRIBUTOR, DISTRIBUTOR_PATH, answer_all, connect, error_of, run},
 };
 
 /// How long silence is listened to before it is believed.
@@ -124,10 +124,7 @@ impl Client {
             [one, two] => call(block_on(connection.call_method(Some(name), path, Some(interface), member, &(one, two)))),
             _ => panic!("{arguments:?}"),
         };
-        result.map_err(|error| match error {
-            zbus::Error::MethodError(name, ..) => name.to_string(),
-            other => panic!("no error reply: {other}"),
-        })
+        result.map_err(|error| error_of(Err(error)).0)
     }
 
     /// The next call of its connector.

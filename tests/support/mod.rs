@@ -21,7 +21,7 @@ use std::{
 
 pub(crate) use self::{
     app::{Client, dict},
-    bus::Behaviour,
+    bus::{Behaviour, error_of},
     fake::{Fake, Peer},
     front::{Authority, Front},
     processes::{Memory, is_held, is_running, memory, signal},
