@@ -7,7 +7,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use crate::support::{FAST, Setup, World, is_held, signal, stays, wait};
+use crate::support::{FAST, Setup, World, alone, is_held, signal, stays, wait};
 
 const APPS: [&str; 3] = ["org.example.A", "org.example.B", "org.example.C"];
 const MESSAGES: usize = 200;
@@ -74,7 +74,7 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     let mut world = World::new(Setup { top: "profile = \"cached\"", lifecycle: FAST, ..Setup::default() });
     world.samples(&APPS.map(|app| (app, "")));
     let pids = APPS.map(|app| world.pid(app));
-    let mut freeze_all_and_die = |world: &mut World| {
+    let freeze_all_and_die = |world: &mut World| {
         for (app, pid) in APPS.into_iter().zip(pids) {
             world.wait_state(app, "frozen");
             assert!(is_held(pid));
@@ -84,12 +84,14 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     };
 
     // By hand, or by systemd (ExecStopPost=).
+    let others = alone();
     freeze_all_and_die(&mut world);
     let output = world.daemon_command().arg("--thaw-all").stdout(std::process::Stdio::piped()).output().unwrap();
     assert!(output.status.success(), "{}", world.log());
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains("3 thawed"), "{said}");
     wait("all to run", || (!pids.into_iter().any(is_held)).then_some(()));
+    drop(others);
 
     // By the next start, before anything else.
     world.start_daemon();
@@ -101,7 +103,9 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     for app in APPS {
         declare_background(&world, app);
     }
+    let others = alone();
     freeze_all_and_die(&mut world);
+    drop(others);
     let calm = FAST.replace("grace = \"200ms\"", "grace = \"1h\"");
     world.configure(&Setup { top: "profile = \"cached\"", lifecycle: &calm, ..Setup::default() });
     world.start_daemon();

@@ -46,7 +46,8 @@ fn to_a_frozen_app() {
 #[test]
 fn to_a_tombstone() {
     let app = "org.example.A";
-    let lifecycle = "grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"400ms\"\nawake-window = \"100ms\"\n";
+    let lifecycle =
+        "grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"400ms\"\nawake-window = \"100ms\"\n";
     let world = World::new(Setup { top: "profile = \"tombstone\"", lifecycle, ..Setup::default() });
     world.samples(&[(app, "")]);
     for (text, starts) in [("one", 2), ("two", 3)] {

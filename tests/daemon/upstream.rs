@@ -1,15 +1,12 @@
 //! The server's side: what it repeats, forgets, gets wrong, and how the way to it is secured.
 
-use std::time::Duration;
-
-use nightporter::view::LinkState;
+use nightporter::view::{self, LinkState};
 use serde_json::json;
 
-use crate::support::{Authority, Behaviour, Client, Fake, Peer, Setup, World, stays, wait};
+use crate::support::{Authority, Behaviour, Client, Fake, Peer, Setup, World, wait};
 
 const APP: &str = "org.example.App";
 const ENDPOINT: &str = "https://push.example.org/wpush/1";
-const QUIET: Duration = Duration::from_millis(400);
 
 /// An app registered at a server played by the test.
 fn registered(server: &Fake) -> (World, Client, Peer, String) {
@@ -128,9 +125,7 @@ fn a_server_gone_mad_is_survived() {
     ] {
         peer.send_text(nonsense);
     }
-    let frame = |version: &str, data: &str| {
-        json!({ "messageType": "notification", "channelID": channel, "version": version, "data": data })
-    };
+    let frame = |version: &str, data: &str| json!({ "messageType": "notification", "channelID": channel, "version": version, "data": data });
     // Not base64url, empty, and one byte too many: of no use to anybody, and done with.
     peer.send(&frame("bad", "%%%"));
     assert_eq!(peer.ack(), ["bad"]);
@@ -169,8 +164,28 @@ fn a_server_that_forgot_everybody_gives_new_endpoints_that_work() {
         assert_eq!(world.endpoints_told(app), 2);
         assert!(world.relay().post(before, &[("TTL", "60")], b"at the old one").status >= 400);
     }
-    // Also to an app that was away: it is told at its next start, before anything else.
     assert_eq!(world.status().registrations, 3);
+}
+
+#[test]
+fn an_app_that_was_away_is_told_its_new_endpoint_first() {
+    let mut world = World::new(Setup::default());
+    let app = world.client(APP, Behaviour::Accept);
+    let before = app.endpoint("t");
+    app.quit();
+    wait("it to be gone", || (!world.is_owned(APP)).then_some(()));
+    world.kill_relay();
+    world.start_relay();
+    let endpoint = wait("a new endpoint", || {
+        let endpoint = world.ask::<Vec<view::Endpoint>>("Endpoints", Some(APP)).remove(0).endpoint;
+        (endpoint != before).then_some(endpoint)
+    });
+    world.post_to(&endpoint, &[("TTL", "600")], "hello again");
+    wait("it to wait", || (world.show(APP).app.waiting == 1).then_some(()));
+    // It does not even register again.
+    let app = world.client(APP, Behaviour::Accept);
+    assert_eq!(app.call().endpoint, Some(endpoint));
+    assert_eq!(app.message(), "hello again");
 }
 
 #[test]
@@ -214,25 +229,27 @@ fn over_tls_with_an_authority_nobody_knows() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (Authority::new("The household"), Authority::new("Somebody else"));
     let upstream = format!("ca-file = \"{}\"", ours.write(dir.path()).display());
-    let mut world =
-        World::new(Setup { upstream: &upstream, tls: Some(theirs.server()), ..Setup::default() });
+    let mut world = World::new(Setup { upstream: &upstream, tls: Some(theirs.server()), ..Setup::default() });
     let app = world.client(APP, Behaviour::Accept);
     assert_eq!(app.register("t"), ("REGISTRATION_FAILED".to_owned(), "NETWORK".to_owned()));
-    // No app is registered any more, so that nothing is connected for; with one it is tried again and again.
-    assert!(stays(QUIET, || world.daemon_lives()));
+
+    // With an app that is registered it is tried again and again.
     theirs.write(dir.path());
     let endpoint = app.endpoint("t");
-    assert!(endpoint.starts_with("https://"));
+    assert!(world.stop_daemon().success());
     ours.write(dir.path());
+    world.start_daemon();
     let seen = world.front.seen();
-    let address = world.relay().address.clone();
-    world.front.cut();
-    world.front.lead_to(&address);
     wait("it to be tried more than once", || (world.front.seen() >= seen + 2).then_some(()));
-    let error = wait("the reason", || {
-        let upstream = world.status().upstreams.remove(0);
-        upstream.last_error.filter(|error| error.to_lowercase().contains("certificate"))
-    });
-    eprintln!("{error}");
-    assert!(String::from_utf8_lossy(&world.cli(&["status"]).stdout).to_lowercase().contains("certificate"));
+    let upstream = world.status().upstreams.remove(0);
+    assert_ne!(upstream.state, LinkState::Online);
+    let error = upstream.last_error.unwrap();
+    assert!(error.contains("certificate") && error.contains("ca-file"), "{error}");
+    let printed = String::from_utf8(world.cli(&["status"]).stdout).unwrap();
+    assert!(printed.contains("certificate"), "{printed}");
+
+    // Mended, it needs no restart.
+    theirs.write(dir.path());
+    world.post_to(&endpoint, &[("TTL", "600")], "trusted at last");
+    assert_eq!(app.message(), "trusted at last");
 }

@@ -1,12 +1,7 @@
 //! An app played by this test: a connection with a connector behind it. The daemon never touches its process, because it
 //! runs below it itself.
 
-use std::{
-    collections::HashMap,
-    sync::mpsc,
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::mpsc, thread::JoinHandle, time::Duration};
 
 use zbus::{Connection, Message, MessageStream, OwnedVariant, Variant, block_on};
 
@@ -121,7 +116,9 @@ impl Client {
         let result = match arguments {
             [] => call(block_on(connection.call_method(Some(name), path, Some(interface), member, &()))),
             [one] => call(block_on(connection.call_method(Some(name), path, Some(interface), member, one))),
-            [one, two] => call(block_on(connection.call_method(Some(name), path, Some(interface), member, &(one, two)))),
+            [one, two] => {
+                call(block_on(connection.call_method(Some(name), path, Some(interface), member, &(one, two))))
+            }
             _ => panic!("{arguments:?}"),
         };
         result.map_err(|error| error_of(Err(error)).0)

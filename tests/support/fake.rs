@@ -3,14 +3,13 @@
 use std::{
     io,
     net::{TcpListener, TcpStream},
-    time::Duration,
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
-use super::{PATIENCE, wait, wait_for};
+use super::{PATIENCE, wait};
 
 /// Listens for the daemon.
 pub(crate) struct Fake(TcpListener);
@@ -29,11 +28,6 @@ impl Fake {
     /// The daemon's next connection.
     pub(crate) fn accept(&self) -> Peer {
         wait("the daemon to connect", || self.try_accept())
-    }
-
-    /// Whether the daemon connects within a time.
-    pub(crate) fn is_called(&self, within: Duration) -> bool {
-        wait_for(within, || self.try_accept()).is_some()
     }
 
     fn try_accept(&self) -> Option<Peer> {
@@ -104,14 +98,6 @@ impl Peer {
                 other => panic!("{other:?}"),
             }
         }
-    }
-
-    /// Whether the daemon says nothing for a while.
-    pub(crate) fn hears_nothing(&mut self, time: Duration) -> bool {
-        self.0.get_ref().set_read_timeout(Some(time)).unwrap();
-        let heard = self.0.read();
-        self.0.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
-        matches!(heard, Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// Reads until the daemon has gone.

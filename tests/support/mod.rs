@@ -23,10 +23,10 @@ pub(crate) use self::{
     app::{Client, dict},
     bus::{Behaviour, error_of},
     fake::{Fake, Peer},
-    front::{Authority, Front},
-    processes::{Memory, is_held, is_running, memory, signal},
+    front::Authority,
+    processes::{is_held, is_running, memory, signal},
     relay::{Relay, Sender},
-    world::{FAST, Setup, World, nightporterd, of},
+    world::{FAST, Setup, World, alone, nightporterd, of},
 };
 
 /// For what takes a moment; far more than it takes on a slow machine.

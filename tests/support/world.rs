@@ -4,12 +4,12 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, Instant},
 };
 
-use nix::sys::signal::Signal;
 use nightporter::{sys::clock, view};
+use nix::sys::signal::Signal;
 use rustls::ServerConfig;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
@@ -29,6 +29,14 @@ use super::{
 pub(crate) const FAST: &str =
     "grace = \"200ms\"\npage-out-after = \"1h\"\ntombstone-after = \"2h\"\nawake-window = \"200ms\"\n";
 const BALLAST_KIB: &str = "64";
+
+/// A daemon that starts thaws what dead ones left behind, also those of other tests.
+static STARTS: RwLock<()> = RwLock::new(());
+
+/// Keeps other daemons from starting.
+pub(crate) fn alone() -> RwLockWriteGuard<'static, ()> {
+    STARTS.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// What a world is made of; the default is a daemon with default settings on a relay in memory.
 #[derive(Default)]
@@ -53,6 +61,8 @@ pub(crate) struct Setup<'a> {
 
 pub(crate) struct World {
     daemon: Option<Child>,
+    /// Held from the daemon's start until it is up.
+    starting: Option<RwLockReadGuard<'static, ()>>,
     children: Vec<Ended>,
     pub(crate) relay: Option<Relay>,
     pub(crate) front: Front,
@@ -84,6 +94,7 @@ impl World {
         relay_arguments.extend(setup.relay.iter().map(|argument| (*argument).to_owned()));
         let mut world = Self {
             daemon: None,
+            starting: None,
             children: Vec::new(),
             relay: None,
             front,
@@ -135,12 +146,16 @@ impl World {
             if let Some(status) = child.try_wait().unwrap() {
                 panic!("the daemon ended: {status}\n{}", self.log());
             }
-            (self.is_owned("org.nightporter1") && self.is_owned("org.unifiedpush.Distributor.nightporter")).then_some(())
+            (self.is_owned("org.nightporter1") && self.is_owned("org.unifiedpush.Distributor.nightporter"))
+                .then_some(())
         });
+        self.starting = None;
     }
 
     /// Starts the daemon and does not wait.
     pub(crate) fn spawn_daemon(&mut self) {
+        self.starting = None;
+        self.starting = Some(STARTS.read().unwrap_or_else(PoisonError::into_inner));
         let child = self.daemon_command().spawn().unwrap();
         self.daemon = Some(child);
     }
@@ -243,7 +258,10 @@ impl World {
         let environment = self.sample_environment(app, fault, ballast);
         let environment: Vec<String> = environment.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         let sample = env!("CARGO_BIN_EXE_nightporter-sample");
-        self.bus.service(app, &format!("Exec=/usr/bin/env -C {} {} {sample}", text(self.dir.path()), environment.join(" ")));
+        self.bus.service(
+            app,
+            &format!("Exec=/usr/bin/env -C {} {} {sample}", text(self.dir.path()), environment.join(" ")),
+        );
         let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
         block_on(self.control.call_method(Some(name), path, Some(name), "ReloadConfig", &())).unwrap();
     }
@@ -300,7 +318,8 @@ impl World {
     pub(crate) fn pid(&self, app: &str) -> u32 {
         let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
         let reply =
-            block_on(self.control.call_method(Some(name), path, Some(name), "GetConnectionUnixProcessID", &app)).unwrap();
+            block_on(self.control.call_method(Some(name), path, Some(name), "GetConnectionUnixProcessID", &app))
+                .unwrap();
         reply.body().deserialize().unwrap()
     }
 
@@ -397,7 +416,8 @@ impl Drop for World {
 /// The daemon's program, with a clean environment around it.
 pub(crate) fn nightporterd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nightporterd"));
-    for variable in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "CREDENTIALS_DIRECTORY"] {
+    for variable in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "CREDENTIALS_DIRECTORY"]
+    {
         command.env_remove(variable);
     }
     command.env("NIGHTPORTER_LOG", "debug");
