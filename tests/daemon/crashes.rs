@@ -7,7 +7,7 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use crate::support::{FAST, Setup, World, alone, is_held, signal, stays, wait};
+use crate::support::{Behaviour, FAST, Setup, World, alone, is_held, signal, stays, wait};
 
 const APPS: [&str; 3] = ["org.example.A", "org.example.B", "org.example.C"];
 const MESSAGES: usize = 200;
@@ -141,5 +141,22 @@ fn sighup_is_not_the_end() {
     signal(world.daemon_pid(), Signal::SIGHUP);
     world.post("org.example.A", "after");
     world.expect("org.example.A", &["after"]);
+    assert!(world.daemon_lives());
+}
+
+#[test]
+fn a_bus_that_comes_back_finds_the_daemon_there() {
+    let app = "org.example.App";
+    let mut world = World::new(Setup::default());
+    let client = world.client(app, Behaviour::Accept);
+    let endpoint = client.endpoint("t");
+    world.restart_bus();
+    drop(client);
+    world.post_to(&endpoint, &[("TTL", "600")], "in between");
+    wait("the daemon to be on the new bus", || world.is_owned("org.nightporter1").then_some(()));
+    wait("it to wait", || (world.show(app).app.waiting == 1).then_some(()));
+    let client = world.client(app, Behaviour::Accept);
+    assert_eq!(client.message(), "in between");
+    assert_eq!(client.endpoint("t"), endpoint);
     assert!(world.daemon_lives());
 }

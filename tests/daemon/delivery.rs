@@ -193,3 +193,67 @@ fn a_burst_arrives_whole_and_in_order() {
     let status = world.status();
     assert_eq!((status.messages.accepted, status.messages_waiting), (1000, 0));
 }
+
+#[test]
+fn an_app_that_still_answers_is_not_frozen() {
+    let app = "org.example.Slow";
+    let lifecycle =
+        "grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"300ms\"\nawake-window = \"100ms\"\n";
+    let world = World::new(Setup { top: "profile = \"tombstone\"", lifecycle, ..Setup::default() });
+    world.samples(&[(app, "slow-reply:1500")]);
+    world.wait_state(app, "tombstone");
+    for text in ["one", "two"] {
+        world.post(app, text);
+    }
+    world.expect(app, &["one"]);
+    let pid = world.pid(app);
+    // Frozen it could not answer, ended it would see the message again.
+    assert!(stays(Duration::from_millis(1200), || is_running(pid) && !is_held(pid)));
+    world.expect(app, &["one", "two"]);
+    assert!(stays(Duration::from_millis(1200), || is_running(pid) && !is_held(pid)));
+    wait("its end", || (!is_running(pid)).then_some(()));
+    assert_eq!(world.bodies(app), ["one", "two"]);
+    assert_eq!(world.status().messages.accepted, 2);
+}
+
+#[test]
+fn messages_that_race_with_the_lifecycle_arrive_once_and_in_order() {
+    let apps = ["org.example.A", "org.example.B"];
+    let lifecycle =
+        "grace = \"10ms\"\npage-out-after = \"10ms\"\ntombstone-after = \"60ms\"\nawake-window = \"10ms\"\n";
+    let world = World::new(Setup { top: "profile = \"tombstone\"", lifecycle, ..Setup::default() });
+    world.samples(&apps.map(|app| (app, "")));
+    let mut sent = apps.map(|_| Vec::new());
+    // From bursts to pauses in which they are frozen, paged out and ended.
+    for n in 0_u64..160 {
+        let to = usize::from(n % 3 == 0);
+        let body = format!("message {n}");
+        world.post(apps[to], &body);
+        sent[to].push(body);
+        std::thread::sleep(Duration::from_millis(n * 37 % 90));
+    }
+    for (app, sent) in apps.into_iter().zip(sent) {
+        wait("all of them", || (world.seen(app).len() >= sent.len()).then_some(()));
+        assert!(stays(Duration::from_millis(200), || world.seen(app).len() == sent.len()), "some came twice");
+        assert_eq!(world.bodies(app), sent);
+        assert!(world.starts(app) > 1, "it was never ended");
+    }
+}
+
+#[test]
+fn to_an_app_that_cannot_start() {
+    let (app, other) = ("org.example.Broken", "org.example.Other");
+    let world = World::new(Setup { limits: "attempts = 3", ..Setup::default() });
+    world.samples(&[(app, ""), (other, "")]);
+    world.install_command(app, "/nonexistent/app");
+    signal(world.pid(app), Signal::SIGKILL);
+    wait("its name to go", || (!world.is_owned(app)).then_some(()));
+    world.post(app, "one");
+    wait("the reason", || world.decided(app, "wait", "could not be started").then_some(()));
+    assert!(world.round_trip(other, "undelayed") < UNDELAYED);
+    wait("it to be given up", || world.decided(app, "give-up", "").then_some(()));
+    // Once it is mended it is well again.
+    world.install(app, "");
+    world.post(app, "two");
+    world.expect(app, &["two"]);
+}

@@ -11,9 +11,9 @@ use std::{
 use nightporter::{sys::clock, view};
 use nix::sys::signal::Signal;
 use rustls::ServerConfig;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tempfile::TempDir;
-use zbus::{Connection, block_on};
+use zbus::{Connection, DynamicType, Message, block_on};
 
 use super::{
     PATIENCE, Relay,
@@ -258,19 +258,19 @@ impl World {
         let environment = self.sample_environment(app, fault, ballast);
         let environment: Vec<String> = environment.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         let sample = env!("CARGO_BIN_EXE_nightporter-sample");
-        self.bus.service(
-            app,
-            &format!("Exec=/usr/bin/env -C {} {} {sample}", text(self.dir.path()), environment.join(" ")),
-        );
-        let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-        block_on(self.control.call_method(Some(name), path, Some(name), "ReloadConfig", &())).unwrap();
+        let dir = text(self.dir.path());
+        self.install_command(app, &format!("/usr/bin/env -C {dir} {} {sample}", environment.join(" ")));
+    }
+
+    /// Makes any program an app that the bus can start.
+    pub(crate) fn install_command(&self, app: &str, command: &str) {
+        self.bus.service(app, &format!("Exec={command}"));
+        self.ask_bus("ReloadConfig", &());
     }
 
     /// Starts an app that is installed, as the user does.
     pub(crate) fn launch(&self, app: &str) {
-        let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-        let body = (app, 0_u32);
-        block_on(self.control.call_method(Some(name), path, Some(name), "StartServiceByName", &body)).unwrap();
+        self.ask_bus("StartServiceByName", &(app, 0_u32));
     }
 
     /// Installs and starts apps, and waits until they are registered.
@@ -316,17 +316,23 @@ impl World {
     }
 
     pub(crate) fn pid(&self, app: &str) -> u32 {
-        let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-        let reply =
-            block_on(self.control.call_method(Some(name), path, Some(name), "GetConnectionUnixProcessID", &app))
-                .unwrap();
-        reply.body().deserialize().unwrap()
+        self.ask_bus("GetConnectionUnixProcessID", &app).body().deserialize().unwrap()
     }
 
     pub(crate) fn is_owned(&self, service: &str) -> bool {
+        self.ask_bus("NameHasOwner", &service).body().deserialize().unwrap()
+    }
+
+    fn ask_bus<B: Serialize + DynamicType + Sync>(&self, member: &str, body: &B) -> Message {
         let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-        let reply = block_on(self.control.call_method(Some(name), path, Some(name), "NameHasOwner", &service)).unwrap();
-        reply.body().deserialize().unwrap()
+        block_on(self.control.call_method(Some(name), path, Some(name), member, body)).unwrap()
+    }
+
+    /// The bus ends and another takes its place; every app on it has lost its connection.
+    pub(crate) fn restart_bus(&mut self) {
+        self.bus.stop();
+        self.bus.start();
+        self.control = block_on(connect(&self.bus.address()));
     }
 
     /// Sends to a sample app; gives back the message's resource.
