@@ -240,7 +240,7 @@ impl Shell {
         if timeout == Some(QUIET) && self.events.is_empty() {
             self.since_trim = 0;
             self.pending.shrink_to(16);
-            memory::trim();
+            memory::rest();
         }
         for event in &self.events {
             match event.token() {
