@@ -764,6 +764,10 @@ impl Session {
         let Link::Online(Online { id: link, .. }) = self.link else {
             return;
         };
+        if !self.dead.is_empty() {
+            // A message for a channel nobody knows is acknowledged before its channel goes.
+            self.flush_acks();
+        }
         for channel in self.dead.drain(..self.dead.len().min(DEAD_AT_ONCE)) {
             // 200: by the user (push.md §3a); the server counts the reasons and nothing else.
             let frame = Outgoing::Unregister { channel: &channel, code: 200 };

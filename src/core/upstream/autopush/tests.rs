@@ -366,8 +366,8 @@ fn an_unknown_channel_is_acknowledged_and_unregistered() {
     assert_eq!(
         world.sent(),
         [
-            json!({"messageType": "unregister", "channelID": "stranger", "code": 200}),
             json!({"messageType": "ack", "updates": [{"channelID": "stranger", "version": "v1", "code": 100}]}),
+            json!({"messageType": "unregister", "channelID": "stranger", "code": 200}),
         ]
     );
 }
@@ -380,8 +380,8 @@ fn unregistering_acknowledges_what_was_on_its_way() {
     world.say(link, notification("channel-1", "v1"));
     world.unregister(1);
     let sent = world.sent();
-    assert_eq!(sent[0], json!({"messageType": "unregister", "channelID": "channel-1", "code": 200}));
-    assert_eq!(sent[1]["updates"][0]["version"], "v1");
+    assert_eq!(sent[0]["updates"][0]["version"], "v1");
+    assert_eq!(sent[1], json!({"messageType": "unregister", "channelID": "channel-1", "code": 200}));
 }
 
 #[test]

@@ -1,0 +1,113 @@
+//! A push server played by the test, for what a real one does not do on demand.
+
+use std::{
+    io,
+    net::{TcpListener, TcpStream},
+};
+
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use serde_json::{Value, json};
+use tungstenite::{Message, WebSocket};
+
+use super::{PATIENCE, wait};
+
+/// Listens for the daemon.
+pub(crate) struct Fake(TcpListener);
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Self(listener)
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("ws://{}/", self.0.local_addr().unwrap())
+    }
+
+    /// The daemon's next connection.
+    pub(crate) fn accept(&self) -> Peer {
+        wait("the daemon to connect", || self.try_accept())
+    }
+
+    fn try_accept(&self) -> Option<Peer> {
+        let stream = match self.0.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(error) => panic!("{error}"),
+        };
+        stream.set_nonblocking(false).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Some(Peer(tungstenite::accept(stream).ok()?))
+    }
+}
+
+/// One connection of the daemon.
+pub(crate) struct Peer(WebSocket<TcpStream>);
+
+impl Peer {
+    /// Takes the daemon's hello and answers it; gives back the uaid the daemon had.
+    pub(crate) fn hello(&mut self, uaid: &str) -> Option<String> {
+        let hello = self.receive();
+        assert_eq!((&hello["messageType"], &hello["use_webpush"]), (&json!("hello"), &json!(true)), "{hello}");
+        self.send(&json!({
+            "messageType": "hello", "uaid": uaid, "status": 200, "use_webpush": true, "broadcasts": {}
+        }));
+        hello["uaid"].as_str().map(str::to_owned)
+    }
+
+    /// Takes a registration and answers it; gives back the channel.
+    pub(crate) fn register(&mut self, endpoint: &str) -> String {
+        let register = self.receive();
+        assert_eq!(register["messageType"], "register", "{register}");
+        let channel = register["channelID"].as_str().unwrap().to_owned();
+        self.send(&json!({
+            "messageType": "register", "channelID": channel, "status": 200, "pushEndpoint": endpoint
+        }));
+        channel
+    }
+
+    pub(crate) fn notify(&mut self, channel: &str, version: &str, body: &str) {
+        let data = BASE64_URL_SAFE_NO_PAD.encode(body);
+        self.send(&json!({ "messageType": "notification", "channelID": channel, "version": version, "data": data }));
+    }
+
+    /// The versions of the next acknowledgement.
+    pub(crate) fn ack(&mut self) -> Vec<String> {
+        let ack = self.receive();
+        assert_eq!(ack["messageType"], "ack", "{ack}");
+        let updates = ack["updates"].as_array().unwrap();
+        updates.iter().map(|update| update["version"].as_str().unwrap().to_owned()).collect()
+    }
+
+    pub(crate) fn send(&mut self, frame: &Value) {
+        self.send_text(&frame.to_string());
+    }
+
+    pub(crate) fn send_text(&mut self, text: &str) {
+        // A daemon that has hung up is looked at by whoever expects it to.
+        let _ = self.0.send(Message::text(text));
+    }
+
+    pub(crate) fn receive(&mut self) -> Value {
+        loop {
+            match self.0.read().unwrap() {
+                Message::Text(text) => return serde_json::from_str(&text).unwrap(),
+                Message::Ping(_) | Message::Pong(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Reads until the daemon has gone.
+    pub(crate) fn is_left(mut self) -> bool {
+        loop {
+            match self.0.read() {
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(_) => return true,
+            }
+        }
+    }
+}
