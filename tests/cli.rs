@@ -1,5 +1,7 @@
 //! The real `nightporter` against a daemon played by this test on a private bus: what it prints, what it exits with.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
+
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},

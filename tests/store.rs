@@ -313,33 +313,33 @@ fn numbers_are_never_used_twice() {
 }
 
 #[test]
-fn seen_ids_are_the_latest_128_in_the_order_they_ended() {
+fn seen_ids_are_the_latest_1000_in_the_order_they_ended() {
     let dir = temp();
     let (f, _) = Fixture::open(dir.path());
     f.apply(put_registration(1));
     f.apply(put_registration(2));
-    f.apply(put(1000, 2));
-    f.apply(end(1000));
+    f.apply(put(3000, 2));
+    f.apply(end(3000));
     // The first to come ends last.
-    for seq in 1..=500 {
+    for seq in 1..=1500 {
         f.apply(put(seq, 1));
     }
-    for seq in (2..=500).chain([1]) {
+    for seq in (2..=1500).chain([1]) {
         f.apply(end(seq));
     }
     f.store.close();
     let (f, snapshot) = Fixture::open(dir.path());
     let of = |id| snapshot.seen.iter().filter(|(r, _)| r.0 == id).map(|(_, id)| id.to_string()).collect::<Vec<_>>();
-    let expected: Vec<_> = (374..=500).chain([1]).map(|seq| format!("id-{seq}")).collect();
+    let expected: Vec<_> = (502..=1500).chain([1]).map(|seq| format!("id-{seq}")).collect();
     assert_eq!(of(1), expected);
-    assert_eq!(of(2), ["id-1000"]);
-    assert_eq!(snapshot.next_message, 1001);
+    assert_eq!(of(2), ["id-3000"]);
+    assert_eq!(snapshot.next_message, 3001);
     f.store.close();
     let rows: i64 = Connection::open(database(dir.path()))
         .unwrap()
         .query_row("SELECT count(*) FROM messages WHERE registration = 1", [], |row| row.get(0))
         .unwrap();
-    assert!((128..=192).contains(&rows), "{rows} rows are kept");
+    assert!((1000..=1064).contains(&rows), "{rows} rows are kept");
 }
 
 #[test]
@@ -435,7 +435,7 @@ fn ten_thousand_messages_pass_through() {
     let size = fs::metadata(database(dir.path())).unwrap().len();
     assert!(size < 4 * 1024 * 1024, "10 MiB of messages passed and {size} bytes stayed");
     let (f, snapshot) = Fixture::open(dir.path());
-    assert_eq!((snapshot.messages.len(), snapshot.seen.len()), (0, 128));
+    assert_eq!((snapshot.messages.len(), snapshot.seen.len()), (0, 1000));
     f.store.close();
 }
 

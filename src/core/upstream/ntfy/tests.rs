@@ -559,6 +559,26 @@ fn with_too_many_unsafe_messages_the_link_is_given_up() {
     assert_eq!(world.state(), LinkState::Waiting);
 }
 
+#[test]
+fn a_backlog_longer_than_the_limit_comes_in_several_goes() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let total = 3 * UNSAFE_LIMIT + 5;
+    let mut got = HashSet::new();
+    for _ in 0..4 {
+        let link = world.online();
+        for n in 0..total {
+            // The core is slow: it calls nothing safe while the link lives.
+            world.message(link, "up1", &format!("m{n}"));
+        }
+        let ids: Vec<String> = messages(&world.take()).into_iter().map(str::to_owned).collect();
+        for id in ids {
+            world.safe(&id);
+            assert!(got.insert(id), "handed on twice");
+        }
+    }
+    assert_eq!(got.len(), total);
+}
+
 #[derive(Clone, Debug)]
 enum Poke {
     Frame(u64, String),
