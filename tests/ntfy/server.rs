@@ -80,12 +80,8 @@ impl Ntfy {
     /// One of its other commands, such as `user add`; gives what it prints.
     pub(crate) fn command(&self, arguments: &[&str], password: &str) -> String {
         let (name, rest) = arguments.split_first().unwrap();
-        let (sub, rest) = match *name {
-            "access" => (None, rest),
-            _ => rest.split_first().map(|(sub, rest)| (Some(*sub), rest)).unwrap(),
-        };
         let mut command = Command::new(&self.program);
-        command.arg(name).args(sub).arg("--config").arg(self.dir.path().join("server.yml")).args(rest);
+        command.arg(name).arg("--config").arg(self.dir.path().join("server.yml")).args(rest);
         let output = command.env("NTFY_PASSWORD", password).stdin(Stdio::null()).output().unwrap();
         let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
         assert!(output.status.success(), "ntfy {arguments:?}: {said}");
@@ -178,12 +174,7 @@ impl Publisher {
         self.publish_with(endpoint, &[], body)
     }
 
-    pub(crate) fn publish_with(
-        &mut self,
-        endpoint: &str,
-        headers: &[(&str, &str)],
-        body: &[u8],
-    ) -> io::Result<String> {
+    pub(crate) fn publish_with(&mut self, endpoint: &str, headers: &[(&str, &str)], body: &[u8]) -> io::Result<String> {
         let answer = self.request("POST", path_of(endpoint), headers, body)?;
         let text = String::from_utf8_lossy(&answer.body).into_owned();
         if answer.status != 200 {
@@ -222,7 +213,7 @@ impl Publisher {
         self.stream.read_line(&mut line)?;
         let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
         let status = status.ok_or_else(|| io::Error::other(format!("no HTTP: {line:?}")))?;
-        let mut length = 0;
+        let (mut length, mut chunked) = (0, false);
         loop {
             line.clear();
             self.stream.read_line(&mut line)?;
@@ -233,9 +224,19 @@ impl Publisher {
             if let Some(value) = header.strip_prefix("content-length:") {
                 length = value.trim().parse().map_err(io::Error::other)?;
             }
+            chunked |= header == "transfer-encoding: chunked";
         }
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body)?;
+        while chunked {
+            line.clear();
+            self.stream.read_line(&mut line)?;
+            let length = usize::from_str_radix(line.trim(), 16).map_err(io::Error::other)?;
+            let mut chunk = vec![0; length + 2];
+            self.stream.read_exact(&mut chunk)?;
+            body.extend_from_slice(&chunk[..length]);
+            chunked = length > 0;
+        }
         Ok(Answer { status, body })
     }
 }

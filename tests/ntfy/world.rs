@@ -70,8 +70,9 @@ impl Porter {
     /// Starts it with one upstream at `url`. `upstream` are further keys of that, `more` further sections.
     pub(crate) fn start(bus: &Bus, url: &str, upstream: &str, more: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let config =
-            format!("profile = \"tombstone\"\n[[upstream]]\nname = \"home\"\nkind = \"ntfy\"\nurl = \"{url}\"\n{upstream}\n{more}\n");
+        let config = format!(
+            "profile = \"tombstone\"\n[[upstream]]\nname = \"home\"\nkind = \"ntfy\"\nurl = \"{url}\"\n{upstream}\n{more}\n"
+        );
         fs::write(dir.path().join("nightporter.toml"), config).unwrap();
         let client = zbus::block_on(Builder::address(bus.address.as_str()).build()).unwrap();
         let mut porter = Self { child: None, bus: bus.address.clone(), dir, client };
@@ -233,21 +234,32 @@ impl Apps {
 
     /// Registers every app of `names` without waiting for the one before; its token is its name. What came of each.
     pub(crate) fn register(&self, names: &[String]) -> Vec<Result<(), String>> {
-        let calls: Vec<Message> = zbus::block_on(async {
-            let mut calls = Vec::new();
-            for name in names {
-                self.connection.request_name(name.as_str()).await.unwrap();
+        self.own(names);
+        self.register_later(names)()
+    }
+
+    /// Takes the bus names that [`Apps::register_later`] needs.
+    pub(crate) fn own(&self, names: &[String]) {
+        for name in names {
+            zbus::block_on(self.connection.request_name(name.as_str())).unwrap();
+        }
+    }
+
+    /// [`Apps::register`] that is already under way when this returns, and whose answers are waited for later.
+    pub(crate) fn register_later(&self, names: &[String]) -> impl FnOnce() -> Vec<Result<(), String>> {
+        let calls: Vec<Message> = names
+            .iter()
+            .map(|name| {
                 let args: HashMap<&str, Variant<'_>> = HashMap::from([
                     ("service", Variant::from(name.as_str())),
                     ("token", Variant::from(name.as_str())),
                     ("description", Variant::from("a test")),
                 ]);
-                calls.push(call("Register", &args));
-            }
-            self.connection.send_all(&calls).await.unwrap();
-            calls
-        });
-        calls.iter().map(|call| self.reply(call)).collect()
+                call("Register", &args)
+            })
+            .collect();
+        zbus::block_on(self.connection.send_all(&calls)).unwrap();
+        move || calls.iter().map(|call| self.reply(call)).collect()
     }
 
     pub(crate) fn register_one(&self, name: &str) -> String {
