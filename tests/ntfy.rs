@@ -2,6 +2,8 @@
 
 #[path = "ntfy/front.rs"]
 mod front;
+#[path = "ntfy/held.rs"]
+mod held;
 #[path = "ntfy/server.rs"]
 mod server;
 #[path = "ntfy/world.rs"]
@@ -20,6 +22,7 @@ use std::{
 
 use self::{
     front::Front,
+    held::{Held, held},
     server::{Ntfy, Publisher, path_of},
     world::{Apps, Bus, PATIENCE, Porter, Received},
 };
@@ -443,22 +446,10 @@ fn a_frozen_app_is_thawed_for_a_message_from_ntfy_and_frozen_again() {
     let mut publisher = publisher(&ntfy);
     for n in 0..3 {
         porter.wait("the app to be frozen", |porter| porter.state_of(app) == "frozen");
-        assert!(is_held(sample.child.id()), "it is said to be frozen and is not");
+        assert_ne!(held(sample.child.id()), Held::No, "it is said to be frozen and is not");
         let body = format!("message {n}");
         publisher.publish(&endpoint, body.as_bytes()).unwrap();
         assert_eq!(sample.next("message")["body"], body);
     }
     assert_eq!(porter.status().messages.accepted, 3);
-}
-
-/// Whether the kernel holds a process: frozen by its cgroup, or stopped.
-fn is_held(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    if stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
-        return true;
-    }
-    let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-    let Some(path) = cgroup.lines().find_map(|line| line.strip_prefix("0::")) else { return false };
-    let events = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|root| format!("{root}{path}/cgroup.events"));
-    events.iter().any(|file| fs::read_to_string(file).is_ok_and(|events| events.contains("frozen 1")))
 }
