@@ -167,7 +167,7 @@ fn a_bus_that_comes_back_finds_the_daemon_there() {
     wait("the daemon to be on the new bus", || world.is_owned("org.nightporter1").then_some(()));
     wait("it to wait", || (world.show(app).app.waiting == 1).then_some(()));
     let client = world.client(app, Behaviour::Accept);
-    assert_eq!(client.message(), "in between");
+    assert_eq!(client.next_message(), "in between");
     assert_eq!(client.endpoint("t"), endpoint);
     assert!(world.daemon_lives());
 }
