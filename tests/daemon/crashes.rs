@@ -5,12 +5,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use nightporter::view::LinkState;
 use nix::sys::signal::Signal;
 
 use crate::support::{Behaviour, FAST, Setup, World, alone, is_held, signal, stays, wait};
 
 const APPS: [&str; 3] = ["org.example.A", "org.example.B", "org.example.C"];
 const MESSAGES: usize = 200;
+const ROUNDS: usize = 25;
 
 #[test]
 fn killed_at_random_moments_it_loses_nothing() {
@@ -29,20 +31,29 @@ fn killed_at_random_moments_it_loses_nothing() {
     world.samples(&APPS.map(|app| (app, "")));
 
     let mut sent: HashMap<&str, Vec<String>> = HashMap::new();
-    let mut until_kill = 1 + below(40);
-    for n in 0..MESSAGES {
-        let app = APPS[below(3) as usize];
-        let body = format!("{app} {n}");
-        world.post(app, &body);
-        sent.entry(app).or_default().push(body);
-        std::thread::sleep(Duration::from_millis(below(15)));
-        until_kill -= 1;
-        if until_kill == 0 {
-            until_kill = 1 + below(40);
-            world.kill_daemon();
-            std::thread::sleep(Duration::from_millis(below(100)));
-            world.spawn_daemon();
+    for round in 0..ROUNDS {
+        for n in 0..MESSAGES / ROUNDS {
+            let app = APPS[below(3) as usize];
+            let body = format!("{app} {round}.{n}");
+            world.post(app, &body);
+            sent.entry(app).or_default().push(body);
         }
+        // On its way are the last ones: over the wire, to the disk, to the app.
+        std::thread::sleep(Duration::from_micros(below(3000)));
+        world.kill_daemon();
+        match round % 5 {
+            // Also before it has seen anything.
+            0 => {
+                world.spawn_daemon();
+                std::thread::sleep(Duration::from_millis(below(40)));
+                world.kill_daemon();
+                world.start_daemon();
+            }
+            _ => world.start_daemon(),
+        }
+        wait("it to be online", || (world.status().upstreams[0].state == LinkState::Online).then_some(()));
+        // From running to frozen to ended.
+        std::thread::sleep(Duration::from_millis(below(5) * below(5) * 25));
     }
     world.kill_daemon();
     world.start_daemon();
@@ -156,7 +167,7 @@ fn a_bus_that_comes_back_finds_the_daemon_there() {
     wait("the daemon to be on the new bus", || world.is_owned("org.nightporter1").then_some(()));
     wait("it to wait", || (world.show(app).app.waiting == 1).then_some(()));
     let client = world.client(app, Behaviour::Accept);
-    assert_eq!(client.message(), "in between");
+    assert_eq!(client.next_message(), "in between");
     assert_eq!(client.endpoint("t"), endpoint);
     assert!(world.daemon_lives());
 }

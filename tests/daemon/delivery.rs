@@ -257,3 +257,22 @@ fn to_an_app_that_cannot_start() {
     world.post(app, "two");
     world.expect(app, &["two"]);
 }
+
+#[test]
+fn of_too_many_the_oldest_are_dropped_and_it_is_said() {
+    let app = "org.example.A";
+    let mut world = World::new(Setup { limits: "messages-per-app = 5", ..Setup::default() });
+    let pid = world.spawn(app, "");
+    world.wait_ready(app);
+    signal(pid, Signal::SIGKILL);
+    wait("its name to go", || (!world.is_owned(app)).then_some(()));
+    for n in 0..8 {
+        world.post(app, &n.to_string());
+    }
+    wait("all to arrive", || (world.status().messages.received == 8).then_some(()));
+    let status = world.status();
+    assert_eq!((status.messages.overflowed, status.messages_waiting), (3, 5));
+    assert!(world.decided(app, "drop", "5 messages were waiting"), "{:?}", world.why(app));
+    world.spawn(app, "");
+    world.expect(app, &["3", "4", "5", "6", "7"]);
+}

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nightporter::view;
 
-use crate::support::{Behaviour, FAST, Setup, World, is_held, is_running, memory, of, stays, wait};
+use crate::support::{Behaviour, FAST, Setup, World, is_held, is_running, memory, of, stays, wait, wait_for};
 
 const APP: &str = "org.example.App";
 const BRISK: &str =
@@ -134,28 +134,38 @@ fn the_report_agrees_with_the_kernel() {
         world.wait_ready(app);
         world.wait_state(app, "frozen");
     }
-    // Frozen, they do not change while they are looked at.
-    let report: view::Report = world.ask("Report", None);
-    assert_eq!(report.apps.len(), 3);
-    let close = |ours: u64, kernel: u64, what: &str| {
-        assert!(ours.abs_diff(kernel) <= kernel / 20 + 256, "{what}: {ours} KiB, the kernel says {kernel} KiB");
+    // Frozen they do not change, but what they share with the apps of other tests, which come and go, is theirs in part;
+    // and the daemon changes by being asked. So a report is compared with what is read right before and after it.
+    let kernel = || (apps.map(|app| memory(world.pid(app))), memory(world.daemon_pid()));
+    let agrees = |ours: u64, before: u64, after: u64| {
+        let slack = before.max(after) / 20 + 256;
+        (before.min(after) - slack..=before.max(after) + slack).contains(&ours)
     };
+    let mut last = String::new();
+    let report = wait_for(Duration::from_secs(5), || {
+        let (before, daemon_before) = kernel();
+        let report: view::Report = world.ask("Report", None);
+        let (after, daemon_after) = kernel();
+        let mut fits = agrees(report.daemon.pss, daemon_before.pss, daemon_after.pss);
+        for ((row, before), after) in report.apps.iter().zip(before).zip(after) {
+            let now = row.now.unwrap();
+            fits &= agrees(now.pss, before.pss, after.pss) && agrees(now.uss, before.uss, after.uss);
+        }
+        last = format!("{report:?}\nbefore {before:?} {daemon_before:?}\nafter {after:?} {daemon_after:?}");
+        fits.then_some(report)
+    });
+    let report = report.unwrap_or_else(|| panic!("{last}"));
+    assert_eq!(report.apps.len(), 3);
     for (row, app) in report.apps.iter().zip(apps) {
+        let (now, resident) = (row.now.unwrap(), row.resident.unwrap());
         assert_eq!(row.name, app);
-        let kernel = memory(world.pid(app));
-        let now = row.now.unwrap();
-        close(now.pss, kernel.pss, "PSS");
-        close(now.uss, kernel.uss, "USS");
-        assert!(now.uss > 16 * 1024, "the history counts: {now:?}");
-        let resident = row.resident.unwrap();
+        assert!(now.uss > 16 * 1024 && resident.uss > 16 * 1024, "the history counts: {row:?}");
+        assert_eq!(row.saved, Some(resident.pss as i64 - now.pss as i64));
         if app == apps[2] {
             // The others were alone with their program's pages when they were measured.
-            close(resident.uss, kernel.uss, "USS before the freeze");
+            assert!(agrees(resident.uss, now.uss, now.uss), "{row:?}");
         }
-        assert_eq!(row.saved, Some(resident.pss as i64 - now.pss as i64));
     }
-    let daemon = memory(world.daemon_pid());
-    close(report.daemon.pss, daemon.pss, "the daemon's PSS");
     let balances = |report: &view::Report| {
         let sum = |of: fn(&view::LedgerRow) -> Option<nightporter::model::Memory>| -> u64 {
             report.apps.iter().filter_map(of).map(|memory| memory.pss).sum()
@@ -166,7 +176,6 @@ fn the_report_agrees_with_the_kernel() {
         assert_eq!(report.saved, report.resident as i64 - costs as i64);
     };
     balances(&report);
-    assert!(report.saved < 0, "frozen alone saves nothing, and the daemon is counted: {report:?}");
 
     assert!(world.cli(&["kill", apps[0]]).status.success());
     let after: view::Report = world.ask("Report", None);
@@ -174,7 +183,7 @@ fn the_report_agrees_with_the_kernel() {
     let gone = &after.apps[0];
     assert_eq!(gone.now.unwrap().pss, 0);
     assert_eq!(gone.saved, Some(gone.resident.unwrap().pss as i64));
-    assert!(after.saved > report.saved + 15 * 1024, "{} before, {} after", report.saved, after.saved);
+    assert!(after.saved > report.saved + 12 * 1024, "{} before, {} after", report.saved, after.saved);
     let printed = world.cli(&["report", "--json"]);
     let printed: view::Report = serde_json::from_slice(&printed.stdout).unwrap();
     assert_eq!(printed.resident, after.resident);

@@ -116,7 +116,7 @@ fn a_known_token_gets_the_endpoint_it_has() {
     world.start_daemon();
     assert_eq!(app.endpoint("t"), endpoint);
     world.post_to(&endpoint, &[("TTL", "600")], "still good");
-    assert_eq!(app.message(), "still good");
+    assert_eq!(app.next_message(), "still good");
     assert_eq!(world.status().registrations, 2);
 }
 

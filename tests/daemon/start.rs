@@ -144,3 +144,17 @@ fn the_daemon_links_no_http_server() {
         assert!(!traces(daemon, name), "{name} is in the daemon");
     }
 }
+
+#[test]
+fn on_the_system_bus_with_the_policy_we_ship() {
+    let mut world = World::new(Setup { system: true, ..Setup::default() });
+    assert_eq!(world.status().buses, ["system"]);
+    let app = world.client("org.example.Allowed", Behaviour::Accept);
+    let endpoint = app.endpoint("t");
+    world.post_to(&endpoint, &[("TTL", "600")], "to a service");
+    assert_eq!(app.message(), "to a service");
+    assert_eq!(world.show("org.example.Allowed").app.bus, "system");
+    let printed = world.cli(&["apps"]);
+    assert!(String::from_utf8_lossy(&printed.stdout).contains("org.example.Allowed"), "{}", of(&printed));
+    assert_eq!(world.stop_daemon().code(), Some(0));
+}

@@ -26,6 +26,15 @@ fn registered(server: &Fake) -> (World, Client, Peer, String) {
     (world, app, peer, channel)
 }
 
+/// Registers an app at a server that answers from another thread.
+fn register(app: &Client, serve: impl FnOnce() -> Peer + Send) -> ((String, String), Peer) {
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(serve);
+        let result = app.register("t");
+        (result, serving.join().unwrap())
+    })
+}
+
 #[test]
 fn what_the_server_repeats_the_app_sees_once() {
     let server = Fake::start();
@@ -251,5 +260,81 @@ fn over_tls_with_an_authority_nobody_knows() {
     // Mended, it needs no restart.
     theirs.write(dir.path());
     world.post_to(&endpoint, &[("TTL", "600")], "trusted at last");
-    assert_eq!(app.message(), "trusted at last");
+    assert_eq!(app.next_message(), "trusted at last");
+}
+
+#[test]
+fn many_register_at_once_over_one_connection() {
+    let world = World::new(Setup::default());
+    let mut apps: Vec<Client> =
+        (0..30).map(|n| world.client(&format!("org.example.App{n}"), Behaviour::Accept)).collect();
+    let mut endpoints: Vec<String> = std::thread::scope(|scope| {
+        let registering: Vec<_> = apps.iter_mut().map(|app| scope.spawn(move || app.endpoint("t"))).collect();
+        registering.into_iter().map(|registering| registering.join().unwrap()).collect()
+    });
+    for (app, endpoint) in apps.iter().zip(&endpoints) {
+        world.post_to(endpoint, &[("TTL", "600")], &app.service);
+        assert_eq!(app.message(), app.service);
+    }
+    endpoints.sort();
+    endpoints.dedup();
+    assert_eq!((endpoints.len(), world.front.seen()), (30, 1));
+    // Capability URLs are secrets.
+    let log = world.log();
+    assert!(!endpoints.iter().any(|endpoint| log.contains(endpoint.rsplit('/').next().unwrap())), "{log}");
+}
+
+#[test]
+fn a_server_that_gives_the_device_up_is_registered_with_anew() {
+    let server = Fake::start();
+    let (world, app, peer, channel) = registered(&server);
+    peer.close(1000, "SM");
+    let mut peer = server.accept();
+    assert_eq!(peer.hello("uaid-2").as_deref(), Some("uaid-1"), "the server knows by its name whom it has forgotten");
+    let new = "https://push.example.org/wpush/2";
+    let again = peer.register(new);
+    assert_eq!(app.call().endpoint.as_deref(), Some(new));
+    peer.notify(&again, "v1", "one");
+    assert_eq!(app.message(), "one");
+    assert_eq!(world.status().registrations, 1);
+    drop((world, channel));
+}
+
+#[test]
+fn a_token_goes_to_the_server_and_nowhere_else() {
+    let server = Fake::start();
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token");
+    std::fs::write(&token, "tk_first_secret\n").unwrap();
+    let (url, upstream) = (server.url(), format!("token-file = \"{}\"", token.display()));
+    let world = World::new(Setup { url: Some(&url), upstream: &upstream, ..Setup::default() });
+    let app = world.client(APP, Behaviour::Accept);
+    let (result, peer) = register(&app, || {
+        let mut peer = server.accept();
+        peer.hello("uaid-1");
+        peer.register(ENDPOINT);
+        peer
+    });
+    assert_eq!(result.0, "REGISTRATION_SUCCEEDED");
+    assert_eq!(peer.authorization.as_deref(), Some("Bearer tk_first_secret"));
+    // A new one needs no restart.
+    std::fs::write(&token, "tk_second_secret\n").unwrap();
+    drop(peer);
+    assert_eq!(server.accept().authorization.as_deref(), Some("Bearer tk_second_secret"));
+    let status = String::from_utf8(world.cli(&["status", "--json"]).stdout).unwrap();
+    assert!(!(world.log() + &status).contains("secret"));
+}
+
+#[test]
+fn a_server_that_refuses_the_credentials_wants_the_users_action() {
+    let server = Fake::start();
+    let url = server.url();
+    let world = World::new(Setup { url: Some(&url), ..Setup::default() });
+    let app = world.client(APP, Behaviour::Accept);
+    std::thread::scope(|scope| {
+        scope.spawn(|| server.refuse("401 Unauthorized"));
+        assert_eq!(app.register("t"), ("REGISTRATION_FAILED".to_owned(), "ACTION_REQUIRED".to_owned()));
+    });
+    let troubles = world.status().troubles;
+    assert!(troubles.iter().any(|trouble| trouble.contains("credentials")), "{troubles:?}");
 }

@@ -136,6 +136,18 @@ impl Client {
         call.message.unwrap()
     }
 
+    /// The same where the daemon or the bus has ended meanwhile: it may not have heard that the endpoint was taken, and
+    /// tell it once more.
+    pub(crate) fn next_message(&self) -> String {
+        loop {
+            let call = self.call();
+            if call.member != "NewEndpoint" {
+                assert_eq!(call.member, "Message", "{call:?}");
+                return call.message.unwrap();
+            }
+        }
+    }
+
     /// Whether the connector is not called for a while.
     pub(crate) fn hears_nothing(&self) -> bool {
         self.calls.recv_timeout(SILENCE).map(|call| eprintln!("{:?}", read(&call))).is_err()

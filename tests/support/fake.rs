@@ -1,13 +1,17 @@
 //! A push server played by the test, for what a real one does not do on demand.
 
 use std::{
-    io,
+    io::{self, BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
 };
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
-use tungstenite::{Message, WebSocket};
+use tungstenite::{
+    Message, WebSocket,
+    handshake::server::{Request, Response},
+    protocol::CloseFrame,
+};
 
 use super::{PATIENCE, wait};
 
@@ -39,12 +43,32 @@ impl Fake {
         stream.set_nonblocking(false).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        Some(Peer(tungstenite::accept(stream).ok()?))
+        let mut authorization = None;
+        #[expect(clippy::result_large_err, reason = "tungstenite's type")]
+        let look = |request: &Request, response: Response| {
+            authorization = request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+            Ok(response)
+        };
+        let socket = tungstenite::accept_hdr(stream, look).ok()?;
+        Some(Peer { socket, authorization })
+    }
+
+    /// Answers the daemon's next connection with this status.
+    pub(crate) fn refuse(&self, status: &str) {
+        let mut stream = wait("the daemon to connect", || self.0.accept().ok()).0;
+        stream.set_nonblocking(false).unwrap();
+        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+        while head.next().unwrap().unwrap() != "" {}
+        write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
     }
 }
 
 /// One connection of the daemon.
-pub(crate) struct Peer(WebSocket<TcpStream>);
+pub(crate) struct Peer {
+    socket: WebSocket<TcpStream>,
+    /// The header of this name.
+    pub(crate) authorization: Option<String>,
+}
 
 impl Peer {
     /// Takes the daemon's hello and answers it; gives back the uaid the daemon had.
@@ -87,12 +111,12 @@ impl Peer {
 
     pub(crate) fn send_text(&mut self, text: &str) {
         // A daemon that has hung up is looked at by whoever expects it to.
-        let _ = self.0.send(Message::text(text));
+        let _ = self.socket.send(Message::text(text));
     }
 
     pub(crate) fn receive(&mut self) -> Value {
         loop {
-            match self.0.read().unwrap() {
+            match self.socket.read().unwrap() {
                 Message::Text(text) => return serde_json::from_str(&text).unwrap(),
                 Message::Ping(_) | Message::Pong(_) => {}
                 other => panic!("{other:?}"),
@@ -100,10 +124,16 @@ impl Peer {
         }
     }
 
+    /// Closes the connection in order.
+    pub(crate) fn close(mut self, code: u16, reason: &'static str) {
+        let _ = self.socket.close(Some(CloseFrame { code: code.into(), reason: reason.into() }));
+        assert!(self.is_left());
+    }
+
     /// Reads until the daemon has gone.
     pub(crate) fn is_left(mut self) -> bool {
         loop {
-            match self.0.read() {
+            match self.socket.read() {
                 Ok(_) => {}
                 Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(_) => return true,

@@ -55,6 +55,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) relay: &'a [&'a str],
     /// The relay's state outlives it.
     pub(crate) lasting: bool,
+    /// On a bus like the system's instead of a session's, with the policy we ship.
+    pub(crate) system: bool,
     /// TLS in front of the relay.
     pub(crate) tls: Option<Arc<ServerConfig>>,
 }
@@ -67,6 +69,7 @@ pub(crate) struct World {
     pub(crate) relay: Option<Relay>,
     pub(crate) front: Front,
     bus: Bus,
+    system: bool,
     reports: Reports,
     control: Connection,
     relay_arguments: Vec<String>,
@@ -84,7 +87,11 @@ impl World {
 
     pub(crate) fn without_daemon(setup: Setup<'_>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let bus = Bus::new();
+        let policy = concat!(env!("CARGO_MANIFEST_DIR"), "/config/dbus-1/system.d/org.nightporter1.conf");
+        let bus = match setup.system {
+            true => Bus::like_system(&fs::read_to_string(policy).unwrap()),
+            false => Bus::new(),
+        };
         let front = Front::start(setup.tls.clone());
         let mut relay_arguments = vec!["--public-url".to_owned(), front.public_url()];
         match setup.lasting {
@@ -98,6 +105,7 @@ impl World {
             children: Vec::new(),
             relay: None,
             front,
+            system: setup.system,
             reports: Reports::listen(&dir.path().join("report")),
             control: block_on(connect(&bus.address())),
             bus,
@@ -164,8 +172,8 @@ impl World {
     pub(crate) fn daemon_command(&self) -> Command {
         let log = File::options().append(true).create(true).open(self.dir.path().join("daemon.log")).unwrap();
         let mut command = nightporterd();
-        command.arg("--user").arg("--config").arg(self.dir.path().join("nightporter.toml"));
-        command.arg("--state-dir").arg(&self.state).env("DBUS_SESSION_BUS_ADDRESS", self.bus.address());
+        command.arg("--config").arg(self.dir.path().join("nightporter.toml")).arg("--state-dir").arg(&self.state);
+        command.args((!self.system).then_some("--user")).env(self.bus_variable(), self.bus.address());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         command
     }
@@ -201,7 +209,8 @@ impl World {
     /// `nightporter` with these arguments.
     pub(crate) fn cli(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nightporter"));
-        command.arg("--user").args(arguments).env("DBUS_SESSION_BUS_ADDRESS", self.bus.address());
+        command.arg(if self.system { "--system" } else { "--user" }).args(arguments);
+        command.env(self.bus_variable(), self.bus.address());
         command.env("no_proxy", "127.0.0.1").output().unwrap()
     }
 
@@ -388,6 +397,10 @@ impl World {
             ("NIGHTPORTER_SAMPLE_FAULT", fault.to_owned()),
             ("DBUS_SESSION_BUS_ADDRESS", self.bus.address()),
         ]
+    }
+
+    fn bus_variable(&self) -> &'static str {
+        if self.system { "DBUS_SYSTEM_BUS_ADDRESS" } else { "DBUS_SESSION_BUS_ADDRESS" }
     }
 
     fn report_path(&self) -> String {
