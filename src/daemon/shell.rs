@@ -27,7 +27,7 @@ use crate::{
         network::Monitor,
         process::{self, Targets},
         signals::Signals,
-        store::Store,
+        store::{Holdback, Store},
         timer::{Alarm, ResumeWatch},
     },
     time::{Instant, earliest},
@@ -59,7 +59,7 @@ pub(super) struct Shell {
     links: Links,
     targets: Targets,
     bus: BusThread,
-    store: Store,
+    store: Holdback,
     alarm: Alarm,
     resume: ResumeWatch,
     network: Option<Monitor>,
@@ -123,7 +123,7 @@ impl Shell {
             links,
             targets,
             bus,
-            store,
+            store: Holdback::new(store),
             alarm,
             resume,
             network,
@@ -151,12 +151,18 @@ impl Shell {
             if self.pending.is_empty() {
                 self.wait(core.poll_timeout())?;
                 self.collect();
-                core.handle(Event::Tick, clock::now());
+                if self.pending.is_empty() {
+                    // Every other event tells the core the time as well.
+                    core.handle(Event::Tick, clock::now());
+                }
             }
             for _ in 0..BUDGET {
                 let Some(event) = self.pending.pop_front() else { break };
                 self.since_trim += 1;
                 core.handle(event, clock::now());
+            }
+            if self.store.poll_timeout().is_some() {
+                self.store.handle_timeout(clock::boot());
             }
         }
     }
@@ -180,7 +186,7 @@ impl Shell {
                     fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
                 }
             }
-            Action::Store(op, ticket) => self.store.apply(op, ticket),
+            Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
             Action::Freeze(target) => self.targets.freeze(target),
             Action::Thaw(target) => self.targets.thaw(target),
             Action::PageOut(target) => self.targets.page_out(target),
@@ -221,6 +227,7 @@ impl Shell {
     /// Blocks until something happens or `deadline`.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), DaemonError> {
         let deadline = earliest(deadline, earliest(self.links.poll_timeout(), self.targets.poll_timeout()));
+        let deadline = earliest(deadline, self.store.poll_timeout());
         if let Err(error) = self.alarm.set(deadline) {
             return Err(DaemonError::System("cannot set the timer", error));
         }

@@ -5,6 +5,7 @@
 //! without a timeout.
 
 mod database;
+mod holdback;
 mod rows;
 
 use std::{
@@ -20,10 +21,11 @@ use std::{
 };
 
 use self::database::{Database, WriteError};
+pub use self::holdback::Holdback;
 use crate::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
-    model::{MessageSeq, Snapshot},
+    model::{Ending, Message, MessageSeq, Snapshot},
     sys::inbox::{Incoming, Sender},
 };
 
@@ -133,17 +135,21 @@ impl Store {
     /// Queues `op`. Never blocks. With a `ticket`, [`Event::Stored`] follows, in the order of the calls;
     /// [`StoreOp::LoadBody`] is answered with [`Event::Body`].
     pub fn apply(&self, op: StoreOp, ticket: Option<StoreTicket>) {
+        self.send(Work::Op(op), ticket);
+    }
+
+    fn send(&self, work: Work, ticket: Option<StoreTicket>) {
         let queued = self.shared.queued.fetch_add(1, Ordering::Relaxed);
         // The channel itself has no bound because the loop must not block; this is its bound.
-        let refused = match &op {
-            StoreOp::PutMessage(_) => queued >= MESSAGES_QUEUED,
-            StoreOp::PutUpstream { .. } | StoreOp::PutApp(_) => queued >= LAZY_QUEUED,
-            _ => false,
+        let refused = match &work {
+            Work::Op(StoreOp::PutMessage(_)) => queued >= MESSAGES_QUEUED,
+            Work::Op(StoreOp::PutUpstream { .. } | StoreOp::PutApp(_)) | Work::Ended(..) => queued >= LAZY_QUEUED,
+            Work::Op(_) | Work::Refused => false,
         };
         if refused && !self.shared.refusing.swap(true, Ordering::Relaxed) {
             log::error!("the disk does not keep up: {queued} writes wait, new messages are refused");
         }
-        let work = if refused { Work::Refused } else { Work::Op(op) };
+        let work = if refused { Work::Refused } else { work };
         if self.queue.send(Entry { work, ticket }).is_err() {
             // Only a panic ends the thread before close(); the release build aborts on it.
             log::error!("the store's thread is gone; restart nightporterd");
@@ -175,21 +181,16 @@ struct Entry {
 
 enum Work {
     Op(StoreOp),
+    /// A message that ended before it was written: of it only the id is kept, for duplicates.
+    Ended(Message, Ending),
     /// Refused by the bound; here only so that its ticket is answered in its turn.
     Refused,
 }
 
 impl Entry {
-    const fn op(&self) -> Option<&StoreOp> {
-        match &self.work {
-            Work::Op(op) => Some(op),
-            Work::Refused => None,
-        }
-    }
-
     /// Whether it may wait for company.
     fn is_lazy(&self) -> bool {
-        self.op().is_some_and(StoreOp::is_lazy)
+        matches!(&self.work, Work::Op(op) if op.is_lazy())
     }
 
     /// Whether it makes room in the database. These get a second chance on a full disk.
@@ -263,7 +264,7 @@ impl Writer {
     }
 
     fn answer_body(&mut self, seq: MessageSeq, before: &[Entry]) {
-        let ended = |entry: &Entry| matches!(entry.op(), Some(StoreOp::EndMessage(ended, _)) if *ended == seq);
+        let ended = |entry: &Entry| matches!(&entry.work, Work::Op(StoreOp::EndMessage(ended, _)) if *ended == seq);
         let body = if before.iter().any(ended) { None } else { self.database.body(seq) };
         self.tell(Event::Body(seq, body));
     }
@@ -272,9 +273,9 @@ impl Writer {
         if batch.is_empty() {
             return;
         }
-        let mut result = self.database.write(batch.iter().filter_map(Entry::op));
+        let mut result = self.database.write(batch.iter().map(|entry| &entry.work));
         if matches!(result, Err(WriteError::Full)) && self.database.reuse_journal() {
-            result = self.database.write(batch.iter().filter_map(Entry::op));
+            result = self.database.write(batch.iter().map(|entry| &entry.work));
         }
         let error = match result {
             Ok(bodies) => {
@@ -304,7 +305,7 @@ impl Writer {
         for entry in batch {
             // What makes room may fit alone; nothing relies on it having come after what failed before it.
             let stored = helping && entry.gives_space() && {
-                helping = self.database.write(entry.op().into_iter()).is_ok();
+                helping = self.database.write([&entry.work].into_iter()).is_ok();
                 helping
             };
             if let Work::Op(StoreOp::LoadBody(seq)) = entry.work {

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use rusqlite::{Connection, Error, ErrorCode, OpenFlags, Transaction, TransactionBehavior, ffi};
 
 use super::{
-    StoreOpenError,
+    StoreOpenError, Work,
     rows::{self, Numbers},
     unusable,
 };
@@ -106,20 +106,23 @@ impl Database {
         &self.path
     }
 
-    /// Applies `ops` in order, all or none, and makes them durable. Gives the bodies asked for, in order.
+    /// Does `works` in order, all or none, and makes them durable. Gives the bodies asked for, in order.
     pub(super) fn write<'a>(
         &mut self,
-        ops: impl Iterator<Item = &'a StoreOp>,
+        works: impl Iterator<Item = &'a Work>,
     ) -> Result<Vec<Option<Arc<[u8]>>>, WriteError> {
         let result = (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let mut bodies = Vec::new();
             let mut changes = rows::Changes::default();
-            for op in ops {
-                if let StoreOp::LoadBody(seq) = op {
-                    bodies.push(body(&transaction, *seq));
-                } else {
-                    rows::apply(&transaction, op, &mut self.numbers, &mut changes)?;
+            for work in works {
+                match work {
+                    Work::Op(StoreOp::LoadBody(seq)) => bodies.push(body(&transaction, *seq)),
+                    Work::Op(op) => rows::apply(&transaction, op, &mut self.numbers, &mut changes)?,
+                    Work::Ended(message, ending) => {
+                        rows::put_ended(&transaction, message, *ending, &mut self.numbers, &mut changes)?;
+                    }
+                    Work::Refused => {}
                 }
             }
             rows::tidy(&transaction, &self.numbers, &changes)?;

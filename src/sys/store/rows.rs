@@ -78,20 +78,7 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
             numbers.message = numbers.message.max(signed(message.seq.0).saturating_add(1));
             put_message(db, message)
         }
-        StoreOp::EndMessage(seq, ending) => {
-            let registration: Option<i64> = db
-                .prepare_cached(
-                    "UPDATE messages SET body = NULL, ending = ?2, ended = ?3 WHERE seq = ?1 AND ended IS NULL
-                     RETURNING registration",
-                )?
-                .query_row(params![signed(seq.0), ending_number(*ending), numbers.ended], |row| row.get(0))
-                .optional()?;
-            if let Some(registration) = registration {
-                numbers.ended += 1;
-                changes.ended.insert(registration);
-            }
-            Ok(())
-        }
+        StoreOp::EndMessage(seq, ending) => end_message(db, *seq, *ending, numbers, changes),
         StoreOp::LoadBody(_) => Ok(()),
         StoreOp::PutUpstream { upstream, key, value } if value.is_empty() => {
             db.prepare_cached("DELETE FROM upstreams WHERE upstream = ?1 AND key = ?2")?.execute([upstream, key])?;
@@ -109,6 +96,19 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
             Ok(())
         }
     }
+}
+
+/// Keeps the id of a message that was never written and need not be any more.
+pub(super) fn put_ended(
+    db: &Connection,
+    message: &Message,
+    ending: Ending,
+    numbers: &mut Numbers,
+    changes: &mut Changes,
+) -> Result<()> {
+    numbers.message = numbers.message.max(signed(message.seq.0).saturating_add(1));
+    put_message(db, message)?;
+    end_message(db, message.seq, ending, numbers, changes)
 }
 
 /// Drops what is not needed any more; last in a transaction.
@@ -188,6 +188,27 @@ fn drop_orphans(db: &Connection, numbers: &Numbers) -> Result<()> {
     if orphans > 0 {
         log::warn!("{orphans} stored messages belong to no registration and were dropped");
         tidy(db, numbers, &Changes { deleted: true, ..Changes::default() })?;
+    }
+    Ok(())
+}
+
+fn end_message(
+    db: &Connection,
+    seq: MessageSeq,
+    ending: Ending,
+    numbers: &mut Numbers,
+    changes: &mut Changes,
+) -> Result<()> {
+    let registration: Option<i64> = db
+        .prepare_cached(
+            "UPDATE messages SET body = NULL, ending = ?2, ended = ?3 WHERE seq = ?1 AND ended IS NULL
+             RETURNING registration",
+        )?
+        .query_row(params![signed(seq.0), ending_number(ending), numbers.ended], |row| row.get(0))
+        .optional()?;
+    if let Some(registration) = registration {
+        numbers.ended += 1;
+        changes.ended.insert(registration);
     }
     Ok(())
 }
