@@ -3,8 +3,11 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
-use crate::model::Urgency;
+use super::{
+    super::{IncomingBody, IncomingMessage},
+    *,
+};
+use crate::{event::LinkError, model::Urgency};
 
 const SECOND: Duration = Duration::from_secs(1);
 const BASE: &str = "https://ntfy.example/";
