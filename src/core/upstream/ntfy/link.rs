@@ -3,13 +3,14 @@
 use std::{collections::HashSet, sync::Arc};
 
 use super::{
-    DEBOUNCE, DEBOUNCE_LIMIT, PROVEN, SURPLUS_KEPT, Session, Stream, TOO_MANY_REQUESTS, UNSAFE_LIMIT, WORDLESS_REFUSAL,
-    cursor::{Arrival, Watermark},
+    DEBOUNCE, DEBOUNCE_LIMIT, OVERLAP, PROVEN, SURPLUS_KEPT, Session, Stream, TOO_MANY_REQUESTS, UNSAFE_LIMIT,
+    WORDLESS_REFUSAL,
+    cursor::{Arrival, STORING, Watermark},
     wire::{self, Incoming, Message},
 };
 use crate::{
-    core::upstream::{IncomingBody, IncomingMessage, Output, quiet::hint},
-    event::{LinkError, LinkId},
+    core::upstream::{IncomingBody, IncomingMessage, Output, PROOF_TIMEOUT, quiet::hint},
+    event::{LinkError, LinkEvent, LinkId},
     model::FailureReason,
     time::{Instant, Now},
     view::LinkState,
@@ -37,19 +38,18 @@ impl Session {
         }
     }
 
-    /// The new link has its topics: it takes over, and the old one ends only now.
+    /// The new link has its topics: it takes over, and the old one begins to end.
     fn subscribed(&mut self, link: LinkId, time: Option<u64>, now: Instant) {
         let Some(mut next) = self.next.take_if(|next| next.id == link) else {
             self.quiet_frames.warn("the server sent a second open event; ignored", now);
             return;
         };
         next.since = now;
-        if let Some(time) = time {
-            next.watermark.open(time);
-        }
-        if let Some(old) = self.main.take() {
-            self.outputs.push_back(Output::Close(old.id));
-        }
+        // Nobody can have sent anything yet to an endpoint that no app knows.
+        let known = self.topics.values().any(|entry| entry.told && next.topics.contains(&entry.topic));
+        next.watermark.open(time, known.then_some(now));
+        self.close_old();
+        self.old = self.main.take();
         self.backoff.clear();
         self.refusals = 0;
         self.trouble = None;
@@ -101,10 +101,69 @@ impl Session {
             }
         }
         let stream = [&mut self.main, &mut self.next].into_iter().flatten().find(|stream| stream.id == link);
-        if let Some(settled) = stream.and_then(|stream| stream.watermark.message(&id, time, attachment)) {
-            self.tracker.checkpoint(settled);
+        if let Some(stream) = stream {
+            stream.watermark.put_off(time, now.boot);
+            if let Some(settled) = stream.watermark.message(&id, time, attachment) {
+                self.tracker.checkpoint(settled);
+            }
         }
     }
+
+    // The link that has been replaced.
+
+    /// Its messages count, its checkpoints do not: it lacks the new topics.
+    pub(super) fn handle_old(&mut self, link: LinkId, event: LinkEvent, now: Now) {
+        match event {
+            LinkEvent::Text(text) => match wire::parse(&text) {
+                Ok(Incoming::Message(message)) => self.message(link, message, now),
+                Ok(Incoming::Error { .. }) => self.close_old(),
+                Ok(Incoming::Open { .. } | Incoming::Nothing) | Err(_) => {}
+            },
+            LinkEvent::Pong => {
+                let Some(old) = &mut self.old else { return };
+                old.pings = old.pings.saturating_sub(1);
+                // Of the pings only the one at the end of the overlap proves anything: it is the last.
+                if old.proof_by.is_some() && old.pings == 0 {
+                    if let Some(main) = &mut self.main {
+                        main.watermark.overlapped(&old.watermark, main.asked);
+                    }
+                    self.close_old();
+                }
+            }
+            LinkEvent::Closed { .. } | LinkEvent::Failed(_) => self.old = None,
+            LinkEvent::Open | LinkEvent::Binary | LinkEvent::Ping => {}
+        }
+    }
+
+    /// When something is due with it.
+    pub(super) fn overlap_ends(&self) -> Option<Instant> {
+        let (old, main) = (self.old.as_ref()?, self.main.as_ref()?);
+        Some(old.proof_by.unwrap_or(main.since + OVERLAP))
+    }
+
+    /// What was sent over it is on its way, so it comes before the answer to a ping. Without an answer the new link keeps
+    /// its gap.
+    pub(super) fn end_overlap(&mut self, now: Instant) {
+        if self.overlap_ends().is_none_or(|at| at > now) {
+            return;
+        }
+        match &mut self.old {
+            Some(old) if old.proof_by.is_none() => {
+                old.proof_by = Some(now + PROOF_TIMEOUT);
+                old.pings += 1;
+                self.outputs.push_back(Output::Ping(old.id));
+            }
+            _ => self.close_old(),
+        }
+    }
+
+    pub(super) fn close_old(&mut self) {
+        if let Some(old) = self.old.take() {
+            self.outputs.push_back(Output::Close(old.id));
+        }
+    }
+
+    // The others.
 
     pub(super) fn failed(&mut self, link: LinkId, error: &LinkError, now: Instant) {
         let wordless = matches!(error, LinkError::Http { status: 200, .. });
@@ -171,8 +230,9 @@ impl Session {
             if now.since(main.since) >= PROVEN {
                 self.backoff.succeeded();
             }
-        } else {
-            self.next.take_if(|next| next.id == id);
+            self.close_old();
+        } else if self.next.take_if(|next| next.id == id).is_none() {
+            self.old.take_if(|old| old.id == id);
         }
         self.last_error = Some(why.into());
     }
@@ -181,21 +241,21 @@ impl Session {
     pub(super) fn settle(&mut self, now: Instant) {
         self.expire(now);
         if self.topics.is_empty() {
-            for stream in [self.main.take(), self.next.take()].into_iter().flatten() {
+            for stream in [self.old.take(), self.main.take(), self.next.take()].into_iter().flatten() {
                 self.outputs.push_back(Output::Close(stream.id));
             }
             self.backoff.clear();
             self.debounce = None;
             self.surplus_since = None;
         } else if self.next.is_none() {
-            if !self.wants_link() {
+            if !self.wants_link(now) {
                 self.backoff.clear();
                 self.debounce = None;
                 self.refusals = 0;
                 self.trouble = None;
             } else {
                 if self.backoff.retry_at().is_none() {
-                    // Registered while another link was being made: its turn has come.
+                    // Registered while another link was being made, or the time to look again: its turn has come.
                     self.backoff.hurry(now);
                 }
                 if self.attempt_at().is_some_and(|at| at <= now) {
@@ -216,12 +276,21 @@ impl Session {
         }
     }
 
-    /// Whether a link is to be made: there is none, or it lacks a topic.
-    pub(super) fn wants_link(&self) -> bool {
+    /// Whether a link is to be made: there is none, it lacks a topic, or it may lack a message.
+    pub(super) fn wants_link(&self, now: Instant) -> bool {
         match &self.main {
             None => !self.topics.is_empty(),
-            Some(main) => self.pending > 0 && self.names.keys().any(|topic| !main.topics.contains(topic)),
+            Some(main) => {
+                self.pending > 0 && self.names.keys().any(|topic| !main.topics.contains(topic))
+                    || self.look_at().is_some_and(|at| at <= now)
+            }
         }
+    }
+
+    /// When another link is to look for what this one may lack.
+    pub(super) fn look_at(&self) -> Option<Instant> {
+        let main = self.main.as_ref().filter(|_| self.old.is_none() && self.next.is_none())?;
+        Some(main.watermark.gap()? + STORING)
     }
 
     /// When the next link is to be made, if one is.
@@ -248,6 +317,7 @@ impl Session {
             since: now,
             heard: now,
             proof_by: None,
+            pings: 0,
             watermark: Watermark::default(),
         }));
     }

@@ -1,7 +1,8 @@
 //! ntfy over its WebSocket stream (push.md §3b).
 //!
 //! One link carries all topics. When the list grows a second link is made with the new list, and the first is closed
-//! only when the second is subscribed. ntfy has no acknowledgement: the `since` cursor takes its place, see [`cursor`].
+//! only when the second is subscribed and the first has brought what was on its way to it. A link that takes no other's
+//! place may lack a message that was about to be stored: a few seconds later it is replaced once by another. ntfy has no acknowledgement: the `since` cursor takes its place, see [`cursor`].
 //! A message that comes again is handed on again while it is not safe, and left out once it is.
 //!
 //! A server of version 2.11 refuses a WebSocket, whatever the reason, with an empty `200` (measured: bad credentials,
@@ -52,6 +53,8 @@ const SURPLUS_KEPT: Duration = Duration::from_secs(600);
 const SILENCE: Duration = Duration::from_secs(100);
 /// A link that lived this long has proved the server well.
 const PROVEN: Duration = Duration::from_secs(30);
+/// A link that has been replaced is read on for so long: what the server was sending then is on its way by then.
+const OVERLAP: Duration = Duration::from_secs(2);
 /// An attempt older than this may date from before the network came back.
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal is the answer to every app; after it an app's registration may try again.
@@ -78,6 +81,8 @@ pub struct Session {
     main: Option<Box<Stream>>,
     /// On the way, to take the place of `main`.
     next: Option<Box<Stream>>,
+    /// Replaced by `main`, to be closed when what was on its way has come.
+    old: Option<Box<Stream>>,
     backoff: Backoff,
     /// First and latest of the registrations that wait for company.
     debounce: Option<(Instant, Instant)>,
@@ -108,6 +113,8 @@ struct Stream {
     since: Instant,
     heard: Instant,
     proof_by: Option<Instant>,
+    /// Pings not answered yet.
+    pings: u32,
     watermark: Watermark,
 }
 
@@ -132,6 +139,7 @@ impl Session {
             pending: 0,
             main: None,
             next: None,
+            old: None,
             backoff: Backoff::default(),
             debounce: None,
             surplus_since: None,
@@ -168,6 +176,11 @@ impl Session {
 
     /// An event on a link.
     pub fn handle_link(&mut self, link: LinkId, event: LinkEvent, now: Now) {
+        if self.old.as_ref().is_some_and(|old| old.id == link) {
+            self.handle_old(link, event, now);
+            self.settle(now.boot);
+            return;
+        }
         let Some(stream) = [&mut self.main, &mut self.next].into_iter().flatten().find(|stream| stream.id == link)
         else {
             return;
@@ -182,7 +195,8 @@ impl Session {
                 }
                 self.drop_surplus(link, now.boot);
             }
-            LinkEvent::Open | LinkEvent::Pong => {}
+            LinkEvent::Pong => stream.pings = stream.pings.saturating_sub(1),
+            LinkEvent::Open => {}
             LinkEvent::Binary => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
             LinkEvent::Closed { code, reason } => {
                 let reason: String = reason.chars().filter(|c| !c.is_control()).take(80).collect();
@@ -215,6 +229,7 @@ impl Session {
                 self.backoff.failed(None, now, &mut self.rng);
             }
         }
+        self.end_overlap(now);
         self.settle(now);
     }
 
@@ -226,9 +241,10 @@ impl Session {
         }
         if let Some(main) = self.main.as_mut().filter(|main| main.proof_by.is_none()) {
             main.proof_by = Some(now + PROOF_TIMEOUT);
+            main.pings += 1;
             self.outputs.push_back(Output::Ping(main.id));
         }
-        if self.next.is_none() && self.wants_link() {
+        if self.next.is_none() && self.wants_link(now) {
             self.backoff.at_once(now);
         }
         self.settle(now);
@@ -240,7 +256,7 @@ impl Session {
         for id in ids {
             self.drop_link(id, "connected anew to get messages again that could not be stored", now.boot);
         }
-        if self.wants_link() {
+        if self.wants_link(now.boot) {
             self.backoff.at_once(now.boot);
         }
         self.settle(now.boot);
@@ -305,13 +321,13 @@ impl Session {
         let main = self.main.as_ref().and_then(|main| earliest(Some(main.heard + SILENCE), main.proof_by));
         let next = match &self.next {
             Some(next) => Some(next.asked + CONNECT_TIMEOUT),
-            None => self.attempt_at(),
+            None => self.attempt_at().or_else(|| self.look_at()),
         };
         let answer = match self.pending {
             0 => None,
             _ => self.topics.values().filter_map(|entry| entry.answer_by).min(),
         };
-        earliest(answer, earliest(main, next))
+        earliest(earliest(answer, self.overlap_ends()), earliest(main, next))
     }
 
     /// What `status` shows.
@@ -327,5 +343,7 @@ impl Session {
     }
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;
