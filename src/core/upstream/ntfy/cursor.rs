@@ -298,6 +298,26 @@ mod tests {
     }
 
     #[test]
+    fn with_a_gap_only_replayed_messages_make_checkpoints() {
+        let mut mark = Watermark::default();
+        mark.open(Some(1000), Some(at(1)));
+        assert_eq!(mark.message(&id(1), 700, false), None);
+        assert_eq!(mark.message(&id(2), 800, false), Some(id(1)));
+        for n in 1..10 {
+            assert_eq!(mark.message(&id(2 + n), 1000 + 60 * n, false), None);
+            assert_eq!(mark.ping(at(60 * n)), None);
+        }
+        let mut before = Watermark::default();
+        before.open(Some(990), Some(at(0)));
+        mark.overlapped(&before, at(5));
+        assert_eq!(mark.gap(), Some(at(0)), "asked for too early to have what was about to be stored");
+        mark.overlapped(&before, at(6));
+        assert_eq!(mark.gap(), None);
+        assert_eq!(mark.message(&id(12), 2000, false), Some(id(2)));
+        assert_eq!(mark.message(&id(13), 2060, false), Some(id(12)));
+    }
+
+    #[test]
     fn a_live_message_during_the_replay_is_no_checkpoint() {
         let mut mark = Watermark::default();
         assert_eq!(mark.message(&id(1), 1000, false), None, "ahead of open");

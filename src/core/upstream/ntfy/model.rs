@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::event::LinkError;
 
 const BASE: &str = "https://ntfy.example/";
 const WAY: Duration = Duration::from_millis(50);
@@ -30,6 +31,8 @@ enum Step {
     Roam,
     /// The daemon ends and begins anew from what it was to remember.
     Crash,
+    /// New connections are refused from now on, or no longer.
+    Refuse(bool),
     Register,
 }
 
@@ -40,9 +43,10 @@ fn step() -> impl Strategy<Value = Step> {
         8 => prop_oneof![4 => 0_u64..1000, 2 => 0_u64..10_000, 1 => 0_u64..200_000].prop_map(Step::Pass),
         6 => Just(Step::Safe),
         2 => Just(Step::Cut),
-        1 => Just(Step::Roam),
+        2 => Just(Step::Roam),
         2 => Just(Step::Crash),
-        1 => Just(Step::Register),
+        2 => any::<bool>().prop_map(Step::Refuse),
+        2 => Just(Step::Register),
     ]
 }
 
@@ -80,6 +84,7 @@ struct World {
     pipes: Vec<Pipe>,
     numbers: u64,
     connects: usize,
+    refuses: bool,
     cursor: Option<Arc<str>>,
     channels: BTreeMap<u64, Arc<str>>,
     come: Vec<Arc<str>>,
@@ -100,6 +105,7 @@ impl World {
             pipes: Vec::new(),
             numbers: 0,
             connects: 0,
+            refuses: false,
             cursor: None,
             channels,
             come: Vec::new(),
@@ -138,6 +144,7 @@ impl World {
                 self.come.clear();
                 self.session = session(self.lives, self.cursor.clone(), &self.channels, self.now);
             }
+            Step::Refuse(refuses) => self.refuses = refuses,
             Step::Register => {
                 let registration = RegistrationId(1000 + self.number());
                 self.session.register(registration, self.now);
@@ -183,7 +190,13 @@ impl World {
         self.rows.extend(self.storing.extract_if(.., |(at, _)| *at <= now).map(|(_, row)| row));
         let accepted: Vec<_> = self.asked.extract_if(.., |(at, ..)| *at <= now).collect();
         for (_, link, path) in accepted {
-            self.subscribe(link, &path);
+            if self.refuses {
+                let refusal = LinkError::Http { status: 503, body: String::new(), retry_after: None };
+                self.session.handle_link(link, LinkEvent::Failed(refusal), self.now);
+                self.drain();
+            } else {
+                self.subscribe(link, &path);
+            }
         }
         let mut events = Vec::new();
         for pipe in &mut self.pipes {
@@ -299,6 +312,7 @@ proptest! {
         for step in steps {
             world.step(step);
         }
+        world.step(Step::Refuse(false));
         // Whoever waits out a backoff does so no longer.
         world.step(Step::Roam);
         let connects = world.connects;
