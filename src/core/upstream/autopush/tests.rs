@@ -3,8 +3,11 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
-use crate::time::UnixTime;
+use super::{
+    super::{IncomingBody, IncomingMessage},
+    *,
+};
+use crate::{event::LinkError, model::Urgency, time::UnixTime};
 
 const SECOND: Duration = Duration::from_secs(1);
 
