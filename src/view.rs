@@ -106,7 +106,8 @@ pub struct App {
     pub name: String,
     /// The bus it lives on.
     pub bus: String,
-    /// Its lifecycle state: `foreground`, `background`, `awake`, `freezing`, `frozen`, `reclaimed`, `tombstone`, `gone`.
+    /// Its lifecycle state: `foreground`, `background`, `awake`, `freezing`, `frozen`, `reclaimed`, `ending` (being killed),
+    /// `tombstone`, `gone`.
     pub state: String,
     /// Seconds in that state.
     pub since_secs: u64,

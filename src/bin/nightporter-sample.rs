@@ -39,6 +39,8 @@ const PORTER_PATH: &str = "/org/nightporter1";
 /// A registration takes up to 10 s at the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_BALLAST_KIB: usize = 8192;
+/// More than the longest line of that history has bytes.
+const LONGEST_MESSAGE: usize = 512;
 
 fn main() -> ExitCode {
     match run() {
@@ -348,7 +350,7 @@ fn text<'a>(dictionary: &'a Dictionary, key: &str) -> &'a str {
 
 /// A chat history of `bytes` bytes, the same for the same name: it compresses as text does, neither to nothing, as zeros
 /// would, nor not at all, as random bytes would.
-fn history(name: &str, bytes: usize) -> Vec<Box<str>> {
+fn history(name: &str, bytes: usize) -> String {
     const PEOPLE: [&str; 8] = ["Ada", "Bilal", "Chiara", "Dmitri", "Esi", "Femke", "Goran", "Hana"];
     const WORDS: [&str; 64] = [
         "the",
@@ -417,21 +419,20 @@ fn history(name: &str, bytes: usize) -> Vec<Box<str>> {
         "where",
     ];
     let mut random = Random(digest(name) as u64);
-    let mut history = Vec::new();
-    let mut filled = 0;
+    // In one piece: what an allocator loses between thousands of small ones would not be history.
+    let mut history = String::with_capacity(bytes + LONGEST_MESSAGE);
     let mut clock = 1_700_000_000_u64;
-    while filled < bytes {
+    while history.len() < bytes {
         clock += random.below(600);
-        let mut message = String::with_capacity(160);
-        let _ = write!(message, "{clock} <{}>", PEOPLE[random.below(PEOPLE.len() as u64) as usize]);
+        let _ = write!(history, "{clock} <{}>", PEOPLE[random.below(PEOPLE.len() as u64) as usize]);
         for _ in 0..4 + random.below(20) {
-            let _ = write!(message, " {}", WORDS[random.below(WORDS.len() as u64) as usize]);
+            history.push(' ');
+            history.push_str(WORDS[random.below(WORDS.len() as u64) as usize]);
         }
         if random.below(12) == 0 {
-            let _ = write!(message, " https://example.org/p/{:x}", random.below(1 << 48));
+            let _ = write!(history, " https://example.org/p/{:x}", random.below(1 << 48));
         }
-        filled += message.len();
-        history.push(message.into_boxed_str());
+        history.push('\n');
     }
     history
 }
@@ -465,10 +466,9 @@ mod tests {
         let one = history("org.nightporter.Sample1", 100_000);
         assert_eq!(one, history("org.nightporter.Sample1", 100_000));
         assert_ne!(one, history("org.nightporter.Sample2", 100_000));
-        let size: usize = one.iter().map(|message| message.len()).sum();
-        assert!((100_000..101_000).contains(&size), "{size}");
-        let different: std::collections::HashSet<&str> = one.iter().map(|message| &**message).collect();
-        assert_eq!(different.len(), one.len());
+        assert!((100_000..100_000 + LONGEST_MESSAGE).contains(&one.len()), "{}", one.len());
+        let different: std::collections::HashSet<&str> = one.lines().collect();
+        assert_eq!(different.len(), one.lines().count());
     }
 
     #[test]

@@ -89,6 +89,8 @@ struct Upstream {
 /// What a bus says of an app, and what we asked of it.
 #[derive(Debug, Default)]
 struct Presence {
+    /// Whether the bus has spoken: without it no owner means nothing.
+    known: bool,
     owner: Option<Owner>,
     /// Set while it is being started: when that has failed.
     starting: Option<Instant>,
@@ -299,8 +301,7 @@ impl Core {
         }
         self.buses.retain(|other| *other != bus);
         for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
-            presence.owner = None;
-            presence.starting = None;
+            (presence.known, presence.owner, presence.starting) = (false, None, None);
         }
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
@@ -308,6 +309,7 @@ impl Core {
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
         let Some(presence) = self.apps.get_mut(app) else { return };
+        presence.known = true;
         match owner {
             Some(owner) => {
                 if presence.owner.as_ref() == Some(&owner) {
@@ -404,7 +406,7 @@ impl Core {
         }
         let Some(app) = self.lifecycle.app_of(target).cloned() else { return };
         let phase = match purpose {
-            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, &memory, now).map(|kind| match kind {
+            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, memory.clone(), now).map(|kind| match kind {
                 SampleKind::Resident => Phase::Resident,
                 SampleKind::Frozen => Phase::Frozen,
                 SampleKind::PagedOut => Phase::PagedOut,

@@ -131,7 +131,7 @@ impl Core {
                 told: false,
             };
             // Its first message may come before the store has answered.
-            self.delivery.add(&registration);
+            self.introduce(&registration, now);
             self.registry.insert(registration.clone());
             self.store(StoreOp::PutRegistration(registration), Some(Stored::Registration(id)));
             return;
@@ -148,6 +148,19 @@ impl Core {
         self.store(op, Some(Stored::Registration(id)));
         if !told {
             self.lifecycle.note(&app, "endpoint", "its server gave it a new address", now);
+        }
+    }
+
+    /// Gives the registration a queue; for an app new to delivery, with what the bus has said of it so far.
+    fn introduce(&mut self, registration: &Registration, now: Now) {
+        let first = !self.delivery.serves(&registration.app);
+        self.delivery.add(registration);
+        match self.apps.get(&registration.app) {
+            Some(presence) if first && presence.known && presence.owner.is_some() => {
+                self.delivery.appeared(&registration.app, now);
+            }
+            Some(presence) if first && presence.known => self.delivery.vanished(&registration.app, now),
+            Some(_) | None => {}
         }
     }
 

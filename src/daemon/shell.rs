@@ -2,7 +2,8 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -54,7 +55,7 @@ pub(super) struct Shell {
     events: Events,
     inbox: Inbox,
     sender: inbox::Sender,
-    jobs: Jobs,
+    downloads: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -101,20 +102,24 @@ impl Shell {
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
         // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
-        let jobs = Jobs::default();
-        let targets =
-            Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir, process::Options::default())
-                .map_err(|error| {
-                    DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error))
-                })?;
-        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), jobs.clone());
+        make_private_dir(&runtime_dir).map_err(system("cannot make the runtime directory"))?;
+        let targets = Targets::new(
+            registry()?,
+            TARGETS,
+            sender.clone(),
+            Jobs::default(),
+            runtime_dir,
+            process::Options::default(),
+        )
+        .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
+        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), Jobs::default());
         let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,
             events: Events::with_capacity(64),
             inbox,
             sender,
-            jobs,
+            downloads: Jobs::new(1),
             links,
             targets,
             bus,
@@ -172,7 +177,7 @@ impl Shell {
             Action::Close(link) => self.links.close(link),
             Action::Fetch { ticket, upstream, url, limit } => {
                 if let Some(upstream) = self.upstreams.iter().find(|settings| settings.name == upstream) {
-                    fetch::fetch(&self.jobs, &self.sender, ticket, upstream, url, limit);
+                    fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
                 }
             }
             Action::Store(op, ticket) => self.store.apply(op, ticket),
@@ -277,6 +282,10 @@ impl Shell {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
+}
+
+fn make_private_dir(dir: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
 fn addresses(options: &Options) -> Result<Vec<BusAddress>, DaemonError> {

@@ -251,6 +251,20 @@ mod tests {
     }
 
     #[test]
+    fn an_endless_body_is_left_at_the_limit() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n").unwrap();
+            while stream.write_all(&[b'x'; 4096]).is_ok() {}
+        });
+        let (_dir, settings) = upstream(&url);
+        assert_eq!(download(&settings, &url, 10_000), Err(FetchError::TooLarge { limit: 10_000 }));
+        server.join().unwrap();
+    }
+
+    #[test]
     fn gone_is_told_from_what_may_work_later() {
         let status = |line: &str| format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         let (url, _) = serve(vec![status("404 Not Found"), status("410 Gone"), status("503 Busy"), status("401 No")]);

@@ -539,3 +539,115 @@ fn urgency_number(urgency: Urgency) -> i64 {
 fn urgency(number: i64) -> Urgency {
     usize::try_from(number).ok().and_then(|index| URGENCIES.get(index)).copied().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::Settings;
+
+    const DAY: i64 = 24 * 60 * 60;
+
+    fn database(extra: &[&str]) -> Database {
+        Database::in_memory(Settings::parse_from(["relay"].iter().chain(extra)).limits).unwrap()
+    }
+
+    fn uaid(digit: char) -> Uaid {
+        Uaid::parse(&String::from(digit).repeat(32)).unwrap()
+    }
+
+    fn channel(number: u32) -> ChannelId {
+        ChannelId::parse(&format!("d5d2a1c4-0c0a-4a5e-9d0a-{number:012x}")).unwrap()
+    }
+
+    fn target(database: &Database, token: &str) -> Target {
+        match database.endpoint(token).unwrap() {
+            Endpoint::InUse(target) => target,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn message(version: &str, expires: i64, urgency: Urgency) -> Message {
+        Message {
+            seq: None,
+            version: version.into(),
+            channel: channel(1).as_str().into(),
+            data: Arc::from(&b"data"[..]),
+            encoding: Some("aes128gcm".into()),
+            encryption: Some("salt".into()),
+            crypto_key: Some("dh".into()),
+            expires,
+            topic: Some("topic".into()),
+            urgency,
+        }
+    }
+
+    #[test]
+    fn a_message_comes_back_as_it_was() {
+        let database = database(&[]);
+        database.register(&uaid('a'), &channel(1), None, &"t".into(), 0).unwrap();
+        let target = target(&database, "t");
+        for urgency in URGENCIES {
+            let mut sent = message(&format!("{urgency:?}"), 10, urgency);
+            sent.topic = Some(format!("{urgency:?}").into());
+            sent.seq = Some(database.insert(&target, &sent, 4).unwrap());
+            let last = sent.seq.unwrap() - 1;
+            assert_eq!(*database.waiting(&uaid('a'), last, 1, 9).unwrap()[0], sent);
+        }
+        assert_eq!(database.waiting(&uaid('a'), 0, 9, 10).unwrap(), [], "expired");
+        assert_eq!(database.waiting(&uaid('b'), 0, 9, 0).unwrap(), [], "somebody else's");
+    }
+
+    #[test]
+    fn a_device_acknowledges_its_own_messages_only() {
+        let database = database(&[]);
+        database.register(&uaid('a'), &channel(1), None, &"t".into(), 0).unwrap();
+        database.insert(&target(&database, "t"), &message("v", 10, Urgency::Normal), 4).unwrap();
+        database.acknowledge(&uaid('b'), &["v".into()]).unwrap();
+        assert_eq!(database.waiting(&uaid('a'), 0, 9, 0).unwrap().len(), 1);
+        database.acknowledge(&uaid('a'), &["v".into()]).unwrap();
+        assert_eq!(database.waiting(&uaid('a'), 0, 9, 0).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn places_are_never_used_twice() {
+        let database = database(&[]);
+        database.register(&uaid('a'), &channel(1), None, &"t".into(), 0).unwrap();
+        let target = target(&database, "t");
+        let first = database.insert(&target, &message("v", 10, Urgency::Normal), 4).unwrap();
+        assert!(database.delete("v", 0).unwrap());
+        assert!(database.insert(&target, &message("w", 10, Urgency::Normal), 4).unwrap() > first);
+    }
+
+    #[test]
+    fn purging_removes_what_is_over() {
+        let database = database(&[]);
+        for (uaid, token) in [(uaid('a'), "a"), (uaid('b'), "b"), (uaid('c'), "c")] {
+            database.register(&uaid, &channel(1), None, &token.into(), 0).unwrap();
+        }
+        database.insert(&target(&database, "a"), &message("v", 10, Urgency::Normal), 4).unwrap();
+        assert!(database.purge(9, |_| false).unwrap(), "it still waits");
+        assert!(!database.purge(10, |_| false).unwrap());
+
+        database.touch(&uaid('a'), 30 * DAY).unwrap();
+        assert!(database.purge(60 * DAY, |connected| *connected == uaid('b')).unwrap(), "a removed endpoint is left");
+        assert!(database.knows(&uaid('a')).unwrap() && database.knows(&uaid('b')).unwrap());
+        assert!(!database.knows(&uaid('c')).unwrap(), "absent for 60 days");
+        assert!(matches!(database.endpoint("c").unwrap(), Endpoint::Removed));
+        database.purge(120 * DAY, |_| true).unwrap();
+        assert!(matches!(database.endpoint("c").unwrap(), Endpoint::Unknown));
+    }
+
+    #[test]
+    fn removed_endpoints_are_bounded_oldest_first() {
+        let database = database(&["--max-removed", "2"]);
+        for (number, token) in (1..).zip(["a", "b", "c"]) {
+            database.register(&uaid('a'), &channel(number), None, &token.into(), 0).unwrap();
+            database.unregister(&uaid('a'), &channel(number), i64::from(number)).unwrap();
+        }
+        assert!(matches!(database.endpoint("a").unwrap(), Endpoint::Unknown));
+        assert!(matches!(database.endpoint("b").unwrap(), Endpoint::Removed));
+        assert!(matches!(database.endpoint("c").unwrap(), Endpoint::Removed));
+    }
+}

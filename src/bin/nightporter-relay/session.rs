@@ -332,6 +332,10 @@ mod tests {
         Batch { messages: seqs.map(message).collect(), is_last }
     }
 
+    fn nothing() -> Batch {
+        Batch { messages: Vec::new(), is_last: true }
+    }
+
     fn open(extra: &[&str], first: Batch) -> (Session, Instant) {
         let (settings, now) = (settings(extra), Instant::now());
         let mut session = Session::new(settings.times, settings.limits, now);
@@ -368,7 +372,7 @@ mod tests {
         assert_eq!(drain(&mut session), []);
         session.handle_timeout(now + Duration::from_secs(5));
         closes_with(&mut session, 1011);
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         drain(&mut session);
         session.handle_text(r#"{"messageType":"hello"}"#, now);
         closes_with(&mut session, 1011);
@@ -392,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_lagging_device_goes_back_to_the_store() {
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         session.handle_event(ClientEvent::Live(message(7)), now, 0);
         session.handle_lagging();
         assert_eq!(drain(&mut session).len(), 2);
@@ -415,7 +419,7 @@ mod tests {
 
     #[test]
     fn client_pings_have_a_pace() {
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         drain(&mut session);
         session.handle_text("{}", now);
         assert_eq!(drain(&mut session), [Output::Send("{}".into())], "the first is free");
@@ -427,7 +431,7 @@ mod tests {
 
     #[test]
     fn the_server_pings_from_connect_or_the_last_pong() {
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         drain(&mut session);
         let after = |seconds| now + Duration::from_secs(seconds);
         session.handle_pong(after(299));
@@ -445,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_device_that_never_acknowledges_is_cut_off() {
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         for seq in 1..=8192 {
             session.handle_event(ClientEvent::Live(message(seq)), now, 0);
         }
@@ -456,10 +460,10 @@ mod tests {
 
     #[test]
     fn frames_that_are_too_long_or_binary_close() {
-        let (mut session, now) = open(&[], batch(1..=0, true));
+        let (mut session, now) = open(&[], nothing());
         session.handle_text(&" ".repeat(FRAME_MAX + 1), now);
         closes_with(&mut session, 1009);
-        let (mut session, _) = open(&[], batch(1..=0, true));
+        let (mut session, _) = open(&[], nothing());
         session.handle_binary();
         closes_with(&mut session, 1003);
     }

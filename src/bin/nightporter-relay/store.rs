@@ -562,3 +562,117 @@ fn answer<T>(reply: Reply<T>, result: Result<Effect, StoreError>, pick: impl FnO
     // Who asked may have gone.
     let _ = reply.send(result.and_then(|effect| pick(effect).ok_or(StoreError::Failed)));
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use nightporter::model::Urgency;
+
+    use super::*;
+    use crate::{args::Settings, token};
+
+    fn worker(extra: &[&str]) -> Worker {
+        let limits = Settings::parse_from(["relay"].iter().chain(extra)).limits;
+        Worker {
+            database: Database::in_memory(limits).unwrap(),
+            clients: HashMap::new(),
+            rates: Rates::new(limits.rate, limits.burst, 10),
+            something_stored: Arc::new(Notify::new()),
+            on_damage: None,
+            follow_up: Vec::new(),
+        }
+    }
+
+    fn uaid() -> Uaid {
+        Uaid::parse("0123456789abcdef0123456789abcdef").unwrap()
+    }
+
+    type Answer<T> = oneshot::Receiver<Result<T, StoreError>>;
+
+    fn register() -> (Command, Answer<Registered>) {
+        let (reply, answer) = oneshot::channel();
+        let channel = ChannelId::parse("d5d2a1c4-0c0a-4a5e-9d0a-000000000001").unwrap();
+        (Command::Register { uaid: uaid(), channel, key: None, token: "endpoint".into(), reply }, answer)
+    }
+
+    fn submit(ttl: i64, size: usize) -> (Command, Answer<Verdict>) {
+        let (reply, answer) = oneshot::channel();
+        let headers =
+            Headers { ttl, topic: None, urgency: Urgency::Normal, encoding: None, encryption: None, crypto_key: None };
+        let submission = Submission {
+            token: "endpoint".to_owned(),
+            version: token::capability().unwrap(),
+            headers,
+            data: vec![0; size].into(),
+            proof: Proof::Absent,
+        };
+        (Command::Submit { submission, reply }, answer)
+    }
+
+    fn connect(worker: &mut Worker, session: u64) -> (mpsc::Receiver<ClientEvent>, Arc<Gate>) {
+        let (events, receiver) = mpsc::channel(CLIENT_SLOTS + RESERVED_SLOTS);
+        let gate = Arc::new(Gate::default());
+        let client = Client { session, events, gate: gate.clone(), is_live: false };
+        worker.process(vec![Command::Hello { uaid: Some(uaid()), fresh: Uaid::random().unwrap(), client }]);
+        (receiver, gate)
+    }
+
+    #[test]
+    fn one_command_that_fails_spoils_no_other() {
+        let mut worker = worker(&["--max-database", "131072"]);
+        worker.process(vec![register().0]);
+        let mut accepted = 0;
+        let (last, (first, mut refused), (second, mut known)) = loop {
+            let (command, mut answer) = submit(60, 4000);
+            worker.process(vec![command]);
+            match answer.try_recv().unwrap() {
+                Ok(Verdict::Accepted) => accepted += 1,
+                last => break (last, submit(60, 4000), register()),
+            }
+        };
+        assert_eq!(last, Err(StoreError::Full));
+        assert!(accepted > 0);
+        worker.process(vec![first, second]);
+        assert_eq!(refused.try_recv().unwrap(), Err(StoreError::Full));
+        assert_eq!(known.try_recv().unwrap(), Ok(Registered::Token("endpoint".into())));
+        assert_eq!(worker.database.waiting(&uaid(), 0, 1000, 0).unwrap().len(), accepted);
+    }
+
+    #[test]
+    fn a_full_queue_turns_to_the_database_and_back() {
+        let mut worker = worker(&[]);
+        worker.process(vec![register().0]);
+        let (mut events, gate) = connect(&mut worker, 1);
+        assert!(matches!(events.try_recv(), Ok(ClientEvent::Welcome(_, Batch { is_last: true, .. }))));
+        for _ in 0..CLIENT_SLOTS + 5 {
+            worker.process(vec![submit(60, 1).0]);
+        }
+        worker.process(vec![submit(0, 1).0]);
+        assert!(gate.take_lagging() && !gate.take_lagging());
+        let live = std::iter::from_fn(|| match events.try_recv() {
+            Ok(ClientEvent::Live(message)) => Some(message.seq.unwrap()),
+            _ => None,
+        });
+        let last = live.last().unwrap();
+        worker.process(vec![submit(60, 1).0]);
+        assert!(events.try_recv().is_err(), "nothing overtakes what is in the database");
+        worker.process(vec![Command::Fetch { uaid: uaid(), session: 1, after: last }, submit(60, 1).0]);
+        match events.try_recv().unwrap() {
+            ClientEvent::Batch(batch) => assert_eq!((batch.messages.len(), batch.is_last), (6, true)),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(events.try_recv(), Ok(ClientEvent::Live(_))), "caught up");
+    }
+
+    #[test]
+    fn the_goodbye_of_a_ghost_does_not_disconnect_its_successor() {
+        let mut worker = worker(&[]);
+        worker.process(vec![register().0]);
+        let (_, ghost) = connect(&mut worker, 1);
+        let (mut events, gate) = connect(&mut worker, 2);
+        assert_eq!((ghost.kick(), gate.kick()), (Some(Kick::Ghost), None));
+        worker.process(vec![Command::Bye { uaid: uaid(), session: 1 }, submit(60, 1).0]);
+        assert!(matches!(events.try_recv(), Ok(ClientEvent::Welcome(..))));
+        assert!(matches!(events.try_recv(), Ok(ClientEvent::Live(_))));
+    }
+}

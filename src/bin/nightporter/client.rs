@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
-use zbus::{Connection, block_on, connection::Builder, fdo};
+use zbus::{Connection, Message, block_on, connection::Builder, fdo, message::Flags};
 
 use crate::{
     args::BusChoice,
@@ -66,17 +66,18 @@ impl Daemon {
         owned(&self.connection, name).map_err(|error| failure(&error))
     }
 
-    /// Has the bus start the owner of `name`; returns when it owns the name.
+    /// Has the bus start the owner of `name`, without waiting for it: starts of several go on at once.
     pub(crate) fn start(&self, name: &str) -> Result<(), Failure> {
-        block_on(self.connection.call_method(
-            Some("org.freedesktop.DBus"),
-            "/org/freedesktop/DBus",
-            Some("org.freedesktop.DBus"),
-            "StartServiceByName",
-            &(name, 0_u32),
-        ))
-        .map(drop)
-        .map_err(|error| Failure::new(Exit::System, format!("cannot start {name}: {error}")))
+        let sent = Message::method_call("/org/freedesktop/DBus", "StartServiceByName")
+            .destination("org.freedesktop.DBus")
+            .interface("org.freedesktop.DBus")
+            .with_flags(Flags::NO_REPLY_EXPECTED)
+            .build(&(name, 0_u32))
+            .map(|message| block_on(self.connection.send(&message)));
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) | Err(error) => Err(Failure::system(format!("cannot start {name}"), error)),
+        }
     }
 
     /// Calls a method that answers with a JSON text.
@@ -92,7 +93,7 @@ impl Daemon {
         self.call(method, Some(app)).map(drop)
     }
 
-    fn call(&self, method: &str, app: Option<&str>) -> Result<zbus::Message, Failure> {
+    fn call(&self, method: &str, app: Option<&str>) -> Result<Message, Failure> {
         let result = block_on(async {
             match app {
                 Some(app) => self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, &(app,)).await,

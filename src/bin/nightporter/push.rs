@@ -1,14 +1,10 @@
 //! `nightporter push`: posts a test message to an app's endpoint, the whole way through its real push server.
 
-use std::{fmt::Write, path::Path, sync::Arc, time::Duration};
+use std::{fmt::Write, path::Path, time::Duration};
 
-use nightporter::view::Endpoint;
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use nightporter::{sys::tls, view::Endpoint};
 use serde_json::json;
-use ureq::{
-    Agent,
-    tls::{Certificate, RootCerts, TlsConfig, TlsProvider},
-};
+use ureq::Agent;
 
 use crate::{
     args::Push,
@@ -93,7 +89,8 @@ fn post(endpoint: &Endpoint, text: &str, ca_file: Option<&Path>) -> Result<Sent,
         true => format!("{}?up=1", endpoint.endpoint),
         false => endpoint.endpoint.clone(),
     };
-    let mut request = agent(ca_file)?.post(&url).header("TTL", "60").header("Urgency", "normal");
+    let mut request =
+        agent(ca_file, url.starts_with("https:"))?.post(&url).header("TTL", "60").header("Urgency", "normal");
     if !unified_push {
         request = request.header("Content-Encoding", "aes128gcm");
     }
@@ -111,25 +108,13 @@ fn post(endpoint: &Endpoint, text: &str, ca_file: Option<&Path>) -> Result<Sent,
     })
 }
 
-fn agent(ca_file: Option<&Path>) -> Result<Agent, Failure> {
-    let roots: Vec<Certificate<'static>> = match ca_file {
-        None => rustls_native_certs::load_native_certs()
-            .certs
-            .iter()
-            .map(|certificate| Certificate::from_der(certificate).to_owned())
-            .collect(),
-        Some(path) => CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|error| Failure::new(Exit::Data, format!("cannot read {}: {error}", path.display())))?
-            .iter()
-            .map(|certificate| Certificate::from_der(certificate).to_owned())
-            .collect(),
+fn agent(ca_file: Option<&Path>, secure: bool) -> Result<Agent, Failure> {
+    let tls = match tls::ureq_config(ca_file) {
+        Ok(tls) => tls,
+        // A device without certificates can still reach a server on its own network.
+        Err(_) if ca_file.is_none() && !secure => tls::ureq_without_trust(),
+        Err(error) => return Err(Failure::new(Exit::Data, error.to_string())),
     };
-    let tls = TlsConfig::builder()
-        .provider(TlsProvider::Rustls)
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .root_certs(RootCerts::from(roots))
-        .build();
     Ok(Agent::config_builder()
         .tls_config(tls)
         .http_status_as_error(false)

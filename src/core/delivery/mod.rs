@@ -694,6 +694,11 @@ impl Delivery {
         output
     }
 
+    /// Whether any registration of the app has a queue.
+    pub fn serves(&self, app: &AppKey) -> bool {
+        self.apps.contains_key(app)
+    }
+
     /// Messages waiting for the app.
     pub fn waiting_for(&self, app: &AppKey) -> usize {
         let lanes = self.apps.get(app).map(|app| app.lanes.as_slice()).unwrap_or_default();

@@ -11,8 +11,9 @@ use crate::{
     time::{Instant, UnixTime},
 };
 
-/// Ids of ended messages remembered for duplicates; Firefox keeps 100 per subscription.
-pub(super) const SEEN: usize = 128;
+/// Ids of ended messages remembered for duplicates. Firefox keeps 100 per subscription; ntfy's cursor lags up to 90 s
+/// behind, and what came since then comes again after a restart.
+pub(super) const SEEN: usize = 1000;
 
 /// Waiting messages in order of arrival, and the ids of those that ended.
 #[derive(Debug, Default)]
@@ -172,7 +173,7 @@ impl Queue {
     }
 }
 
-/// 64 bits are kept of an id, so that 1000 registrations remember 128 ids each in 1 MiB. Never stored: the hash may
+/// 64 bits are kept of an id, 8 KiB for a registration with the most ids. Never stored: the hash may
 /// change with the compiler.
 fn hash(id: &str) -> u64 {
     let mut hasher = DefaultHasher::new();

@@ -1,35 +1,28 @@
-//! One app: what is known of it, and how events and verdicts move it from state to state.
+//! One app: what is known of it, and what each event means for it. After each it asks the policy (`carry_out`).
+
+mod carry_out;
+mod instance;
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
+use self::{
+    carry_out::THAW_SOON,
+    instance::{Instance, Looked, claimed, finish_all},
+};
 use super::{
     AppView, Output, Readiness, Refusal, RefusalKind, SampleKind, State,
-    decisions::{Decision, Decisions, human},
-    policy::{self, Act, Baseline, Hold, Paged, Process, Retry, SAMPLE_ANSWER, Snapshot, Standing, Verdict},
+    decisions::{Decision, Decisions},
+    policy::{Baseline, Hold, Paged, Process, Retry, Standing},
 };
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, LifecycleTimes, Memory, Owner, ProcessFacts, Profile, TargetId},
+    model::{AppKey, LifecycleTimes, Memory, Owner, Profile, TargetId},
     time::{Instant, Now, earliest},
 };
 
-/// Between SIGTERM and SIGKILL.
-const KILL_GRACE: Duration = Duration::from_secs(5);
-/// A chatty app may stay awake this long in one go, or one window where that is longer; a waiting message still vetoes.
-const AWAKE_MOST: Duration = Duration::from_secs(60);
 /// A claim may overtake the news that the app has a name: it is kept this long for it, and no longer, lest it be
 /// believed of a later instance that somebody looks at.
 const EARLY_CLAIM: Duration = Duration::from_secs(5);
-/// Pauses before a failed thaw is tried again; then every [`THAW_AGAIN`], for ever.
-const THAW_SOON: [Duration; 3] = [Duration::from_millis(200), Duration::from_millis(400), Duration::from_millis(800)];
-const THAW_AGAIN: Duration = Duration::from_secs(5);
-/// Pause before a failed freeze is tried again, doubled each time, and how often (Freezeit's figures).
-const FREEZE_AGAIN: Duration = Duration::from_secs(15);
-const KILL_AGAIN: Duration = Duration::from_secs(60);
-const MOST_RETRIES: u32 = 5;
-/// A verdict moves the app on to the next; no chain of them is longer than this.
-const MOST_STEPS: usize = 8;
-
 const NAMELESS: &str = "it gave up its name on the bus";
 const NO_CLAIM: &str = "nothing says that it is in the background";
 const NEVER_DECLARES: &str = "it has never said whether it is in the foreground, so it may be";
@@ -61,42 +54,6 @@ pub(super) struct App {
     /// The owner before this one: what is still said of it is stale.
     last_owner: Option<Owner>,
     next: Option<Instant>,
-}
-
-/// What a look at a process gave.
-pub(super) type Looked = Result<(TargetId, ProcessFacts), Arc<str>>;
-
-/// One run of the app: from taking its name to the end of its process.
-#[derive(Debug)]
-struct Instance {
-    /// None once it gave up its name.
-    owner: Option<Owner>,
-    process: Option<Looked>,
-    /// Another app that lives in the same process.
-    shared: Option<Arc<str>>,
-    standing: Standing,
-    hold: Hold,
-    awake: Option<Awake>,
-    /// A delivery waits for it to run.
-    wanted: bool,
-    by_hand: Option<Arc<str>>,
-    baseline: Baseline,
-    sampling: Option<(SampleKind, Instant)>,
-    uss: Option<u64>,
-    paging: bool,
-    freeze_fails: u32,
-    freeze_again: Retry,
-    kill_fails: u32,
-    kill_again: Retry,
-    thaw_fails: usize,
-    /// Commands accepted and not yet done.
-    commands: Vec<Command>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Awake {
-    since: Instant,
-    until: Instant,
 }
 
 impl App {
@@ -242,7 +199,7 @@ impl App {
     /// The process ended.
     pub(super) fn target_gone(&mut self, target: TargetId, env: &mut Env<'_>) {
         if self.early_process.as_ref().is_some_and(|(_, p)| matches!(p, Ok((early, _)) if *early == target)) {
-            self.early_process = None;
+            self.forget_early(env);
         }
         let Some(instance) = self.instance.as_mut().filter(|instance| instance.target() == Some(target)) else {
             return;
@@ -288,12 +245,13 @@ impl App {
             instance.wanted = true;
             return Readiness::Ending;
         }
-        if instance.owner.is_none() {
+        instance.let_go("a message came for it", env);
+        let named = instance.owner.is_some();
+        instance.wanted = named;
+        self.settle(env);
+        if !named {
             return Readiness::NotRunning;
         }
-        instance.wanted = true;
-        instance.let_go("a message came for it", env);
-        self.settle(env);
         match &mut self.instance {
             Some(instance) if instance.hold == Hold::Running => {
                 instance.wanted = false;
@@ -331,23 +289,30 @@ impl App {
             (Outcome::Frozen { .. }, Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
                 self.thaw("it was frozen after it had been let go", env);
             }
+            (Outcome::ThawFailed(text), Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
+                self.thaw(&format!("it is not known whether it is frozen: {text}"), env);
+            }
             (Outcome::FreezeFailed(text), Hold::Freezing { .. }) => {
                 instance.hold = Hold::Running;
                 self.freeze_failed(text, env);
             }
             (Outcome::Thawed { .. }, Hold::Thawing { .. }) => self.thawed(env),
             (Outcome::ThawFailed(text), Hold::Thawing { since, retry: None }) => self.thaw_failed(since, text, env),
+            // A page-out overtaken by a thaw says nothing about the next freeze.
             (Outcome::PagedOut { .. }, hold) => {
-                // One that was overtaken by a thaw says nothing about the next freeze.
-                let paged = std::mem::take(&mut instance.paging);
-                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                let asked = instance.paging.take();
+                if let Hold::Frozen { since, paged: Paged::NotYet } = hold
+                    && asked == Some(since)
+                {
                     instance.hold = Hold::Frozen { since, paged: Paged::Done };
                     instance.sample(SampleKind::PagedOut, env);
                 }
             }
             (Outcome::PageOutFailed(text), hold) => {
-                let paged = std::mem::take(&mut instance.paging);
-                if let (true, Hold::Frozen { since, paged: Paged::NotYet }) = (paged, hold) {
+                let asked = instance.paging.take();
+                if let Hold::Frozen { since, paged: Paged::NotYet } = hold
+                    && asked == Some(since)
+                {
                     instance.hold = Hold::Frozen { since, paged: Paged::Left };
                     self.decide("page-out-failed", &format!("its memory could not be paged out: {text}"), env);
                 }
@@ -504,378 +469,6 @@ impl App {
         if let Some((_, Ok((target, _)))) = self.early_process.take() {
             env.out.push_back(Output::Forget(target));
         }
-    }
-
-    /// Asks the policy until it is content.
-    pub(super) fn settle(&mut self, env: &mut Env<'_>) {
-        self.next = Some(env.now.boot + Duration::from_secs(1));
-        for _ in 0..MOST_STEPS {
-            let Some(instance) = &self.instance else {
-                self.next = None;
-                break;
-            };
-            let verdict = policy::decide(&instance.snapshot(self.pending, env), env.now.boot);
-            match verdict.act {
-                Act::Wait { until } => {
-                    self.next = until;
-                    break;
-                }
-                Act::Leave { until, told } => {
-                    self.next = until;
-                    self.leave(told.then_some(&*verdict.reason), env);
-                    break;
-                }
-                _ => self.carry_out(&verdict, env),
-            }
-        }
-        self.refresh(env);
-    }
-
-    fn carry_out(&mut self, verdict: &Verdict, env: &mut Env<'_>) {
-        let Some(instance) = &mut self.instance else { return };
-        let Some(target) = instance.target() else { return };
-        let now = env.now.boot;
-        let reason = &*verdict.reason;
-        if verdict.act == Act::Freeze && instance.baseline == Baseline::Asked {
-            (instance.baseline, instance.sampling) = (Baseline::Done, None);
-            self.note("not-measured", "its memory was not measured in time", env);
-        }
-        let Some(instance) = &mut self.instance else { return };
-        match (verdict.act, instance.hold) {
-            (Act::Measure, _) => {
-                instance.baseline = Baseline::Asked;
-                instance.sample(SampleKind::Resident, env);
-            }
-            (Act::Freeze, _) if env.profile == Profile::Observe && instance.by_hand.is_none() => {
-                instance.hold = Hold::WouldBeFrozen { since: now, paged: Paged::NotYet };
-                self.decide("would-freeze", reason, env);
-            }
-            (Act::Freeze, _) => {
-                instance.hold = Hold::Freezing { since: now };
-                instance.sampling = None;
-                self.decide("freeze", reason, env);
-                env.out.push_back(Output::Freeze(target));
-            }
-            (Act::Thaw, Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
-                let verdict = if instance.hold == Hold::WouldBeKilled { "would-start" } else { "would-thaw" };
-                instance.hold = Hold::Running;
-                if self.pending || instance.wanted {
-                    instance.wake(env);
-                }
-                self.decide(verdict, reason, env);
-            }
-            (Act::Thaw, Hold::Thawing { .. }) => {
-                // Decided and told when it was first asked for, and when it failed.
-                instance.hold = Hold::Thawing { since: now, retry: None };
-                env.out.push_back(Output::Thaw(target));
-            }
-            (Act::Thaw, _) => self.thaw(reason, env),
-            (Act::PageOut, Hold::WouldBeFrozen { since, .. }) => {
-                instance.hold = Hold::WouldBeFrozen { since, paged: Paged::Done };
-                self.decide("would-page-out", reason, env);
-            }
-            (Act::PageOut, _) => {
-                instance.paging = true;
-                self.decide("page-out", reason, env);
-                env.out.push_back(Output::PageOut(target));
-            }
-            (Act::LeavePages, Hold::WouldBeFrozen { since, .. }) => {
-                instance.hold = Hold::WouldBeFrozen { since, paged: Paged::Left };
-                self.decide("leave", reason, env);
-            }
-            (Act::LeavePages, Hold::Frozen { since, .. }) => {
-                instance.hold = Hold::Frozen { since, paged: Paged::Left };
-                self.decide("leave", reason, env);
-            }
-            (Act::Kill, Hold::WouldBeFrozen { .. }) => {
-                instance.hold = Hold::WouldBeKilled;
-                self.decide("would-kill", reason, env);
-            }
-            (Act::Kill, _) => self.kill(target, reason, env),
-            (Act::NoAnswer, Hold::Freezing { .. }) => {
-                self.freeze_failed(reason, env);
-                self.thaw("it is not known whether it is frozen", env);
-            }
-            (Act::NoAnswer, Hold::Thawing { since, .. }) => self.thaw_failed(since, reason, env),
-            (Act::NoAnswer, Hold::Killing { .. }) => self.kill_failed(reason, env),
-            (Act::LeavePages | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
-        }
-    }
-
-    fn thaw(&mut self, reason: &str, env: &mut Env<'_>) {
-        self.decide("thaw", reason, env);
-        let Some(instance) = &mut self.instance else { return };
-        let Some(target) = instance.target() else { return };
-        instance.hold = Hold::Thawing { since: env.now.boot, retry: None };
-        instance.thaw_fails = 0;
-        instance.sampling = None;
-        instance.by_hand = None;
-        instance.fail(Command::Freeze, reason, env);
-        env.out.push_back(Output::Thaw(target));
-    }
-
-    fn thawed(&mut self, env: &mut Env<'_>) {
-        let Some(instance) = &mut self.instance else { return };
-        instance.hold = Hold::Running;
-        instance.thaw_fails = 0;
-        instance.finish(Command::Thaw, Ok(()), env);
-        instance.wake(env);
-        // A name given up meanwhile cannot be called; the delivery hears of that by itself.
-        if std::mem::take(&mut instance.wanted) && instance.owner.is_some() {
-            env.out.push_back(Output::Runnable(env.key.clone()));
-        }
-    }
-
-    fn thaw_failed(&mut self, since: Instant, text: &str, env: &mut Env<'_>) {
-        let Some(instance) = &mut self.instance else { return };
-        let soon = THAW_SOON.get(instance.thaw_fails).copied();
-        instance.thaw_fails = instance.thaw_fails.saturating_add(1);
-        instance.hold = Hold::Thawing { since, retry: Some(env.now.boot + soon.unwrap_or(THAW_AGAIN)) };
-        let reason = if soon.is_some() {
-            format!("it could not be thawed and is tried again: {text}")
-        } else {
-            instance.fail(Command::Thaw, text, env);
-            format!("it still cannot be thawed, and is tried every {} from now on: {text}", human(THAW_AGAIN))
-        };
-        self.note("thaw-failed", &reason, env);
-    }
-
-    fn freeze_failed(&mut self, text: &str, env: &mut Env<'_>) {
-        let Some(instance) = &mut self.instance else { return };
-        let by_hand = instance.by_hand.take().is_some();
-        instance.fail(Command::Freeze, text, env);
-        let reason = if instance.freeze_fails >= MOST_RETRIES {
-            instance.freeze_again = Retry::Never;
-            format!("it could not be frozen: {text}")
-        } else {
-            let pause = FREEZE_AGAIN * (1 << instance.freeze_fails);
-            instance.freeze_fails += 1;
-            instance.freeze_again = Retry::At(env.now.boot + pause);
-            let again = if by_hand { "if it is in the background" } else { "if it still is in the background" };
-            format!("it could not be frozen, and is tried again in {} {again}: {text}", human(pause))
-        };
-        self.decide("freeze-failed", &reason, env);
-    }
-
-    fn kill(&mut self, target: TargetId, reason: &str, env: &mut Env<'_>) {
-        self.decide("kill", reason, env);
-        let Some(instance) = &mut self.instance else { return };
-        instance.hold = Hold::Killing { since: env.now.boot };
-        instance.sampling = None;
-        instance.by_hand = None;
-        for command in [Command::Freeze, Command::Thaw] {
-            instance.fail(command, "it is being ended", env);
-        }
-        env.out.push_back(Output::Kill { target, grace: KILL_GRACE });
-    }
-
-    fn kill_failed(&mut self, text: &str, env: &mut Env<'_>) {
-        let Some(instance) = &mut self.instance else { return };
-        instance.fail(Command::Kill, text, env);
-        let reason = if instance.kill_fails >= MOST_RETRIES {
-            instance.kill_again = Retry::Never;
-            format!("it could not be ended and is not tried again: {text}")
-        } else {
-            instance.kill_again = Retry::At(env.now.boot + KILL_AGAIN * (1 << instance.kill_fails));
-            instance.kill_fails += 1;
-            format!("it could not be ended: {text}")
-        };
-        self.decide("kill-failed", &reason, env);
-        self.thaw("it is not known whether it is frozen", env);
-    }
-
-    /// The instance is over.
-    fn end(&mut self, rest: State, env: &mut Env<'_>) {
-        if let Some(instance) = self.instance.take() {
-            if let Some(target) = instance.target() {
-                env.out.push_back(Output::Forget(target));
-            }
-            finish_all(instance.commands, "it has ended", env);
-        }
-        self.rest = rest;
-        self.left = None;
-        self.next = None;
-        self.refresh(env);
-    }
-
-    fn leave(&mut self, reason: Option<&str>, env: &mut Env<'_>) {
-        if let Some(instance) = &mut self.instance {
-            // It runs for a reason: what is measured now would not be the app at rest.
-            instance.sampling = None;
-            if instance.baseline == Baseline::Asked {
-                instance.baseline = Baseline::NotAsked;
-            }
-        }
-        let Some(reason) = reason else { return };
-        if self.left.as_deref() != Some(reason) {
-            self.left = Some(reason.into());
-            self.note("leave", reason, env);
-        }
-    }
-
-    fn decide(&mut self, verdict: &'static str, reason: &str, env: &mut Env<'_>) {
-        self.left = None;
-        self.note(verdict, reason, env);
-    }
-
-    fn refresh(&mut self, env: &Env<'_>) {
-        let state = match &self.instance {
-            None => self.rest,
-            Some(instance) => instance.state(env.now.boot),
-        };
-        if state != self.shown.0 {
-            self.shown = (state, env.now.boot);
-        }
-    }
-}
-
-impl Instance {
-    const fn new(owner: Owner, standing: Standing) -> Self {
-        Self {
-            owner: Some(owner),
-            process: None,
-            shared: None,
-            standing,
-            hold: Hold::Running,
-            awake: None,
-            wanted: false,
-            by_hand: None,
-            baseline: Baseline::NotAsked,
-            sampling: None,
-            uss: None,
-            paging: false,
-            freeze_fails: 0,
-            freeze_again: Retry::Now,
-            kill_fails: 0,
-            kill_again: Retry::Now,
-            thaw_fails: 0,
-            commands: Vec::new(),
-        }
-    }
-
-    fn target(&self) -> Option<TargetId> {
-        match &self.process {
-            Some(Ok((target, _))) => Some(*target),
-            _ => None,
-        }
-    }
-
-    fn facts(&self) -> Option<&ProcessFacts> {
-        match &self.process {
-            Some(Ok((_, facts))) => Some(facts),
-            _ => None,
-        }
-    }
-
-    const fn is_held(&self) -> bool {
-        matches!(self.hold, Hold::Freezing { .. } | Hold::Frozen { .. } | Hold::Thawing { .. })
-    }
-
-    fn touchable(&self) -> Process<'_> {
-        match (&self.process, &self.shared) {
-            (None, _) => Process::Unknown,
-            (Some(Err(reason)), _) => Process::Untouchable(reason),
-            (Some(Ok((_, ProcessFacts { protected: Some(reason), .. }))), _) => Process::Untouchable(reason),
-            (Some(Ok(_)), Some(with)) => Process::Untouchable(with),
-            (Some(Ok((_, facts))), None) => Process::Touchable { can_page_out: facts.can_page_out },
-        }
-    }
-
-    fn snapshot<'a>(&'a self, pending: bool, env: &Env<'_>) -> Snapshot<'a> {
-        Snapshot {
-            profile: env.profile,
-            times: env.times,
-            ending: env.ending,
-            process: self.touchable(),
-            hold: self.hold,
-            standing: &self.standing,
-            awake_until: self.awake.map(|awake| awake.until),
-            pending: pending || self.wanted,
-            by_hand: self.by_hand.as_deref(),
-            baseline: self.baseline,
-            sampling_until: self.sampling.map(|(_, until)| until),
-            paging: self.paging,
-            uss: self.uss,
-            freeze_again: self.freeze_again,
-            kill_again: self.kill_again,
-        }
-    }
-
-    fn state(&self, now: Instant) -> State {
-        match self.hold {
-            Hold::Freezing { .. } => State::Freezing,
-            Hold::Frozen { paged: Paged::Done, .. } => State::Reclaimed,
-            Hold::Frozen { .. } | Hold::Thawing { .. } => State::Frozen,
-            Hold::Killing { .. } => State::Ending,
-            Hold::Running | Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled => match self.standing {
-                Standing::Unknown(_) | Standing::Foreground { .. } => State::Foreground,
-                Standing::Background { .. } if self.awake.is_some_and(|awake| now < awake.until) => State::Awake,
-                Standing::Background { .. } => State::Background,
-            },
-        }
-    }
-
-    /// Opens or extends the awake window of an app in the background, up to the cap.
-    fn wake(&mut self, env: &Env<'_>) {
-        let now = env.now.boot;
-        let since = self.awake.filter(|awake| now < awake.until).map_or(now, |awake| awake.since);
-        let cap = since + AWAKE_MOST.max(env.times.awake_window);
-        self.set_awake(since, cap.min(now + env.times.awake_window));
-    }
-
-    /// Opens a window of its own, whatever was used up before.
-    fn wake_anew(&mut self, env: &Env<'_>) {
-        self.set_awake(env.now.boot, env.now.boot + env.times.awake_window);
-    }
-
-    fn set_awake(&mut self, since: Instant, until: Instant) {
-        if matches!(self.standing, Standing::Background { .. }) {
-            self.awake = Some(Awake { since, until });
-        }
-    }
-
-    fn sample(&mut self, kind: SampleKind, env: &mut Env<'_>) {
-        if let Some(target) = self.target() {
-            self.sampling = Some((kind, env.now.boot + SAMPLE_ANSWER));
-            env.out.push_back(Output::Sample(target, kind));
-        }
-    }
-
-    fn forget_claims(&mut self, reason: &'static str) {
-        self.standing = Standing::Unknown(reason);
-        self.awake = None;
-        self.by_hand = None;
-    }
-
-    /// What the user froze by hand is let go by something that counts for more.
-    fn let_go(&mut self, reason: &str, env: &mut Env<'_>) {
-        self.by_hand = None;
-        self.fail(Command::Freeze, reason, env);
-    }
-
-    fn fail(&mut self, command: Command, reason: &str, env: &mut Env<'_>) {
-        self.finish(command, Err(reason.to_owned()), env);
-    }
-
-    fn finish(&mut self, command: Command, result: Result<(), String>, env: &mut Env<'_>) {
-        if let Some(at) = self.commands.iter().position(|waiting| *waiting == command) {
-            self.commands.remove(at);
-            env.out.push_back(Output::CommandDone(env.key.clone(), command, result));
-        }
-    }
-}
-
-fn finish_all(commands: Vec<Command>, reason: &str, env: &mut Env<'_>) {
-    for command in commands {
-        env.out.push_back(Output::CommandDone(env.key.clone(), command, Err(reason.to_owned())));
-    }
-}
-
-fn claimed(claim: Claim, by: &str, env: &Env<'_>) -> Standing {
-    let now = env.now.boot;
-    match claim {
-        Claim::Foreground => Standing::Foreground { by: by.into() },
-        Claim::Background => Standing::Background { since: now, grace_until: now + env.times.grace },
     }
 }
 

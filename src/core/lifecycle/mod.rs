@@ -316,9 +316,9 @@ impl Lifecycle {
 
     /// A measurement came. Gives back which of ours it answers; none when it was not asked for here, or the app has
     /// moved on since and it is a measurement of nothing in particular.
-    pub fn sampled(&mut self, target: TargetId, memory: &Result<Memory, Arc<str>>, now: Now) -> Option<SampleKind> {
+    pub fn sampled(&mut self, target: TargetId, memory: Result<Memory, Arc<str>>, now: Now) -> Option<SampleKind> {
         let key = self.app_of(target).cloned()?;
-        self.with(&key, now, |app, env| app.sampled(memory, env)).flatten()
+        self.with(&key, now, |app, env| app.sampled(&memory, env)).flatten()
     }
 
     /// The user acts on the app by hand. Accepted, it ends in one [`Output::CommandDone`], possibly at once.

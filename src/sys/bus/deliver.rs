@@ -24,7 +24,7 @@ use crate::{
 const PATH: &str = "/org/unifiedpush/Connector";
 /// Where `unifiedpush_linux` ≤ 0.1.0 puts its own.
 const OLD_PATH: &str = "/";
-/// Instances remembered to have theirs at the old path.
+/// Instances remembered to have theirs at the old path, and as many not to answer.
 const REMEMBERED: usize = 256;
 
 /// The calls to apps under way on one connection.
@@ -34,6 +34,9 @@ pub(super) struct Deliveries {
     open: HashMap<u64, Delivery>,
     count: u64,
     at_old_path: HashSet<Owner>,
+    /// Instances whose connector of version 1 does not answer. The bus keeps a place for every reply that is still to
+    /// come, 128 on a system bus, so from such an instance none is asked any more.
+    silent: HashSet<Owner>,
 }
 
 struct Delivery {
@@ -64,15 +67,12 @@ impl Deliveries {
     /// The connector's method was answered.
     pub(super) fn answered(&mut self, wire: &mut Wire, number: u64, response: Response) {
         let Some(delivery) = self.close(wire, number) else { return };
-        let failure = match response {
-            Ok(_) => {
-                if delivery.old_path {
-                    self.remember(&delivery.owner);
-                }
-                wire.event(BusEvent::CallDone(delivery.ticket, CallOutcome::Accepted));
-                return;
+        let Err(failure) = response else {
+            if delivery.old_path {
+                remember(&mut self.at_old_path, &delivery.owner);
             }
-            Err(failure) => failure,
+            wire.event(BusEvent::CallDone(delivery.ticket, CallOutcome::Accepted));
+            return;
         };
         if is_unknown(&failure) && !delivery.old_path {
             self.send(wire, Delivery { old_path: true, ..delivery });
@@ -90,8 +90,9 @@ impl Deliveries {
             Err(failure) if failure.by_bus => outcome(&failure),
             _ => {
                 if delivery.old_path {
-                    self.remember(&delivery.owner);
+                    remember(&mut self.at_old_path, &delivery.owner);
                 }
+                remember(&mut self.silent, &delivery.owner);
                 CallOutcome::Accepted
             }
         };
@@ -107,7 +108,9 @@ impl Deliveries {
 
     fn send(&mut self, wire: &mut Wire, mut delivery: Delivery) {
         let path = if delivery.old_path { OLD_PATH } else { PATH };
-        let messages = message(&delivery, path).and_then(|call| match delivery.version {
+        let silent = delivery.version == ConnectorVersion::V1 && self.silent.contains(&delivery.owner);
+        let flags = if silent { Flags::NO_AUTO_START | Flags::NO_REPLY_EXPECTED } else { Flags::NO_AUTO_START };
+        let messages = message(&delivery, path, flags).and_then(|call| match delivery.version {
             ConnectorVersion::V1 => Ok((call, Some(ping(&delivery.owner, path)?))),
             ConnectorVersion::V2 => Ok((call, None)),
         });
@@ -121,10 +124,13 @@ impl Deliveries {
         };
         self.count += 1;
         let (number, to) = (self.count, Arc::clone(&delivery.owner.0));
-        delivery.serials = [
-            Some(wire.call(Arc::clone(&to), call, Pending::Delivery(number))),
-            ping.map(|ping| wire.call(to, ping, Pending::Ping(number))),
-        ];
+        let answer = if silent {
+            wire.send(call);
+            None
+        } else {
+            Some(wire.call(Arc::clone(&to), call, Pending::Delivery(number)))
+        };
+        delivery.serials = [answer, ping.map(|ping| wire.call(to, ping, Pending::Ping(number)))];
         self.open.insert(number, delivery);
     }
 
@@ -135,14 +141,14 @@ impl Deliveries {
         }
         Some(delivery)
     }
+}
 
-    fn remember(&mut self, owner: &Owner) {
-        // Being forgotten costs an instance one more round trip.
-        if self.at_old_path.len() >= REMEMBERED {
-            self.at_old_path.clear();
-        }
-        self.at_old_path.insert(owner.clone());
+fn remember(owners: &mut HashSet<Owner>, owner: &Owner) {
+    // Being forgotten costs an instance one more round trip.
+    if owners.len() >= REMEMBERED {
+        owners.clear();
     }
+    owners.insert(owner.clone());
 }
 
 fn outcome(failure: &Failure) -> CallOutcome {
@@ -176,29 +182,29 @@ struct Arguments<'a> {
     id: Option<&'a str>,
 }
 
-fn message(delivery: &Delivery, path: &'static str) -> zbus::Result<Message> {
+fn message(delivery: &Delivery, path: &'static str, flags: Flags) -> zbus::Result<Message> {
     let owner = &delivery.owner;
     match (delivery.version, &delivery.call) {
         (ConnectorVersion::V1, ConnectorCall::NewEndpoint { token, endpoint }) => {
-            build(owner, path, V1, "NewEndpoint", &(&**token, &**endpoint))
+            build(owner, path, flags, V1, "NewEndpoint", &(&**token, &**endpoint))
         }
         (ConnectorVersion::V1, ConnectorCall::Message { token, body, id }) => {
-            build(owner, path, V1, "Message", &(&**token, &**body, &**id))
+            build(owner, path, flags, V1, "Message", &(&**token, &**body, &**id))
         }
         (ConnectorVersion::V1, ConnectorCall::Unregistered { token }) => {
-            build(owner, path, V1, "Unregistered", &&**token)
+            build(owner, path, flags, V1, "Unregistered", &&**token)
         }
         (ConnectorVersion::V2, ConnectorCall::NewEndpoint { token, endpoint }) => {
             let arguments = Arguments { token: Some(token), endpoint: Some(endpoint), ..Arguments::default() };
-            build(owner, path, V2, "NewEndpoint", &arguments)
+            build(owner, path, flags, V2, "NewEndpoint", &arguments)
         }
         (ConnectorVersion::V2, ConnectorCall::Message { token, body, id }) => {
             let arguments = Arguments { token: Some(token), message: Some(body), id: Some(id), ..Arguments::default() };
-            build(owner, path, V2, "Message", &arguments)
+            build(owner, path, flags, V2, "Message", &arguments)
         }
         (ConnectorVersion::V2, ConnectorCall::Unregistered { token }) => {
             let token = (!token.is_empty()).then_some(&**token);
-            build(owner, path, V2, "Unregistered", &Arguments { token, ..Arguments::default() })
+            build(owner, path, flags, V2, "Unregistered", &Arguments { token, ..Arguments::default() })
         }
     }
 }
@@ -207,19 +213,16 @@ const V1: &str = "org.unifiedpush.Connector1";
 const V2: &str = "org.unifiedpush.Connector2";
 
 fn ping(owner: &Owner, path: &'static str) -> zbus::Result<Message> {
-    build(owner, path, PEER, "Ping", &())
+    build(owner, path, Flags::NO_AUTO_START, PEER, "Ping", &())
 }
 
 fn build<B: Serialize + DynamicType>(
     owner: &Owner,
     path: &'static str,
+    flags: Flags,
     interface: &'static str,
     member: &'static str,
     body: &B,
 ) -> zbus::Result<Message> {
-    Message::method_call(path, member)
-        .destination(&*owner.0)
-        .interface(interface)
-        .with_flags(Flags::NO_AUTO_START)
-        .build(body)
+    Message::method_call(path, member).destination(&*owner.0).interface(interface).with_flags(flags).build(body)
 }

@@ -116,9 +116,56 @@ fn gone_or(failure: Failure) -> Arc<str> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::{
+        collections::HashMap,
+        os::fd::AsFd,
+        process::{Command, Stdio},
+    };
+
+    use zbus::{Fd, Message, Variant};
 
     use super::*;
+    use crate::{model::Bus, sys::inbox};
+
+    /// What `credentials` makes of the bus's answer, and whether it asks on.
+    fn from_bus(answer: &HashMap<&str, Variant<'_>>) -> (Option<Result<Process, Arc<str>>>, usize) {
+        let poll = mio::Poll::new().unwrap();
+        let (sender, _inbox) = inbox::channel(poll.registry(), mio::Token(0)).unwrap();
+        let mut wire = Wire::new(Bus::System, sender);
+        let call = Message::method_call("/", "X").build(&()).unwrap();
+        let reply = Message::method_return(&call.header()).build(answer).unwrap();
+        let result = credentials(&mut wire, &":1.5".into(), &Purpose::Caller, Ok(reply));
+        (result, wire.drain().len())
+    }
+
+    #[test]
+    fn the_bus_own_pidfd_is_taken_where_it_gives_one() {
+        let own = std::process::id();
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        // The number is another's: only the pidfd counts.
+        let mut answer: HashMap<&str, Variant<'_>> = HashMap::from([
+            ("UnixUserID", 7_u32.into()),
+            ("ProcessID", own.into()),
+            ("Future", vec![1_u8].into()),
+            ("ProcessFD", Fd::from(pidfd.as_fd()).into()),
+        ]);
+        let (process, asked) = from_bus(&answer);
+        let process = process.unwrap().unwrap();
+        assert_eq!((process.pid, process.uid, asked), (child.id(), 7, 0));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert_eq!(from_bus(&answer).0.unwrap().unwrap_err(), "its process ended".into());
+        answer.remove("ProcessFD");
+        let (waiting, asked) = from_bus(&answer);
+        assert!(waiting.is_none() && asked == 1, "without a pidfd the bus must be asked again");
+        answer.remove("ProcessID");
+        assert!(from_bus(&answer).0.unwrap().is_err());
+        answer.insert("ProcessID", u32::MAX.into());
+        assert!(from_bus(&answer).0.unwrap().is_err());
+        answer.insert("ProcessID", "1".into());
+        assert!(from_bus(&answer).0.unwrap().is_err());
+    }
 
     #[test]
     fn a_process_that_ended_is_noticed() {

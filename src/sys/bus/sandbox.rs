@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat2, statx};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, StatxFlags, openat2, statx};
 
 /// What a process's root directory says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +64,11 @@ fn flatpak_info(pid: u32, root: &OwnedFd) -> Option<String> {
     if mount_type(&table, &mount)? != "tmpfs" {
         return None;
     }
+    // Now its type may be asked: a FIFO would block the opening, and a link is not followed.
+    let stat = statx(&path, "", AtFlags::EMPTY_PATH, StatxFlags::TYPE).ok()?;
+    if !FileType::from_raw_mode(stat.stx_mode.into()).is_file() {
+        return None;
+    }
     let file = File::open(format!("/proc/self/fd/{}", path.as_raw_fd())).ok()?;
     let mut text = String::new();
     file.take(SIZE).read_to_string(&mut text).ok()?;
@@ -95,12 +100,62 @@ fn identity(fd: &OwnedFd) -> Option<(u32, u32, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        process::{Child, Command, Stdio},
+        thread,
+        time::{Duration, Instant},
+    };
+
     use super::*;
 
     #[test]
     fn this_process_is_in_no_sandbox_and_a_missing_one_cannot_be_vouched_for() {
         assert_eq!(look(std::process::id()), Sandbox::None);
         assert_eq!(look(u32::MAX), Sandbox::Other);
+    }
+
+    /// A process with a root directory of its own, as bubblewrap makes one.
+    fn sandboxed(file_system: &str, info: &str) -> (Child, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let script = format!(
+            "mount -t {file_system} t $0 && mkdir $0/usr && mount --rbind /usr $0/usr && \
+             ln -s usr/lib $0/lib && ln -s usr/lib64 $0/lib64 && {info} && exec chroot $0 /usr/bin/cat"
+        );
+        // Who is not root becomes it in a user namespace, as bubblewrap does.
+        let namespaces = if rustix::process::geteuid().is_root() { "-m" } else { "-Urm" };
+        let child = Command::new("unshare")
+            .args([namespaces, "sh", "-c", &script])
+            .arg(dir.path())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        (child, dir)
+    }
+
+    #[test]
+    fn sandboxes_are_told_apart() {
+        let info = "printf '[Application]\\nname=im.dino.Dino\\n' > $0/.flatpak-info";
+        for (file_system, info, expected) in [
+            ("tmpfs", info, Sandbox::Flatpak("im.dino.Dino".into())),
+            // Not on a file system that is known not to block.
+            ("ramfs", info, Sandbox::Other),
+            ("tmpfs", "true", Sandbox::Other),
+            ("tmpfs", "ln -s /usr/share/os-release $0/.flatpak-info", Sandbox::Other),
+            ("tmpfs", "mkfifo $0/.flatpak-info", Sandbox::Other),
+        ] {
+            let (mut child, _dir) = sandboxed(file_system, info);
+            let until = Instant::now() + Duration::from_secs(20);
+            let mut seen = look(child.id());
+            while seen == Sandbox::None && Instant::now() < until {
+                thread::sleep(Duration::from_millis(10));
+                seen = look(child.id());
+            }
+            let running = child.try_wait().unwrap().is_none();
+            drop(child.stdin.take());
+            child.wait().unwrap();
+            assert!(running, "the sandbox could not be made");
+            assert_eq!(seen, expected, "{file_system} {info}");
+        }
     }
 
     #[test]

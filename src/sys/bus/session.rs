@@ -231,7 +231,7 @@ impl<'a> Session<'a> {
             }
             let mut input = poll_fn(|context| poll_input(&mut stream, orders.as_mut(), orders_first, context)).await;
             orders_first = !orders_first;
-            for _ in 0..BATCH {
+            for handled in 1.. {
                 match input {
                     Input::Message(message) => self.message(message),
                     Input::Order(order) => self.order(order),
@@ -247,18 +247,14 @@ impl<'a> Session<'a> {
                 if let Some(text) = self.useless.take() {
                     return self.lost(text);
                 }
-                let more = poll_fn(|context| {
-                    Poll::Ready(match poll_input(&mut stream, orders.as_mut(), orders_first, context) {
-                        Poll::Ready(input) => Some(input),
-                        Poll::Pending => None,
-                    })
-                });
-                let Some(next) = more.await else { break };
+                if handled == BATCH {
+                    break;
+                }
+                let more =
+                    poll_fn(|context| Poll::Ready(poll_input(&mut stream, orders.as_mut(), orders_first, context)));
+                let Poll::Ready(next) = more.await else { break };
                 orders_first = !orders_first;
                 input = next;
-                if matches!(input, Input::Stop | Input::Broken(_)) {
-                    continue;
-                }
             }
         }
     }

@@ -16,7 +16,10 @@ use super::{
 };
 use crate::{
     event::{LinkError, LinkEvent},
-    sys::tls::{self, Roots},
+    sys::{
+        memory,
+        tls::{self, Roots},
+    },
 };
 
 /// For one address to answer the SYN; then the next one is tried.
@@ -233,7 +236,7 @@ impl Connection {
     }
 
     fn open(&mut self, rest: Vec<u8>) {
-        if let Phase::Upgrading { transport, .. } = mem::replace(&mut self.phase, Phase::Gone) {
+        if let Phase::Upgrading { transport, roots, .. } = mem::replace(&mut self.phase, Phase::Gone) {
             let config = WebSocketConfig::default()
                 .read_buffer_size(READ_BUFFER)
                 .write_buffer_size(0)
@@ -242,6 +245,9 @@ impl Connection {
                 .max_frame_size(Some(MESSAGE_LIMIT));
             let socket = WebSocket::from_partially_read(transport, rest, Role::Client, Some(config));
             self.phase = Phase::Open { socket: Box::new(socket), unflushed: false };
+            // Reading the trust store has left some 300 KiB of holes in the heap, and nothing may happen for hours now.
+            drop(roots);
+            memory::trim();
         }
     }
 

@@ -103,7 +103,8 @@ impl Links {
     }
 
     /// Opens `link` to the upstream of that name; `path` is appended to its base URL. Ends with `LinkEvent::Open`, or
-    /// with an error, also one found at once, out of [`Links::poll`].
+    /// with an error, also one found at once, out of [`Links::poll`]. Each address has five seconds to accept; how long
+    /// the whole may take is for the caller to say, with [`Links::close`].
     pub fn connect(&mut self, link: LinkId, upstream: &str, path: &str) {
         if let Err(error) = self.prepare(link, upstream, path) {
             self.ended.push_back((link, LinkEvent::Failed(error)));
@@ -173,8 +174,9 @@ impl Links {
         }
     }
 
-    /// Does what is ready and appends what happened to `out`, `budget` events at most. True when there is more to do
-    /// without any new readiness: mio will not tell again.
+    /// Does what is ready and appends what happened to `out`, `budget` events at most and one more for a link that ends
+    /// as it opens. True when there is more to do without any new readiness: mio will not tell again. To be called in
+    /// each turn, after all that was handed in: errors found at once by the other calls come out here.
     pub fn poll(&mut self, out: &mut Vec<(LinkId, LinkEvent)>, budget: usize) -> bool {
         let mut left = budget;
         while left > 0

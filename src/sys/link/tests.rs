@@ -446,6 +446,21 @@ fn fragments_that_never_end_do_not_keep_the_loop() {
 }
 
 #[test]
+fn what_comes_after_a_flood_of_fragments_is_read_without_a_new_edge() {
+    let (url, _server) = serve(|stream| {
+        let (mut socket, ..) = accept(stream);
+        // More than is read in one turn, and all there before the first.
+        let bytes = [&b"\x01\x00"[..], &[0; 100_000], b"\x80\x02hi"].concat();
+        socket.get_mut().write_all(&bytes).unwrap();
+        socket.read().map(drop)
+    });
+    let mut world = World::new(vec![settings(&url)]);
+    world.open("");
+    thread::sleep(Duration::from_millis(200));
+    world.until("text", |events| events.contains(&(LINK, LinkEvent::Text("hi".into()))));
+}
+
+#[test]
 fn a_peer_that_does_not_read_breaks_the_link_and_not_the_daemon() {
     let (release, wait) = mpsc::channel::<()>();
     let (url, server) = serve(move |stream| {
@@ -541,6 +556,18 @@ fn silent() -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
     let address = listener.local_addr().unwrap();
     let held = (0..8).map(|_| mio::net::TcpStream::connect(address).unwrap()).collect();
     (address, (listener, held))
+}
+
+#[test]
+fn a_target_is_read_from_its_url() {
+    let read = |url: &str| Target::parse(url).map(|t| (t.tls, t.authority, t.host, t.port, t.path));
+    let expect = |tls, authority: &str, host: &str, port, path: &str| {
+        Ok((tls, authority.to_owned(), host.to_owned(), port, path.to_owned()))
+    };
+    assert_eq!(read("wss://push.example/"), expect(true, "push.example", "push.example", 443, "/"));
+    assert_eq!(read("ws://h/a/b?c=d"), expect(false, "h", "h", 80, "/a/b?c=d"));
+    assert_eq!(read("wss://[fd00::1]:8443/x"), expect(true, "[fd00::1]:8443", "fd00::1", 8443, "/x"));
+    assert!(read("/x").is_err());
 }
 
 #[test]
@@ -688,6 +715,32 @@ fn text_ping_and_close_pass_through_tls() {
     world.links.send(LINK, "hello".into());
     assert_eq!(world.until_over(), LinkEvent::Closed { code: Some(1000), reason: "SM".into() });
     assert_eq!(server.join().unwrap(), (Message::text("hello"), Message::Pong("p".into())));
+}
+
+#[test]
+fn a_reconnect_resumes_the_tls_session() {
+    let authority = Authority::new();
+    let config = authority.server("127.0.0.1", false, &rustls::version::TLS13);
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let url = format!("wss://{}/", listener.local_addr().unwrap());
+    let server = thread::spawn(move || {
+        [(); 2].map(|()| {
+            let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
+            let (mut socket, ..) = accept(StreamOwned::new(connection, listener.accept().unwrap().0));
+            socket.send(Message::text("with the tickets")).unwrap();
+            let _ = socket.read();
+            socket.get_ref().conn.handshake_kind()
+        })
+    });
+    let mut world = tls_world(&url, &authority);
+    for _ in 0..2 {
+        world.events.clear();
+        world.open("");
+        world.until("text", |events| events.len() == 2);
+        world.links.close(LINK);
+    }
+    let kinds = server.join().unwrap();
+    assert_eq!(kinds, [Some(rustls::HandshakeKind::Full), Some(rustls::HandshakeKind::Resumed)]);
 }
 
 #[test]

@@ -93,11 +93,19 @@ impl World {
                 let fits = !pids.contains(&0)
                     && (strangers.is_empty() || whole)
                     && strangers.iter().all(|stat| self.is_harmless(stat, &processes));
+                let owner = owner_of(&cgroup);
                 if fits {
                     let pids: HashSet<u32> = pids.into_iter().collect();
                     members.retain(|member| pids.contains(&member.pid));
                     members.extend(strangers.iter().filter(|s| !s.is_dead()).map(|s| Member::of(s)));
-                    Home::Cgroup { cgroup, whole }
+                    match owner {
+                        // Of a daemon that is dead: whoever starts next thaws it, so that it is of no use to us.
+                        Some(owner) if owner != self.me && owner.dir().is_err() => self.homeless(),
+                        Some(owner) if owner != self.me => {
+                            return Err(format!("another Night Porter (process {}) takes care of it", owner.pid).into());
+                        }
+                        _ => Home::Cgroup { cgroup, whole },
+                    }
                 } else {
                     self.homeless()
                 }
@@ -111,8 +119,14 @@ impl World {
         Ok(Survey { home, members, protected, conflict })
     }
 
-    /// Moves `main` and everything below it to a cgroup of its own.
-    pub(super) fn make_own(&self, service: &str, target: TargetId, main: Member) -> io::Result<Cgroup> {
+    /// Moves `members`, `main` and everything below it to a cgroup of its own.
+    pub(super) fn make_own(
+        &self,
+        service: &str,
+        target: TargetId,
+        main: Member,
+        members: &[Member],
+    ) -> io::Result<Cgroup> {
         let base = self.base().ok_or(io::ErrorKind::PermissionDenied)?;
         let ours = base.join(format!("{PREFIX}{}.{}", self.me.pid, self.me.start));
         let path = ours.join(format!("app-{}-{}", sanitise(service), target.0));
@@ -129,6 +143,7 @@ impl World {
         }
         made?;
         let cgroup = Cgroup::open(&path)?;
+        move_to(&cgroup, members)?;
         for _ in 0..ROUNDS {
             if self.gather(&cgroup, main)? == 0 {
                 return Ok(cgroup);
@@ -140,14 +155,7 @@ impl World {
     /// Moves what runs below `main` and is not in `cgroup` into it. Returns how many were moved.
     pub(super) fn gather(&self, cgroup: &Cgroup, main: Member) -> io::Result<usize> {
         let outside = self.outside(cgroup, main)?;
-        for member in &outside {
-            // The pidfd is held over the write: the pid cannot become another process's meanwhile.
-            let result = member.pidfd().and_then(|_pidfd| cgroup.write("cgroup.procs", &member.pid.to_string()));
-            match result {
-                Err(error) if !is_gone(&error) => return Err(error),
-                _ => {}
-            }
-        }
+        move_to(cgroup, &outside)?;
         Ok(outside.len())
     }
 
@@ -172,9 +180,7 @@ impl World {
         let Some(base) = self.base() else { return Vec::new() };
         let names = Cgroup::open(&base).and_then(|base| base.children()).unwrap_or_default();
         let dead = names.into_iter().filter(|name| {
-            let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('.'));
-            let owner =
-                owner.and_then(|(pid, start)| Some(Member { pid: pid.parse().ok()?, start: start.parse().ok()? }));
+            let owner = name.to_str().and_then(parse_owner);
             owner.is_some_and(|owner| owner.dir().is_err())
         });
         let mut left = Vec::new();
@@ -314,10 +320,30 @@ fn is_made_by_us(path: &str) -> bool {
 }
 
 fn is_ours(name: &str) -> bool {
-    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    name.strip_prefix(PREFIX)
-        .and_then(|rest| rest.split_once('.'))
-        .is_some_and(|(pid, start)| number(pid) && number(start))
+    parse_owner(name).is_some()
+}
+
+/// The daemon whose directory of cgroups bears this name.
+fn parse_owner(name: &str) -> Option<Member> {
+    let (pid, start) = name.strip_prefix(PREFIX)?.split_once('.')?;
+    Some(Member { pid: pid.parse().ok()?, start: start.parse().ok()? })
+}
+
+/// The daemon that made this cgroup, if one did.
+fn owner_of(cgroup: &Cgroup) -> Option<Member> {
+    let parent = cgroup.path().parent()?.file_name()?.to_str()?;
+    cgroup.path().file_name()?.to_str()?.starts_with("app-").then(|| parse_owner(parent)).flatten()
+}
+
+fn move_to(cgroup: &Cgroup, members: &[Member]) -> io::Result<()> {
+    for member in members {
+        // The pidfd is held over the write: the pid cannot become another process's meanwhile.
+        match member.pidfd().and_then(|_pidfd| cgroup.write("cgroup.procs", &member.pid.to_string())) {
+            Err(error) if !is_gone(&error) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn is_app_of_its_own(member: Member) -> bool {

@@ -6,6 +6,7 @@
 //! (design.md, invariants 3, 4 and 5).
 
 mod cgroup;
+mod hold;
 mod home;
 mod measure;
 mod page_out;

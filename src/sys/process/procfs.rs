@@ -17,6 +17,8 @@ use rustix::{
 pub(super) const MAX_MEMBERS: usize = 4096;
 /// `PF_KTHREAD` of the kernel's `include/linux/sched.h`.
 const KERNEL_THREAD: u64 = 0x0020_0000;
+/// `PF_EXITING`, likewise.
+const EXITING: u64 = 0x4;
 /// Most bytes taken from one file below `/proc/PID`.
 const MAX_FILE: u64 = 8 * 1024 * 1024;
 
@@ -32,6 +34,7 @@ pub(super) struct Stat {
     /// Zero without a controlling terminal.
     pub(super) terminal: i64,
     pub(super) flags: u64,
+    pub(super) threads: u64,
     /// Clock ticks between boot and the start of the process.
     pub(super) start: u64,
 }
@@ -57,6 +60,7 @@ impl Stat {
             session: field(6)?.parse().ok()?,
             terminal: field(7)?.parse().ok()?,
             flags: field(9)?.parse().ok()?,
+            threads: field(20)?.parse().ok()?,
             start: field(22)?.parse().ok()?,
         })
     }
@@ -70,9 +74,9 @@ impl Stat {
         matches!(self.state, 'T' | 't')
     }
 
-    /// Ended, and not yet waited for.
+    /// Ended or ending for good. A process whose first thread has ended looks like that while the others run.
     pub(super) fn is_dead(&self) -> bool {
-        matches!(self.state, 'Z' | 'X' | 'x')
+        (matches!(self.state, 'Z' | 'X' | 'x') || self.flags & EXITING != 0) && self.threads <= 1
     }
 }
 
@@ -152,8 +156,8 @@ impl Member {
     pub(super) fn is_stopped(self) -> Option<bool> {
         let dir = self.dir().ok()?;
         let threads = dir.threads(self.pid).ok()?;
-        // A process whose first thread has ended shows as a zombie while the others run: all are asked.
-        let mut live = threads.iter().filter(|thread| !thread.is_dead()).peekable();
+        // All are asked: the first may have ended, and those behind it stop a little later.
+        let mut live = threads.iter().filter(|thread| !matches!(thread.state, 'Z' | 'X')).peekable();
         live.peek()?;
         Some(live.all(Stat::is_stopped))
     }
@@ -285,6 +289,10 @@ mod tests {
         assert_eq!((stat.pid, stat.comm.as_str(), stat.state, stat.parent), (7, "sh", 'S', 1));
         assert_eq!((stat.session, stat.terminal, stat.start), (7, 34816, 160_231));
         assert!(!stat.is_kernel_thread() && !stat.is_dead());
+        let first_thread_ended = Stat { state: 'Z', ..stat.clone() };
+        assert!(!first_thread_ended.is_dead());
+        assert!(Stat { threads: 1, ..first_thread_ended }.is_dead());
+        assert!(Stat { threads: 1, flags: 0x40_0004, ..stat }.is_dead());
     }
 
     #[test]

@@ -185,6 +185,7 @@ mod tests {
             session: 60,
             terminal: 0,
             flags: 0x0040_0000,
+            threads: 1,
             start: 1,
         }
     }

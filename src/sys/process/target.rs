@@ -1,6 +1,7 @@
 //! One app's process: what is done to it now and what is waited for.
 
 use std::{
+    collections::{HashMap, HashSet},
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -13,10 +14,11 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{
     cgroup::Cgroup,
+    hold::{Hold, Progress, Wait, read_frozen},
     home::{Home, ROUNDS, Survey, World},
     measure::Scope,
     page_out::Ticket,
-    procfs::{Member, Processes},
+    procfs::{MAX_MEMBERS, Member, Processes, Stat, is_gone},
     record::{Entry, Record},
 };
 use crate::{
@@ -28,9 +30,6 @@ use crate::{
 
 /// A process that got SIGKILL and is there after this long hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);
-/// Between looks at a tree that is stopping: doubled each time, from the first to the last of these.
-const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
-
 /// What a target needs of its surroundings for a while.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
@@ -64,26 +63,6 @@ pub(super) enum Phase {
     Thawing(Hold, Wait),
 }
 
-/// What is waited for, and since when.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wait {
-    since: Instant,
-    deadline: Instant,
-    next: Instant,
-    pause: Duration,
-}
-
-impl Wait {
-    fn start(now: Instant, patience: Duration) -> Self {
-        Self { since: now, deadline: now + patience, next: now + LOOK.0, pause: LOOK.0 }
-    }
-
-    fn again(&mut self, now: Instant) {
-        self.pause = (self.pause * 2).min(LOOK.1);
-        self.next = (now + self.pause).min(self.deadline.max(now + LOOK.0));
-    }
-}
-
 /// A kill under way.
 #[derive(Debug)]
 pub(super) struct Kill {
@@ -96,13 +75,6 @@ impl Kill {
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }
-}
-
-/// What holds an app still.
-#[derive(Debug)]
-pub(super) enum Hold {
-    Cgroup { cgroup: Cgroup, events: File },
-    Tree { stopped: Vec<Member>, rounds: usize },
 }
 
 impl Target {
@@ -130,9 +102,7 @@ impl Target {
 
     pub(super) fn due(&self) -> Option<Instant> {
         let wait = match &self.phase {
-            Phase::Freezing(Hold::Tree { .. }, wait) | Phase::Thawing(Hold::Tree { .. }, wait) => Some(wait.next),
-            // The kernel speaks up by itself.
-            Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.deadline),
+            Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.next),
             Phase::Running | Phase::Frozen(_) => None,
         };
         crate::time::earliest(wait, self.kill.as_ref().map(|kill| kill.deadline))
@@ -157,7 +127,7 @@ impl Target {
 
     fn begin(&mut self, survey: Survey, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
         self.home = match survey.home {
-            Home::Movable => match cx.world.make_own(&self.app.service, self.id, self.main) {
+            Home::Movable => match cx.world.make_own(&self.app.service, self.id, self.main, &survey.members) {
                 Ok(cgroup) => {
                     cx.made.push(cgroup.path().to_owned());
                     Home::Cgroup { cgroup, whole: true }
@@ -173,7 +143,7 @@ impl Target {
         let wait = Wait::start(now, cx.deadline);
         let hold = match &self.home {
             Home::Cgroup { cgroup, .. } => self.freeze_cgroup(cgroup, cx)?,
-            _ => Hold::Tree { stopped: Vec::new(), rounds: 0 },
+            _ => Hold::Tree { stopped: Vec::new() },
         };
         self.phase = Phase::Freezing(hold, wait);
         self.step(now, cx);
@@ -208,28 +178,32 @@ impl Target {
     pub(super) fn step(&mut self, now: Instant, cx: &mut Context<'_>) {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Freezing(mut hold, mut wait) => match self.is_held(&mut hold, cx) {
-                Ok(true) => {
+                Ok(Progress::Held) => {
                     self.phase = Phase::Frozen(hold);
                     self.tell(cx, Outcome::Frozen { took: clock::boot().since(wait.since) });
                 }
-                Ok(false) if now < wait.deadline => {
-                    wait.again(now);
+                Ok(progress) if now < wait.deadline => {
+                    wait.again(now, matches!(progress, Progress::Told));
                     self.phase = Phase::Freezing(hold, wait);
                 }
-                Ok(false) => {
+                Ok(progress) => {
                     let after = now.since(wait.since).as_millis();
-                    self.roll_back(hold, format!("it did not come to rest within {after} ms"), cx);
+                    let mut reason = format!("it did not come to rest within {after} ms");
+                    if let Progress::Look(why) = progress {
+                        reason = format!("{reason}: {why}");
+                    }
+                    self.roll_back(hold, reason, cx);
                 }
                 Err(reason) => self.roll_back(hold, reason, cx),
             },
-            Phase::Thawing(hold, mut wait) => match self.is_running(&hold) {
+            Phase::Thawing(hold, mut wait) => match hold.is_running() {
                 Ok(true) => {
                     self.end_hold(hold, cx);
                     cx.record.remove(self.id);
                     self.tell(cx, Outcome::Thawed { took: clock::boot().since(wait.since) });
                 }
                 Ok(false) if now < wait.deadline => {
-                    wait.again(now);
+                    wait.again(now, matches!(hold, Hold::Cgroup { .. }));
                     self.phase = Phase::Thawing(hold, wait);
                 }
                 Ok(false) => {
@@ -249,75 +223,75 @@ impl Target {
     }
 
     /// Whether everything of the app is held now. Children that were born meanwhile are taken in.
-    fn is_held(&self, hold: &mut Hold, cx: &mut Context<'_>) -> Result<bool, String> {
+    fn is_held(&self, hold: &mut Hold, cx: &mut Context<'_>) -> Result<Progress, String> {
         match hold {
-            Hold::Cgroup { cgroup, events } => {
-                if !read_frozen(events).map_err(|error| format!("cgroup.events cannot be read: {error}"))? {
-                    return Ok(false);
-                }
-                let outside = cx.world.outside(cgroup, self.main).map_err(|error| error.to_string())?;
-                let Some(first) = outside.first() else { return Ok(true) };
-                if !cx.world.is_own(cgroup) {
-                    return Err(format!("process {} below it runs outside its cgroup", first.pid));
-                }
-                cx.world.gather(cgroup, self.main).map_err(|error| error.to_string())?;
-                // The kernel tells when those are frozen as well; if they are already, nobody tells.
-                let frozen = read_frozen(events).unwrap_or(false);
-                Ok(frozen && cx.world.outside(cgroup, self.main).is_ok_and(|outside| outside.is_empty()))
-            }
-            Hold::Tree { stopped, rounds } => {
-                loop {
-                    let born = self.running_tree(stopped)?;
-                    if born.is_empty() {
-                        break;
-                    }
-                    *rounds += 1;
-                    if *rounds > ROUNDS {
-                        return Err("it starts processes faster than they can be stopped".to_owned());
-                    }
-                    let entries = born.iter().copied().map(Entry::process).collect();
-                    cx.record
-                        .add(self.id, entries)
-                        .map_err(|error| format!("the freeze record cannot be written: {error}"))?;
-                    for member in born {
-                        stopped.push(member);
-                        match member.signal(Signal::STOP) {
-                            Err(error) if !super::procfs::is_gone(&error) => {
-                                return Err(format!("process {} cannot be stopped: {error}", member.pid));
-                            }
-                            _ => {}
-                        }
+            Hold::Cgroup { cgroup, events } => self.is_cgroup_held(cgroup, events, cx),
+            Hold::Tree { stopped } => {
+                for _ in 0..ROUNDS {
+                    if let Some(progress) = self.stop_more(stopped, cx)? {
+                        return Ok(progress);
                     }
                 }
-                Ok(stopped.iter().all(|member| member.is_stopped().unwrap_or(true)))
+                Ok(Progress::Look("it starts processes faster than they can be stopped".to_owned()))
             }
         }
     }
 
-    /// What runs below the main process and was not stopped yet, parents first.
-    fn running_tree(&self, stopped: &[Member]) -> Result<Vec<Member>, String> {
+    fn is_cgroup_held(&self, cgroup: &Cgroup, events: &File, cx: &Context<'_>) -> Result<Progress, String> {
+        if !read_frozen(events).map_err(|error| format!("cgroup.events cannot be read: {error}"))? {
+            return Ok(Progress::Told);
+        }
+        let outside = cx.world.outside(cgroup, self.main).map_err(|error| error.to_string())?;
+        let Some(first) = outside.first() else { return Ok(Progress::Held) };
+        if cx.world.is_own(cgroup) {
+            cx.world.gather(cgroup, self.main).map_err(|error| error.to_string())?;
+        }
+        // It may also be one that was just ending.
+        Ok(Progress::Look(format!("process {} below it runs outside its cgroup", first.pid)))
+    }
+
+    /// Stops what can be stopped now: the main process, and whatever runs below a process that is stopped already.
+    ///
+    /// Never a child before its parent: a parent in vfork(2), as posix_spawn(3) uses it, cannot stop until its child has
+    /// started its program, so a child stopped before that would keep both from ever coming to rest. And below a process
+    /// that is stopped no more are born. `None` when another look will show more.
+    fn stop_more(&self, stopped: &mut Vec<Member>, cx: &mut Context<'_>) -> Result<Option<Progress>, String> {
         let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
         let tree = processes.tree(self.main.pid).ok_or("it has more than 4096 processes")?;
-        let mut known: Vec<Member> = stopped.to_vec();
-        known.sort_unstable_by_key(|member| member.pid);
-        let is_known =
-            |member: Member| known.binary_search_by_key(&member.pid, |m| m.pid).is_ok_and(|i| known[i] == member);
-        let born: Vec<_> = tree.into_iter().filter(|stat| !stat.is_dead() && !is_known(Member::of(stat))).collect();
-        match born.iter().find(|stat| stat.is_stopped()) {
-            Some(stat) => Err(format!("process {} ({}) was stopped by somebody else before", stat.pid, stat.comm)),
-            None => Ok(born.into_iter().map(Member::of).collect()),
+        // Pids of the dead are of no use here: none of ours is given away while its parent is stopped.
+        let at_rest: HashMap<u32, bool> =
+            stopped.iter().filter_map(|member| Some((member.pid, member.is_stopped()?))).collect();
+        let known: HashSet<Member> = stopped.iter().copied().collect();
+        let unknown = tree.into_iter().filter(|stat| !stat.is_dead() && !known.contains(&Member::of(stat)));
+        let unknown: Vec<_> = unknown.collect();
+        if let Some(stat) = unknown.iter().find(|stat| stat.is_stopped()) {
+            return Err(format!("process {} ({}) was stopped by somebody else before", stat.pid, stat.comm));
         }
-    }
-
-    fn is_running(&self, hold: &Hold) -> io::Result<bool> {
-        match hold {
-            Hold::Cgroup { events, .. } => match read_frozen(events) {
-                Ok(frozen) => Ok(!frozen),
-                Err(error) if super::procfs::is_gone(&error) => Ok(true),
-                Err(error) => Err(error),
-            },
-            Hold::Tree { stopped, .. } => Ok(stopped.iter().all(|member| member.is_stopped() != Some(true))),
+        let may_stop = |stat: &&&Stat| stat.pid == self.main.pid || at_rest.get(&stat.parent) == Some(&true);
+        let now: Vec<Member> = unknown.iter().filter(may_stop).map(|stat| Member::of(stat)).collect();
+        if now.is_empty() {
+            let moving = at_rest.iter().find(|(_, at_rest)| !**at_rest).map(|(pid, _)| *pid);
+            let moving = moving.or(unknown.first().map(|stat| stat.pid));
+            return Ok(Some(match moving {
+                Some(pid) => Progress::Look(format!("process {pid} does not stop")),
+                None => Progress::Held,
+            }));
         }
+        if stopped.len() + now.len() > MAX_MEMBERS {
+            return Err("it has more than 4096 processes".to_owned());
+        }
+        let entries = now.iter().copied().map(Entry::process).collect();
+        cx.record.add(self.id, entries).map_err(|error| format!("the freeze record cannot be written: {error}"))?;
+        for member in now {
+            stopped.push(member);
+            match member.signal(Signal::STOP) {
+                Err(error) if !is_gone(&error) => {
+                    return Err(format!("process {} cannot be stopped: {error}", member.pid));
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
     }
 
     pub(super) fn thaw(&mut self, cx: &mut Context<'_>) {
@@ -335,7 +309,7 @@ impl Target {
             }
         };
         let now = clock::boot();
-        match release(&hold) {
+        match hold.release() {
             Ok(()) => {
                 self.phase = Phase::Thawing(hold, Wait::start(now, cx.deadline));
                 self.step(now, cx);
@@ -421,7 +395,7 @@ impl Target {
 
     /// Releases `hold` and forgets it; what cannot be released stays in the record for the next try.
     fn let_go(&self, hold: Hold, cx: &mut Context<'_>) -> io::Result<()> {
-        let released = release(&hold);
+        let released = hold.release();
         self.end_hold(hold, cx);
         match &released {
             Ok(()) => cx.record.remove(self.id),
@@ -459,40 +433,10 @@ pub(super) fn kill_all(members: Vec<Member>) {
         let below = if same { processes.tree(member.pid) } else { None };
         for member in below.into_iter().flatten().map(Member::of) {
             if let Err(error) = member.signal(Signal::KILL)
-                && !super::procfs::is_gone(&error)
+                && !is_gone(&error)
             {
                 log::warn!("SIGKILL to process {}: {error}", member.pid);
             }
         }
     }
-}
-
-/// Lets run what is held; completion is the kernel's.
-fn release(hold: &Hold) -> io::Result<()> {
-    match hold {
-        Hold::Cgroup { cgroup, .. } => match cgroup.set_frozen(false) {
-            Err(error) if super::procfs::is_gone(&error) => Ok(()),
-            result => result,
-        },
-        Hold::Tree { stopped, .. } => {
-            let mut result = Ok(());
-            // Children before their parents, so that nobody waits for a child that is still stopped.
-            for member in stopped.iter().rev() {
-                match member.signal(Signal::CONT) {
-                    Err(error) if !super::procfs::is_gone(&error) => result = Err(error),
-                    _ => {}
-                }
-            }
-            result
-        }
-    }
-}
-
-fn read_frozen(events: &File) -> io::Result<bool> {
-    use std::os::unix::fs::FileExt;
-    let mut buffer = [0; 256];
-    // Reading is also what arms the next notification.
-    let length = events.read_at(&mut buffer, 0)?;
-    let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
-    Ok(super::cgroup::Events::parse(&text).frozen)
 }

@@ -37,6 +37,9 @@ use crate::{
 /// Targets at most.
 const MAX_TARGETS: usize = 4096;
 
+/// After a kill, until its cgroup is removed.
+const SWEEP: Duration = Duration::from_secs(1);
+
 /// Two targets of one process (tests have them) must not make cgroups of the same name.
 static NEXT_TARGET: AtomicU64 = AtomicU64::new(1);
 
@@ -91,6 +94,8 @@ pub struct Targets {
     killed: Vec<Killed>,
     /// Cgroups made by us, or by a daemon before us, that still have somebody in them.
     made: Vec<PathBuf>,
+    /// What was killed takes a moment to leave its cgroup.
+    sweep_at: Option<Instant>,
     out: Vec<Event>,
 }
 
@@ -137,6 +142,7 @@ impl Targets {
             slots: Vec::new(),
             killed: Vec::new(),
             made,
+            sweep_at: None,
             out: Vec::new(),
         })
     }
@@ -270,7 +276,7 @@ impl Targets {
     /// When [`Targets::handle_timeout`] wants to be called.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let targets = self.targets.values().filter_map(Target::due).min();
-        earliest(targets, self.killed.iter().map(|killed| killed.deadline).min())
+        earliest(earliest(targets, self.sweep_at), self.killed.iter().map(|killed| killed.deadline).min())
     }
 
     /// Does what is due.
@@ -287,6 +293,9 @@ impl Targets {
         let over: Vec<Killed> = self.killed.extract_if(.., |killed| killed.deadline <= now).collect();
         for killed in over {
             self.finish(killed);
+        }
+        if self.sweep_at.take_if(|due| *due <= now).is_some() {
+            self.sweep();
         }
     }
 
@@ -339,6 +348,9 @@ impl Targets {
         for slot in self.slots.iter_mut().filter(|slot| **slot == Some(id)) {
             *slot = None;
         }
+        if target.kill.is_some() && !self.made.is_empty() {
+            self.sweep_at = Some(clock::boot() + SWEEP);
+        }
         if let Some(kill) = target.kill
             && self.killed.len() < MAX_TARGETS
         {
@@ -367,7 +379,7 @@ impl Targets {
             Some(_) => {}
             None => kill_all(killed.members),
         }
-        self.sweep();
+        self.sweep_at = (!self.made.is_empty()).then(|| clock::boot() + SWEEP);
     }
 
     /// Removes cgroups of ours that are empty now.

@@ -43,7 +43,7 @@ pub(super) const FORMAT_1: &str = "
 ";
 
 /// Ids of ended messages kept per registration.
-const SEEN: usize = 128;
+const SEEN: usize = 1000;
 /// Ids above [`SEEN`] before the oldest are deleted, so that it is done once in so many messages.
 const SEEN_SLACK: usize = 64;
 
@@ -160,7 +160,7 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
     let snapshot = Snapshot {
         registrations: rows(
             db,
-            "SELECT id, bus, service, token, description, vapid, version, upstream, channel, endpoint
+            "SELECT id, bus, service, token, description, vapid, version, upstream, channel, endpoint, told
              FROM registrations ORDER BY id",
             registration,
         )?,

@@ -18,7 +18,6 @@ const DELIVERY: Duration = Duration::from_secs(10);
 /// Memory counts as settled when two samples this far apart differ by less than 1 %.
 const SETTLE: Duration = Duration::from_millis(300);
 const SETTLED_BY: Duration = Duration::from_secs(3);
-const END: Duration = Duration::from_secs(5);
 
 pub(super) fn run(world: &mut World, pushes: &mut Pushes, progress: &ProgressBar) -> Result<Resident, Failure> {
     progress.set_message("Each app on its own: starting");
@@ -40,10 +39,7 @@ pub(super) fn run(world: &mut World, pushes: &mut Pushes, progress: &ProgressBar
     progress.set_message("Each app on its own: measuring");
     let pss = settled(world)?;
     let connections = measure::connections_to(world.port());
-    let stubborn = processes::end(&processes::apps(world.report_socket()), END);
-    if let Some(process) = stubborn.first() {
-        return Err(Failure::new(Exit::Failed, format!("{} did not end on SIGTERM", process.label())));
-    }
+    world.end_apps()?;
     world.inbox().forget_apps();
     Ok(Resident { pss, connections })
 }

@@ -89,8 +89,7 @@ pub(super) fn run(
     progress.set_message("Through Night Porter: starting");
     let (daemon, pid) = world.start_daemon(LIFECYCLE)?;
     for app in world.apps().to_vec() {
-        daemon.start(&app).map_err(|failure| with_logs(failure, world))?;
-        progress.inc(1);
+        daemon.start(&app)?;
     }
     for app in world.apps().to_vec() {
         world.wait(&format!("{app} to register"), START, |world| Ok(world.inbox().is_ready(&app).then_some(())))?;
@@ -178,10 +177,12 @@ impl Rounds {
     /// Whether every push is sent. Being paged out is not to be had on every machine: an app that went on to its
     /// tombstones without it will not get there.
     fn is_done(&self) -> bool {
-        self.apps.iter().all(|app| {
-            State::ALL.iter().all(|state| *state == State::PagedOut || self.left(app, *state) == 0)
-                && (self.left(app, State::PagedOut) == 0 || !self.pss.contains_key(&(app.clone(), State::PagedOut)))
-        })
+        self.apps.iter().all(|app| self.is_done_with(app))
+    }
+
+    fn is_done_with(&self, app: &str) -> bool {
+        let paged_out = self.pss.contains_key(&(app.to_owned(), State::PagedOut));
+        State::ALL.into_iter().all(|state| self.left(app, state) == 0 || (state == State::PagedOut && !paged_out))
     }
 
     fn left(&self, app: &str, state: State) -> u16 {
@@ -193,10 +194,12 @@ impl Rounds {
         let Some(state) = apps(daemon)?.iter().find(|line| line.name == app).and_then(State::of) else {
             return Ok(None);
         };
-        if self.left(app, state) == 0 || (state == State::Tombstoned && daemon.owned(app)?) {
-            return Ok(None);
-        }
-        Ok(Some(state))
+        let due = match state {
+            // An app that went by a state it is wanted in has to be woken once more to come there.
+            State::Tombstoned => !self.is_done_with(app) && !daemon.owned(app)?,
+            _ => self.left(app, state) > 0,
+        };
+        Ok(due.then_some(state))
     }
 
     fn push(
@@ -224,7 +227,7 @@ impl Rounds {
             self.latencies.entry(state).or_default().push(latency);
         }
         if let Some(left) = self.wanted.get_mut(&key) {
-            *left -= 1;
+            *left = left.saturating_sub(1);
         }
         Ok(())
     }
@@ -282,8 +285,4 @@ fn rest(world: &mut World, daemon: &Daemon) -> Result<(), Failure> {
 
 fn apps(daemon: &Daemon) -> Result<Vec<App>, Failure> {
     client::decode(&daemon.ask("Apps", None)?)
-}
-
-fn with_logs(failure: Failure, world: &World) -> Failure {
-    Failure::new(failure.exit, failure.text + &world.logs())
 }

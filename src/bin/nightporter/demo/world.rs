@@ -30,7 +30,7 @@ use crate::{
 
 pub(super) struct World {
     // Dropped first, so that nothing writes below the directory any more when it goes.
-    children: Vec<Child>,
+    children: Vec<(String, Child)>,
     inbox: Inbox,
     dir: TempDir,
     report_socket: String,
@@ -118,8 +118,13 @@ impl World {
     }
 
     pub(super) fn start_relay(&mut self) -> Result<(), Failure> {
-        let pid =
-            self.spawn(&beside("nightporter-relay")?, ["--memory", "--listen", "127.0.0.1:0"], "relay.log", |_| {})?;
+        let pid = self.spawn(
+            "the push server",
+            &beside("nightporter-relay")?,
+            ["--memory", "--listen", "127.0.0.1:0"],
+            "relay.log",
+            |_| {},
+        )?;
         self.port = self.wait("the push server to listen", START, |_| Ok(measure::port_of(pid)))?;
         Ok(())
     }
@@ -128,7 +133,7 @@ impl World {
     pub(super) fn start_resident(&mut self, app: &str) -> Result<(), Failure> {
         let server = format!("ws://127.0.0.1:{}/", self.port);
         let script = self.write_start(app, "resident", &[("NIGHTPORTER_SAMPLE_SERVER", &server)])?;
-        self.spawn(Path::new("/bin/sh"), [script.as_os_str()], "apps.log", |_| {}).map(drop)
+        self.spawn(app, Path::new("/bin/sh"), [script.as_os_str()], "apps.log", |_| {}).map(drop)
     }
 
     /// Starts the private bus, with a file for each app that says how to start it.
@@ -165,7 +170,7 @@ impl World {
                 _ => Failure::system("cannot start dbus-daemon", error),
             })?;
         let stdout = child.stdout.take();
-        self.children.push(child);
+        self.children.push(("dbus-daemon".into(), child));
         // The line comes when the bus listens; none comes when it ends first.
         let mut line = String::new();
         match stdout.map(|stdout| BufReader::new(stdout).read_line(&mut line)) {
@@ -193,7 +198,7 @@ impl World {
             OsStr::new("--state-dir"),
             state.as_os_str(),
         ];
-        let pid = self.spawn(&beside("nightporterd")?, arguments, "daemon.log", |command| {
+        let pid = self.spawn("the daemon", &beside("nightporterd")?, arguments, "daemon.log", |command| {
             // Under systemd we may have a socket of our own caller's; the daemon must not speak for us.
             command.env("DBUS_SESSION_BUS_ADDRESS", &address).env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC");
         })?;
@@ -240,16 +245,23 @@ impl World {
     /// Fails when the user wants to stop, or a program that should run has ended.
     pub(super) fn check(&mut self) -> Result<(), Failure> {
         self.check_interrupted()?;
-        let daemon = DAEMON.load(Ordering::Relaxed);
-        for child in &mut self.children {
-            if child.id() == daemon
-                && let Ok(Some(status)) = child.try_wait()
-            {
-                let text = format!("the daemon ended by itself ({status}){}", self.log_end("daemon.log"));
-                return Err(Failure::new(Exit::Failed, text));
+        for (name, child) in &mut self.children {
+            if let Ok(Some(status)) = child.try_wait() {
+                let text = format!("{name} ended by itself ({status})");
+                return Err(Failure::new(Exit::Failed, text + &self.logs()));
             }
         }
         Ok(())
+    }
+
+    /// Ends every app that runs now.
+    pub(super) fn end_apps(&mut self) -> Result<(), Failure> {
+        let stubborn = processes::end(&processes::apps(&self.report_socket), END);
+        self.children.retain_mut(|(_, child)| !matches!(child.try_wait(), Ok(Some(_))));
+        match stubborn.first() {
+            Some(process) => Err(Failure::new(Exit::Failed, format!("{} did not end on SIGTERM", process.label()))),
+            None => Ok(()),
+        }
     }
 
     /// The ends of the logs, for a message.
@@ -272,7 +284,7 @@ impl World {
                 .iter()
                 .map(|process| format!("{} did not end on SIGTERM", process.label())),
         );
-        for child in &mut self.children {
+        for (_, child) in &mut self.children {
             let _ = child.wait();
         }
         troubles.extend(processes::ours().iter().map(|process| format!("{} is still there", process.label())));
@@ -324,6 +336,7 @@ impl World {
 
     fn spawn<A: AsRef<OsStr>>(
         &mut self,
+        name: &str,
         program: &Path,
         arguments: impl IntoIterator<Item = A>,
         log: &str,
@@ -339,7 +352,7 @@ impl World {
         let child =
             command.spawn().map_err(|error| Failure::system(format!("cannot start {}", program.display()), error))?;
         let pid = child.id();
-        self.children.push(child);
+        self.children.push((name.into(), child));
         Ok(pid)
     }
 

@@ -22,8 +22,11 @@ use std::{
 
 use crate::{model::RegistrationId, time::Instant};
 
-/// Ids of safe messages remembered, so that a replay does not bother the core with them.
-const RECENT: usize = 1024;
+/// Ids of safe messages remembered at most, so that a replay does not bother the core with them. It has to be well above
+/// what may be unsafe at a time: a backlog longer than that comes in several goes, each from the same cursor.
+const RECENT: usize = 32_768;
+/// Of those, ids that arrived this long before the cursor are forgotten: nothing displaces a message that far.
+const DISPLACED: u64 = 1024;
 /// Checkpoints waiting for their messages; when there are more the newest are joined.
 const CHECKPOINTS: usize = 64;
 /// How much later than an id a message must have been sent, in the server's seconds, to show that nothing stored before
@@ -46,7 +49,9 @@ pub(super) struct Tracker {
     waiting: HashMap<Arc<str>, (u64, Option<RegistrationId>)>,
     order: BTreeSet<u64>,
     checkpoints: VecDeque<(u64, Arc<str>)>,
-    recent: VecDeque<Arc<str>>,
+    /// Arrivals at the last checkpoint passed: its successor's id is about as old as that.
+    passed: u64,
+    recent: VecDeque<(u64, Arc<str>)>,
     recent_set: HashSet<Arc<str>>,
 }
 
@@ -70,6 +75,7 @@ impl Tracker {
             waiting: HashMap::new(),
             order: BTreeSet::new(),
             checkpoints: VecDeque::new(),
+            passed: 0,
             recent: VecDeque::new(),
             recent_set: HashSet::new(),
         }
@@ -115,10 +121,10 @@ impl Tracker {
         };
         self.order.remove(&arrival);
         if self.recent_set.insert(id.clone()) {
-            self.recent.push_back(id);
+            self.recent.push_back((arrival, id));
         }
         if self.recent.len() > RECENT
-            && let Some(oldest) = self.recent.pop_front()
+            && let Some((_, oldest)) = self.recent.pop_front()
         {
             self.recent_set.remove(&oldest);
         }
@@ -145,7 +151,11 @@ impl Tracker {
 
     fn advance(&mut self) {
         let safe_below = self.order.first().copied().unwrap_or(self.arrivals);
-        while let Some((_, id)) = self.checkpoints.pop_front_if(|(arrivals, _)| *arrivals <= safe_below) {
+        while let Some((arrivals, id)) = self.checkpoints.pop_front_if(|(arrivals, _)| *arrivals <= safe_below) {
+            let old = std::mem::replace(&mut self.passed, arrivals).saturating_sub(DISPLACED);
+            while let Some((_, id)) = self.recent.pop_front_if(|(arrival, _)| *arrival < old) {
+                self.recent_set.remove(&id);
+            }
             if self.cursor.as_ref() != Some(&id) {
                 self.cursor = Some(id);
                 self.moved = true;
