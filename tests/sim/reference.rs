@@ -33,6 +33,8 @@ pub(crate) struct Reference {
     arrivals: BTreeMap<(u32, MessageNumber), u64>,
     last_in_order: BTreeMap<(u32, Arc<str>), u64>,
     arrived: u64,
+    /// Called safe, for a reason that has yet to be given.
+    owed: Vec<(MessageNumber, &'static str)>,
     /// Attempts that failed, for the right to give up.
     failures: BTreeMap<AppKey, u32>,
 }
@@ -199,11 +201,28 @@ impl Reference {
     }
 
     /// Invariant 1: whether an upstream may be told that it can forget the message.
-    pub(crate) fn check_safe(&self, number: MessageNumber, what: &str, store: &Store) {
+    pub(crate) fn check_safe(&mut self, number: MessageNumber, what: &'static str, store: &Store) {
         let sent = &self.sent[number];
         let Some(registration) = self.by_channel.get(&sent.channel) else { return };
         let safe = sent.accepted || sent.ended.is_some() || sent.unusable || store.has(*registration, &sent.id);
-        assert!(safe, "{what}: message {} of {} is neither stored nor accepted", sent.id, sent.app);
+        if !safe {
+            // A rule may have ended it this very moment; the word for that comes with the same actions.
+            self.owed.push((number, what));
+        }
+    }
+
+    /// The core has said all it had to say for now: what it called safe must have been.
+    pub(crate) fn check_owed(&mut self) {
+        for (number, what) in std::mem::take(&mut self.owed) {
+            let sent = &self.sent[number];
+            let safe = sent.ended.is_some() || !self.is_alive(&sent.channel);
+            assert!(safe, "{what}: message {} of {} is neither stored nor accepted", sent.id, sent.app);
+        }
+    }
+
+    /// It never came to say it.
+    pub(crate) fn cancel_owed(&mut self) {
+        self.owed.clear();
     }
 
     /// The server has thrown the message away.

@@ -192,8 +192,9 @@ fn unsettled(world: &World) -> Option<String> {
     if !missing.is_empty() {
         return Some(format!("lost: {missing:?}"));
     }
-    if world.unanswered() > 0 {
-        return Some("calls without an answer".into());
+    let unanswered = world.unanswered();
+    if !unanswered.is_empty() {
+        return Some(format!("calls without an answer: {unanswered:?}"));
     }
     if !world.is_up() {
         return Some("the daemon does not run".into());

@@ -307,6 +307,7 @@ impl World {
                 return;
             }
         }
+        self.reference.check_owed();
         self.check_why();
     }
 
@@ -431,6 +432,7 @@ impl World {
 
     fn fall(&mut self) {
         self.verdicts.clear();
+        self.reference.cancel_owed();
         self.shutdown = None;
         self.store.crash();
         let keys: Vec<LinkKey> = self.links.keys().copied().collect();
@@ -566,9 +568,10 @@ impl World {
                 self.count("cursors stored");
             }
         }
+        self.reference.check_owed();
     }
 
-    fn check_cursor(&self, id: &str, what: &str) {
+    fn check_cursor(&mut self, id: &str, what: &'static str) {
         for cached in self.ntfy.up_to(id) {
             self.reference.check_safe(cached.number, what, &self.store);
         }
@@ -878,8 +881,8 @@ impl World {
         }
     }
 
-    pub(crate) fn unanswered(&self) -> usize {
-        self.calls.len()
+    pub(crate) fn unanswered(&self) -> Vec<String> {
+        self.calls.iter().map(|(call, asked)| format!("{} of {}: {:?}", call.0, asked.at / SEC, asked.what)).collect()
     }
 
     pub(crate) const fn processed_by(&self, life: u32, instance: u64, error: bool) -> Processed {
