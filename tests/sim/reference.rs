@@ -180,12 +180,14 @@ impl Reference {
                 assert!(failures >= rules.attempts, "{} was given up after {failures} failures", sent.id);
             }
             Ending::Overflowed => {
-                let waiting = self.sent.iter().filter(|m| m.app == sent.app && m.ended.is_none()).count();
-                assert!(waiting > rules.most_waiting, "{} was dropped with only {waiting} waiting", sent.id);
+                let of_app = |id: &RegistrationId| self.alive.get(id).is_some_and(|r| r.app == sent.app);
+                let waiting = self.seqs.values().filter(|(registration, _)| of_app(registration)).count();
+                assert!(waiting >= rules.most_waiting, "{} was dropped with only {waiting} waiting", sent.id);
             }
             Ending::Unregistered => panic!("{} ended as unregistered, which is not stored", sent.id),
         }
         self.sent[number].ended = Some(ending);
+        self.seqs.remove(&seq);
     }
 
     /// A newer message of its topic was taken.

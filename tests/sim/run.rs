@@ -171,9 +171,15 @@ fn calm_down(world: &mut World) {
         if minute >= 2 && unsettled(world).is_none() {
             break;
         }
-        // Nobody else starts what cannot be started.
+        // Nobody else starts what cannot be started, or is not known.
         for app in 0..world.apps.len() {
-            if !world.apps[app].activatable {
+            let state = &world.apps[app];
+            let unknown = state.wishes.iter().any(|wish| wish.wanted && !wish.registered);
+            let startable = state.activatable;
+            if let Some(n) = state.instance.filter(|_| unknown) {
+                world.die(n, "is restarted");
+            }
+            if unknown || !startable {
                 world.spawn(app, false);
             }
         }

@@ -16,7 +16,7 @@ use nightporter::{
 
 use crate::clock::{At, MS, Rng, SEC};
 
-const SEEN: usize = 128;
+const SEEN: usize = 1000;
 const SEEN_SLACK: usize = 64;
 const LAZY: At = 2 * SEC;
 

@@ -62,12 +62,18 @@ const NAME_LIMIT: usize = 2048;
 /// Without a wish of the server's own (RFC 6585 §4).
 const TOO_MANY_REQUESTS: Duration = Duration::from_secs(60);
 
+/// Ahead of a remembered uaid: some channels are not known to the server under it yet, and which ones would be forgotten
+/// in a crash. No server's uaid begins with it.
+const REMAKING: &str = "?";
+
 /// One autopush server's session.
 #[derive(Debug)]
 pub struct Session {
     rng: ChaCha12Rng,
     links: LinkIds,
     uaid: Option<Arc<str>>,
+    /// The server has forgotten this device, and not every registration has been made anew yet.
+    remaking: bool,
     channels: BTreeMap<RegistrationId, Entry>,
     names: HashMap<Arc<str>, RegistrationId>,
     /// Registrations not [`Step::Done`].
@@ -134,10 +140,13 @@ impl Online {
 impl Session {
     /// A session that knows itself to the server by `uaid` and serves `channels`; connects when there are any.
     pub fn new(uaid: Option<Arc<str>>, channels: Vec<Channel>, seed: [u8; 32], links: LinkIds, now: Now) -> Self {
+        let unfinished = uaid.as_deref().and_then(|uaid| uaid.strip_prefix(REMAKING)).map(Arc::from);
+        let remaking = unfinished.is_some();
         let mut session = Self {
             rng: ChaCha12Rng::from_seed(seed),
             links,
-            uaid: uaid.filter(|uaid| !uaid.is_empty()),
+            uaid: unfinished.or(uaid).filter(|uaid| !uaid.is_empty()),
+            remaking,
             channels: BTreeMap::new(),
             names: HashMap::new(),
             open: 0,
@@ -156,7 +165,7 @@ impl Session {
         };
         for Channel { registration, channel, vapid, endpoint } in channels {
             let channel = if channel.is_empty() { session.new_name() } else { channel };
-            let step = match endpoint.is_empty() {
+            let step = match endpoint.is_empty() || remaking {
                 true => Step::Queued { not_before: now.boot },
                 false => Step::Done,
             };
@@ -400,7 +409,9 @@ impl Session {
             if self.uaid.is_some() {
                 log::warn!("the server has forgotten this device: every registration is made anew");
             }
-            self.outputs.push_back(Output::Remember { key: "uaid", value: uaid.clone() });
+            self.remaking = self.channels.values().any(|entry| entry.answer_by.is_none());
+            let mark = if self.remaking { REMAKING } else { "" };
+            self.outputs.push_back(Output::Remember { key: "uaid", value: format!("{mark}{uaid}") });
             self.uaid = Some(uaid.into());
             // The old life's channels are unknown to the new one.
             self.dead.clear();
@@ -588,6 +599,7 @@ impl Session {
             self.send_requests(now);
         }
         self.bury_dead();
+        self.finish_remaking();
         let state = match &self.link {
             Link::Online(_) => LinkState::Online,
             Link::Greeting { .. } => LinkState::Connecting,
@@ -598,6 +610,16 @@ impl Session {
             self.state = state;
             self.since = now;
             self.outputs.push_back(Output::StateChanged(state));
+        }
+    }
+
+    /// The last of the old life's registrations is made: from now on they need not be made again.
+    fn finish_remaking(&mut self) {
+        let unmade = |entry: &Entry| entry.answer_by.is_none() && entry.step != Step::Done;
+        if self.remaking && !self.channels.values().any(unmade) {
+            self.remaking = false;
+            let value = self.uaid.as_deref().unwrap_or_default().to_owned();
+            self.outputs.push_back(Output::RememberBehind { key: "uaid", value });
         }
     }
 
