@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use nightporter::{
     action::ConnectorCall,
     event::{BusEvent, CallOutcome, Caller, Claim, Command, DeliveryTicket, Event, Request, StartOutcome},
-    model::{AppKey, ConnectorVersion, Owner},
+    model::{AppKey, ConnectorVersion, Owner, Registration},
 };
 
 use crate::{
@@ -461,7 +461,6 @@ impl World {
     pub(crate) fn app_unregisters(&mut self, app: usize, index: usize) {
         let Some(n) = self.apps[app].instance.filter(|n| self.can_act(*n)) else { return };
         let Some(caller) = self.caller(n) else { return };
-        let key = self.apps[app].key.clone();
         let version = self.apps[app].version;
         let wish = &mut self.apps[app].wishes[index];
         wish.wanted = false;
@@ -470,7 +469,6 @@ impl World {
         wish.before.clear();
         let token = Arc::clone(&wish.token);
         self.count("unregistrations");
-        self.reference.may_go.insert((key, Arc::clone(&token)));
         self.call(caller, Request::Unregister { token, version }, What::Other);
     }
 
@@ -478,8 +476,6 @@ impl World {
     pub(crate) fn app_changes_key(&mut self, app: usize, index: usize) {
         let Some(n) = self.apps[app].instance else { return };
         let key = vapid(&mut self.rng);
-        let going = (self.apps[app].key.clone(), Arc::clone(&self.apps[app].wishes[index].token));
-        self.reference.may_go.insert(going);
         self.apps[app].wishes[index].vapid = Some(key);
         self.apps[app].wishes[index].registered = false;
         self.count("VAPID keys changed");
@@ -507,6 +503,20 @@ impl World {
                 {
                     instance.heard = Some((life, bus, *claim));
                     self.apps[instance.app].declared = true;
+                }
+            }
+            BusEvent::Call { request: Request::Unregister { token, .. }, .. } => {
+                let wishes = |app: &&AppState| app.wishes.iter().any(|wish| wish.token == *token);
+                let key = self.apps.iter().find(wishes).map(|app| app.key.clone());
+                self.reference.may_go.extend(key.map(|key| (key, Arc::clone(token))));
+            }
+            BusEvent::Call { request: Request::Register { service, token, vapid, .. }, .. } => {
+                let key = AppKey::new(BUS, Arc::clone(service));
+                let other = |r: &Registration| {
+                    r.app == key && r.token == *token && r.vapid != *vapid
+                };
+                if self.reference.registrations().any(other) {
+                    self.reference.may_go.insert((key, Arc::clone(token)));
                 }
             }
             BusEvent::Call { request: Request::Command { service, command }, .. } => {
