@@ -30,6 +30,8 @@ pub(crate) struct Reference {
     seqs: BTreeMap<u64, (RegistrationId, Arc<str>)>,
     /// Registrations that may go: the app or the server said so.
     pub(crate) may_go: BTreeSet<(AppKey, Arc<str>)>,
+    /// Channels the server would not make again.
+    pub(crate) refused: BTreeSet<Arc<str>>,
     arrivals: BTreeMap<(u32, MessageNumber), u64>,
     last_in_order: BTreeMap<(u32, Arc<str>), u64>,
     arrived: u64,
@@ -142,11 +144,15 @@ impl Reference {
             StoreOp::DeleteRegistration(id) => {
                 if let Some(gone) = self.alive.remove(id) {
                     self.by_channel.remove(&gone.channel);
+                    // Should the deletion be lost and the registration come back, these stay gone.
+                    for sent in self.sent.iter_mut().filter(|sent| sent.channel == gone.channel) {
+                        sent.ended.get_or_insert(Ending::Unregistered);
+                    }
                     let asked = self.may_go.contains(&(gone.app.clone(), Arc::clone(&gone.token)));
                     let never_was = !store.registrations.contains_key(&id.0);
                     let another = self.alive.values().any(|r| r.app == gone.app && r.token == gone.token);
                     assert!(
-                        asked || never_was || another,
+                        asked || never_was || another || self.refused.contains(&gone.channel),
                         "registration {} ({}, {}) was removed, and nobody asked for it",
                         id.0,
                         gone.app,
@@ -180,8 +186,7 @@ impl Reference {
                 assert!(failures >= rules.attempts, "{} was given up after {failures} failures", sent.id);
             }
             Ending::Overflowed => {
-                let of_app = |id: &RegistrationId| self.alive.get(id).is_some_and(|r| r.app == sent.app);
-                let waiting = self.seqs.values().filter(|(registration, _)| of_app(registration)).count();
+                let waiting = self.waiting_for(&sent.app);
                 assert!(waiting >= rules.most_waiting, "{} was dropped with only {waiting} waiting", sent.id);
             }
             Ending::Unregistered => panic!("{} ended as unregistered, which is not stored", sent.id),
@@ -222,9 +227,21 @@ impl Reference {
         }
     }
 
-    /// It never came to say it.
-    pub(crate) fn cancel_owed(&mut self) {
-        self.owed.clear();
+    /// It never came to say it: what it called safe is gone, and must be what a rule allows.
+    pub(crate) fn cancel_owed(&mut self, rules: Rules) {
+        for (number, what) in std::mem::take(&mut self.owed) {
+            let sent = &self.sent[number];
+            let expired = sent.expires.is_some();
+            let overflowed = self.waiting_for(&sent.app) >= rules.most_waiting;
+            let allowed = overflowed || expired || self.is_replaced(number) || !self.is_alive(&sent.channel);
+            assert!(allowed, "{what}: message {} of {} is neither stored nor accepted", sent.id, sent.app);
+            self.sent[number].ended = Some(if overflowed { Ending::Overflowed } else { Ending::Replaced });
+        }
+    }
+
+    fn waiting_for(&self, app: &AppKey) -> usize {
+        let of_app = |id: &RegistrationId| self.alive.get(id).is_some_and(|r| r.app == *app);
+        self.seqs.values().filter(|(registration, _)| of_app(registration)).count()
     }
 
     /// The server has thrown the message away.
@@ -236,10 +253,6 @@ impl Reference {
 
     pub(crate) fn is_alive(&self, channel: &str) -> bool {
         self.by_channel.contains_key(channel)
-    }
-
-    pub(crate) fn registration_of(&self, channel: &str) -> Option<&Registration> {
-        self.alive.get(self.by_channel.get(channel)?)
     }
 
     pub(crate) fn number(&self, id: &str) -> MessageNumber {

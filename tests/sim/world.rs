@@ -432,7 +432,7 @@ impl World {
 
     fn fall(&mut self) {
         self.verdicts.clear();
-        self.reference.cancel_owed();
+        self.reference.cancel_owed(self.plan.rules);
         self.shutdown = None;
         self.store.crash();
         let keys: Vec<LinkKey> = self.links.keys().copied().collect();
@@ -509,6 +509,9 @@ impl World {
                 if life == self.life && age == self.bus_age {
                     self.claim_heard(&event);
                     self.tell(Event::Bus(event));
+                } else if let BusEvent::Call { call, .. } = event {
+                    // It never got there.
+                    self.calls.remove(&call);
                 }
             }
             Due::Accept(key) => self.accept(key),
@@ -718,10 +721,7 @@ impl World {
 
     pub(crate) fn carry_out(&mut self, deeds: Vec<Deed>) {
         for channel in std::mem::take(&mut self.autopush.refused) {
-            if let Some(registration) = self.reference.registration_of(&channel) {
-                let going = (registration.app.clone(), Arc::clone(&registration.token));
-                self.reference.may_go.insert(going);
-            }
+            self.reference.refused.insert(channel.into());
         }
         for number in std::mem::take(&mut self.autopush.dropped) {
             self.reference.dropped_by_server(number, &self.store);
