@@ -92,6 +92,8 @@ impl World {
         assert!(by_hand, "instance {n} is killed without the right to");
         self.say_why(n, "kill");
         self.count("kills");
+        // Thawed first, so that it can hear the signal.
+        self.let_run(n);
         if let Some(target) = self.targets.get_mut(&target) {
             target.held = false;
         }

@@ -233,6 +233,9 @@ impl Reference {
             let sent = &self.sent[number];
             let expired = sent.expires.is_some();
             let overflowed = self.waiting_for(&sent.app) >= rules.most_waiting;
+            if sent.ended.is_some() {
+                continue;
+            }
             let allowed = overflowed || expired || self.is_replaced(number) || !self.is_alive(&sent.channel);
             assert!(allowed, "{what}: message {} of {} is neither stored nor accepted", sent.id, sent.app);
             self.sent[number].ended = Some(if overflowed { Ending::Overflowed } else { Ending::Replaced });
