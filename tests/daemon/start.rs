@@ -37,7 +37,7 @@ fn a_configuration_that_makes_no_sense_is_refused_by_the_key() {
         (&format!("{upstream}url = \"ftp://example.org\""), "upstream[0].url"),
         (&format!("{upstream}url = \"ws://a:b@example.org\""), "upstream[0].url"),
         (&format!("{upstream}url = \"ws://example.org\"\nca-file = \"ca.pem\""), "upstream[0].ca-file"),
-        (&format!("{upstream}"), "url"),
+        (upstream, "url"),
         ("not toml at all", "nightporter.toml"),
     ] {
         let (code, said) = run_with(config);

@@ -150,7 +150,7 @@ fn a_server_gone_mad_is_survived() {
 
     // A frame beyond all bounds ends the connection, and nothing else.
     peer.send_text(&format!("{{\"messageType\":\"{}\"}}", "x".repeat(1 << 20)));
-    assert!(peer.is_left(), "an oversized frame is not taken in");
+    assert!(peer.leaves(), "an oversized frame is not taken in");
     let mut peer = server.accept();
     assert_eq!(peer.hello("uaid-1").as_deref(), Some("uaid-1"));
     peer.notify(&channel, "v2", "two");

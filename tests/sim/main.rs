@@ -12,6 +12,7 @@
 //! breach, `NIGHTPORTER_SIM_SURVEY` goes through all seeds and counts the kinds of breaches.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(clippy::wrong_self_convention, reason = "to_core: towards the core")]
 
 mod bus;
 mod chaos;

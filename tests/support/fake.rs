@@ -127,11 +127,11 @@ impl Peer {
     /// Closes the connection in order.
     pub(crate) fn close(mut self, code: u16, reason: &'static str) {
         let _ = self.socket.close(Some(CloseFrame { code: code.into(), reason: reason.into() }));
-        assert!(self.is_left());
+        assert!(self.leaves());
     }
 
     /// Reads until the daemon has gone.
-    pub(crate) fn is_left(mut self) -> bool {
+    pub(crate) fn leaves(mut self) -> bool {
         loop {
             match self.socket.read() {
                 Ok(_) => {}
