@@ -512,9 +512,7 @@ impl World {
             }
             BusEvent::Call { request: Request::Register { service, token, vapid, .. }, .. } => {
                 let key = AppKey::new(BUS, Arc::clone(service));
-                let other = |r: &Registration| {
-                    r.app == key && r.token == *token && r.vapid != *vapid
-                };
+                let other = |r: &Registration| r.app == key && r.token == *token && r.vapid != *vapid;
                 if self.reference.registrations().any(other) {
                     self.reference.may_go.insert((key, Arc::clone(token)));
                 }

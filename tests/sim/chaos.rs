@@ -126,7 +126,9 @@ impl World {
             }
             330..400 => self.any_instance(|world, n| world.die(n, "is killed from outside")),
             400..440 => self.any_instance(|world, n| {
-                if world.plan.slow_apps && let Some(instance) = world.instances.get_mut(&n) {
+                if world.plan.slow_apps
+                    && let Some(instance) = world.instances.get_mut(&n)
+                {
                     instance.stopped = true;
                     let at = world.soon(SEC, 60 * SEC);
                     world.agenda.add(at, Due::Continue(n));

@@ -1,9 +1,6 @@
 //! Time that steps from one due thing to the next, and the one source of chance.
 
-use std::{
-    cmp::Ordering,
-    collections::BinaryHeap,
-};
+use std::{cmp::Ordering, collections::BinaryHeap};
 
 use nightporter::time::{Instant, Now, UnixTime};
 

@@ -80,7 +80,10 @@ impl World {
     pub(crate) fn page_out(&mut self, target: TargetId) {
         let n = self.instance_of(target, "page-out");
         assert!(self.plan.profile != Profile::Observe, "paged out under observe");
-        assert!(self.instances.get(&n).is_none_or(|instance| instance.frozen), "instance {n} is paged out while it runs");
+        assert!(
+            self.instances.get(&n).is_none_or(|instance| instance.frozen),
+            "instance {n} is paged out while it runs"
+        );
         self.say_why(n, "page-out");
         self.count("page-outs");
         self.kernel(target, KernelOp::PageOut);
@@ -159,9 +162,7 @@ impl World {
                 self.let_run(n);
                 Event::Outcome(target, Outcome::Thawed { took })
             }
-            KernelOp::PageOut if unlucky || !lives => {
-                Event::Outcome(target, Outcome::PageOutFailed("no swap".into()))
-            }
+            KernelOp::PageOut if unlucky || !lives => Event::Outcome(target, Outcome::PageOutFailed("no swap".into())),
             KernelOp::PageOut => Event::Outcome(target, Outcome::PagedOut { freed: 9000, zram: 3000, took }),
             KernelOp::Kill(_) if unlucky && lives => {
                 self.let_run(n);

@@ -120,10 +120,7 @@ fn plan(rng: &mut Rng) -> Plan {
         first: *rng.pick(&[UpstreamKind::Autopush, UpstreamKind::Ntfy]).unwrap(),
         crash: *rng.pick(&[0, 0, 10, 50, 150]).unwrap(),
         slow_apps: !strict && rng.chance(7000),
-        rules: Rules {
-            most_waiting: if rng.chance(1000) { 4 } else { 2048 },
-            attempts: if strict { 4 } else { 1000 },
-        },
+        rules: Rules { most_waiting: if rng.chance(1000) { 4 } else { 2048 }, attempts: if strict { 4 } else { 1000 } },
         chaos: rng.between(500, 8000) * MS,
         publish: rng.between(500, 12_000) * MS,
         times: LifecycleTimes {

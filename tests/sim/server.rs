@@ -106,13 +106,19 @@ impl Autopush {
             Some("unregister") => {
                 if let Some(client) = self.client_of(link) {
                     client.channels.remove(&channel);
-                    let (gone, kept) = std::mem::take(&mut client.stored).into_iter().partition(|m| m.channel == channel);
+                    let (gone, kept) =
+                        std::mem::take(&mut client.stored).into_iter().partition(|m| m.channel == channel);
                     client.stored = kept;
                     let gone: Vec<Stored> = gone;
                     self.dropped.extend(gone.iter().map(|message| message.number));
                     self.endpoints.retain(|_, (_, other)| *other != channel);
                 }
-                send(link, &json!({"messageType": "unregister", "channelID": channel, "status": 200}), None, &mut deeds);
+                send(
+                    link,
+                    &json!({"messageType": "unregister", "channelID": channel, "status": 200}),
+                    None,
+                    &mut deeds,
+                );
             }
             Some("ack") => {
                 let versions: Vec<&str> =
@@ -128,7 +134,13 @@ impl Autopush {
     }
 
     /// A sender's request. The version, if it is taken.
-    pub(crate) fn publish(&mut self, endpoint: &str, post: &Post<'_>, now: At, deeds: &mut Vec<Deed>) -> Option<(String, String)> {
+    pub(crate) fn publish(
+        &mut self,
+        endpoint: &str,
+        post: &Post<'_>,
+        now: At,
+        deeds: &mut Vec<Deed>,
+    ) -> Option<(String, String)> {
         let (uaid, channel) = self.endpoints.get(endpoint)?.clone();
         let client = self.clients.get_mut(&uaid)?;
         if !client.channels.contains(&channel) {
@@ -242,7 +254,8 @@ impl Autopush {
     fn register(&mut self, link: LinkKey, channel: String, key: Option<&str>, rng: &mut Rng, deeds: &mut Vec<Deed>) {
         let Some(uaid) = self.conns.get(&link).and_then(|conn| conn.uaid.clone()) else { return };
         let reply = |status: u16, endpoint: &str| {
-            json!({"messageType": "register", "channelID": channel, "status": status, "pushEndpoint": endpoint}).to_string()
+            json!({"messageType": "register", "channelID": channel, "status": status, "pushEndpoint": endpoint})
+                .to_string()
         };
         let dice = if self.kind { 9999 } else { rng.below(10_000) };
         let after = match dice % 10 {

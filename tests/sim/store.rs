@@ -9,9 +9,7 @@ use std::{
 use nightporter::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
-    model::{
-        AppKey, AppRecord, Message, MessageSeq, Registration, RegistrationId, Snapshot, StoredMessage,
-    },
+    model::{AppKey, AppRecord, Message, MessageSeq, Registration, RegistrationId, Snapshot, StoredMessage},
 };
 
 use crate::clock::{At, MS, Rng, SEC};
@@ -71,10 +69,8 @@ impl Store {
         let (mut events, mut written) = (Vec::new(), Vec::new());
         let mut helping = true;
         for (op, ticket) in std::mem::take(&mut self.queue) {
-            let gives_space = matches!(
-                op,
-                StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_)
-            );
+            let gives_space =
+                matches!(op, StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_));
             if let StoreOp::LoadBody(seq) = op {
                 events.push(Event::Body(seq, self.body(seq)));
             }

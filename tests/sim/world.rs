@@ -10,9 +10,7 @@ use nightporter::{
     action::{Action, Reply, StoreOp},
     config::{Credentials, Limits, Settings, UpstreamKind, UpstreamSettings},
     core::Core,
-    event::{
-        BusEvent, CallId, Caller, Event, LinkError, LinkEvent, LinkId, Query, Request,
-    },
+    event::{BusEvent, CallId, Caller, Event, LinkError, LinkEvent, LinkId, Query, Request},
     model::{AppKey, Bus, LifecycleTimes, Owner, Profile, TargetId},
     view,
 };
@@ -919,10 +917,7 @@ fn settings(plan: &Plan) -> Settings {
     if plan.first == UpstreamKind::Ntfy {
         upstreams.reverse();
     }
-    let limits = Limits {
-        messages_per_app: plan.rules.most_waiting,
-        attempts: plan.rules.attempts,
-        ..Limits::default()
-    };
+    let limits =
+        Limits { messages_per_app: plan.rules.most_waiting, attempts: plan.rules.attempts, ..Limits::default() };
     Settings { profile: plan.profile, upstreams, lifecycle: plan.times, limits }
 }
