@@ -114,6 +114,8 @@ enum Purpose {
 enum Stored {
     Message(MessageSeq),
     Registration(RegistrationId),
+    /// Of an upstream's registration.
+    Deletion(usize, RegistrationId),
     /// Of an upstream, by key.
     Value(usize, &'static str),
 }
@@ -373,6 +375,7 @@ impl Core {
                 }
             }
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
+            Some(Stored::Deletion(index, id)) => self.deletion_stored(index, id, result.is_ok(), now),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }

@@ -209,7 +209,7 @@ impl Core {
                     let text = format!("the registration could not be written to the disk: {error}");
                     self.fail(call, FailureReason::InternalError, text);
                 }
-                self.drop_registration(id, now);
+                self.drop_unstored(id, now);
                 return;
             }
             (None, Err(_)) => {
@@ -260,12 +260,17 @@ impl Core {
         let pending = pending.map(|(id, _)| id);
         self.reply(call, Reply::Done);
         if let Some(id) = pending
+            && let index = self.upstream_of(id)
             && let Some(pending) = self.registry.take_pending(id)
         {
             for call in pending.calls {
                 self.fail(call, FailureReason::InternalError, "the app unregistered meanwhile".into());
             }
-            self.drop_registration(id, now);
+            if self.registry.get(id).is_some() {
+                self.drop_registration(id, now);
+            } else {
+                self.unregister_at_server(index, id, now);
+            }
             self.forget_if_unused(&pending.app, now);
         }
         if let Some(registration) = made {
@@ -309,17 +314,33 @@ impl Core {
         }
     }
 
-    /// Removes a registration everywhere.
+    /// Removes a registration everywhere: at its server last, when it cannot come back any more. One that came back to a
+    /// server that had forgotten it would be told to its app as good.
     fn drop_registration(&mut self, id: RegistrationId, now: Now) {
-        if let Some(index) = self.upstream_of(id)
-            && let Some(upstream) = self.upstreams.get_mut(index)
-        {
-            upstream.session.unregister(id, now);
+        let index = self.upstream_of(id);
+        self.delivery.remove(id, now);
+        let Some(registration) = self.registry.remove(id) else { return };
+        match index {
+            Some(index) => self.delete_registration(index, id),
+            None => self.store(StoreOp::DeleteRegistration(id), None),
         }
+        self.forget_if_unused(&registration.app, now);
+    }
+
+    /// Removes a registration that never was durable.
+    fn drop_unstored(&mut self, id: RegistrationId, now: Now) {
+        let index = self.upstream_of(id);
+        self.unregister_at_server(index, id, now);
         self.delivery.remove(id, now);
         if let Some(registration) = self.registry.remove(id) {
             self.store(StoreOp::DeleteRegistration(id), None);
             self.forget_if_unused(&registration.app, now);
+        }
+    }
+
+    pub(super) fn unregister_at_server(&mut self, index: Option<usize>, id: RegistrationId, now: Now) {
+        if let Some(upstream) = index.and_then(|index| self.upstreams.get_mut(index)) {
+            upstream.session.unregister(id, now);
         }
     }
 

@@ -29,6 +29,8 @@ pub(super) struct Unsaved {
     /// By upstream and key.
     values: BTreeMap<(usize, &'static str), Value>,
     registrations: BTreeSet<RegistrationId>,
+    /// Registrations that are gone but for their row, and the upstream of each. Each was durable, so they are as bounded.
+    deletions: BTreeMap<RegistrationId, usize>,
     /// Values that wait for registrations to be durable.
     held: BTreeMap<(usize, &'static str), Arc<str>>,
     again_at: Option<Instant>,
@@ -82,7 +84,7 @@ impl Core {
     fn writes_registrations_of(&self, index: usize) -> bool {
         let under_way = self.stores.values().filter_map(|waiting| match waiting {
             Stored::Registration(id) => Some(id),
-            Stored::Message(_) | Stored::Value(..) => None,
+            Stored::Message(_) | Stored::Deletion(..) | Stored::Value(..) => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }
@@ -123,6 +125,20 @@ impl Core {
         waits
     }
 
+    /// Deletes a registration's row; its server hears of it when that is done.
+    pub(super) fn delete_registration(&mut self, index: usize, id: RegistrationId) {
+        self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(index, id));
+    }
+
+    pub(super) fn deletion_stored(&mut self, index: usize, id: RegistrationId, ok: bool, now: Now) {
+        if ok {
+            self.unregister_at_server(Some(index), id, now);
+        } else {
+            self.unsaved.deletions.insert(id, index);
+            self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+    }
+
     /// Writes again what was refused, in the order it is needed.
     pub(super) fn save_again(&mut self) {
         self.unsaved.again_at = None;
@@ -130,6 +146,9 @@ impl Core {
         let refused: Vec<_> = refused.map(|((index, key), value)| (*index, *key, Arc::clone(&value.value))).collect();
         for (index, key, value) in refused {
             self.remember(index, key, value);
+        }
+        for (id, index) in std::mem::take(&mut self.unsaved.deletions) {
+            self.delete_registration(index, id);
         }
         for id in std::mem::take(&mut self.unsaved.registrations) {
             if let Some(registration) = self.registry.get(id) {

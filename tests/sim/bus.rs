@@ -10,7 +10,7 @@ use nightporter::{
 
 use crate::{
     clock::{At, MS, Rng, SEC},
-    world::{BUS, Due, Plan, What, World},
+    world::{BUS, Due, What, World},
 };
 
 /// An app, running or not; what it has written down outlives its process.
@@ -71,9 +71,8 @@ pub(crate) struct Answer {
 }
 
 /// The apps of a run.
-pub(crate) fn apps(plan: &Plan, rng: &mut Rng) -> Vec<AppState> {
+pub(crate) fn apps(rng: &mut Rng) -> Vec<AppState> {
     let count = rng.between(1, 6);
-    let _ = plan;
     (0..count)
         .map(|n| AppState {
             key: AppKey::new(BUS, format!("org.example.App{n}")),
@@ -249,16 +248,8 @@ impl World {
         self.bus_event(BusEvent::CallDone(ticket, outcome));
     }
 
-    pub(crate) fn call_app(
-        &mut self,
-        ticket: DeliveryTicket,
-        key: &AppKey,
-        owner: &Owner,
-        version: ConnectorVersion,
-        what: ConnectorCall,
-    ) {
+    pub(crate) fn call_app(&mut self, ticket: DeliveryTicket, key: &AppKey, owner: &Owner, what: ConnectorCall) {
         let app = self.app_index(key);
-        let _ = version;
         self.count("calls to apps");
         let life = self.life;
         let Some(n) = self.instance_of_owner(owner) else {
@@ -294,7 +285,6 @@ impl World {
         if instance.frozen || instance.stopped || instance.hung {
             return;
         }
-        let app = instance.app;
         let Some(call) = instance.calls.iter_mut().find(|call| !call.taken) else { return };
         call.taken = true;
         let (life, ticket, what) = (call.life, call.ticket, call.what.clone());
@@ -351,7 +341,6 @@ impl World {
         if self.instances.get(&n).is_some_and(|instance| instance.calls.iter().any(|call| !call.taken)) {
             self.set_to_work(n);
         }
-        let _ = app;
     }
 
     fn process(&mut self, n: u64, life: u32, what: &ConnectorCall, error: bool) {

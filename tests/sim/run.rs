@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long faults go on, in the world's time.
-const LENGTH: At = 240 * SEC;
+const LENGTH: At = 200 * SEC;
 /// How long everything may take to come right afterwards.
 const MINUTES_OF_CALM: u64 = 60;
 

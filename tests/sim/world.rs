@@ -162,7 +162,7 @@ type UpstreamKindKey = &'static str;
 impl World {
     pub(crate) fn new(plan: Plan, mut rng: Rng, traced: bool) -> Self {
         let settings = settings(&plan);
-        let apps = crate::bus::apps(&plan, &mut rng);
+        let apps = crate::bus::apps(&mut rng);
         let mut world = Self {
             rng,
             at: START,
@@ -372,7 +372,7 @@ impl World {
             Action::Unwatch(app) => {
                 self.watched.remove(&app);
             }
-            Action::Call { ticket, app, owner, version, call } => self.call_app(ticket, &app, &owner, version, call),
+            Action::Call { ticket, app, owner, call, .. } => self.call_app(ticket, &app, &owner, call),
             Action::Start(app) => {
                 self.verdicts.push((app.clone(), "start"));
                 self.start_app(&app);
