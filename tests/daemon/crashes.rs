@@ -161,7 +161,8 @@ fn a_bus_that_comes_back_finds_the_daemon_there() {
     let mut world = World::new(Setup::default());
     let client = world.client(app, Behaviour::Accept);
     let endpoint = client.endpoint("t");
-    world.restart_bus();
+    world.stop_bus();
+    world.start_bus();
     drop(client);
     world.post_to(&endpoint, &[("TTL", "600")], "in between");
     wait("the daemon to be on the new bus", || world.is_owned("org.nightporter1").then_some(()));
@@ -170,4 +171,18 @@ fn a_bus_that_comes_back_finds_the_daemon_there() {
     assert_eq!(client.next_message(), "in between");
     assert_eq!(client.endpoint("t"), endpoint);
     assert!(world.daemon_lives());
+}
+
+#[test]
+fn a_daemon_that_is_there_before_its_bus() {
+    let mut world = World::without_daemon(Setup::default());
+    world.stop_bus();
+    world.spawn_daemon();
+    assert!(stays(Duration::from_millis(500), || world.daemon_lives()), "{}", world.log());
+    world.start_bus();
+    wait("the daemon to be on the bus", || world.is_owned("org.nightporter1").then_some(()));
+    let client = world.client("org.example.App", Behaviour::Accept);
+    let endpoint = client.endpoint("t");
+    world.post_to(&endpoint, &[("TTL", "600")], "hello");
+    assert_eq!(client.message(), "hello");
 }

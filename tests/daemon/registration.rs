@@ -29,7 +29,7 @@ fn version_2_from_register_to_message_and_acknowledgement() {
 
     let location = world.post_to(&endpoint, &[("TTL", "600")], "hello");
     let message = app.call();
-    assert_eq!((message.member.as_str(), message.message.as_deref()), ("Message", Some("hello")));
+    assert_eq!((message.member.as_str(), message.text()), ("Message", "hello".to_owned()));
     assert_eq!(message.token.as_deref(), Some(token));
     let id = message.id.unwrap();
     assert!(!id.is_empty());
@@ -52,7 +52,7 @@ fn version_1_from_register_to_unregistered() {
     world.post_to(&endpoint, &[("TTL", "600")], "one");
     let message = app.call();
     assert_eq!((message.interface.as_str(), message.member.as_str()), ("org.unifiedpush.Connector1", "Message"));
-    assert_eq!((message.token.as_deref(), message.message.as_deref()), (Some("t"), Some("one")));
+    assert_eq!((message.token.as_deref(), message.text()), (Some("t"), "one".to_owned()));
     assert!(!message.id.unwrap().is_empty());
     app.unregister_v1("t");
     let confirmed = app.call();
@@ -93,7 +93,7 @@ fn connectors_of_other_kinds_are_served_too() {
         let endpoint = calls.next().unwrap().endpoint.unwrap();
         for text in ["one", "two"] {
             world.post_to(&endpoint, &[("TTL", "600")], text);
-            assert_eq!(calls.next().unwrap().message.as_deref(), Some(text), "{name}");
+            assert_eq!(calls.next().unwrap().text(), text, "{name}");
         }
         wait("both to be taken", || (world.show(name).app.waiting == 0).then_some(()));
         assert!(app.hears_nothing(), "{name} got something twice");
@@ -139,6 +139,22 @@ fn unregister_ends_it_everywhere() {
     stranger.unregister("other");
     assert!(app.hears_nothing());
     assert_eq!(world.status().registrations, 1);
+}
+
+#[test]
+fn bytes_arrive_as_they_were_sent() {
+    let world = World::new(Setup::default());
+    let (new, old) = (world.client(APP, Behaviour::Accept), world.client("org.example.Old", Behaviour::Accept));
+    assert_eq!(old.register_v1("t").0, OK);
+    // Encrypted, as all messages of apps are: any byte, up to the most there may be.
+    let longest: Vec<u8> = (0..4096_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    for (app, endpoint) in [(&new, new.endpoint("t")), (&old, old.call().endpoint.unwrap())] {
+        for body in [&[0][..], &[0xff, 0xfe, 0, b'\n'], &longest] {
+            let response = world.relay().post(&endpoint, &[("TTL", "600"), ("Content-Encoding", "aes128gcm")], body);
+            assert_eq!(response.status, 201);
+            assert_eq!(app.call().message.as_deref(), Some(body));
+        }
+    }
 }
 
 #[test]
@@ -232,4 +248,26 @@ fn bad_arguments_are_named_and_harm_nobody() {
     assert_eq!(world.status().registrations, 0);
     assert!(world.daemon_lives());
     app.endpoint(&"t".repeat(100));
+}
+
+#[test]
+fn an_app_that_calls_without_end_stops_nobody() {
+    let mut world = World::new(Setup::default());
+    let innocent = world.client(APP, Behaviour::Accept);
+    let endpoint = innocent.endpoint("t");
+    let mad = world.client("org.example.Mad", Behaviour::Silent);
+    for n in 0..3000 {
+        mad.send("Register", &dict(&[("service", "org.example.Mad"), ("token", &format!("token {n}"))]));
+    }
+    let began = Instant::now();
+    world.post_to(&endpoint, &[("TTL", "600")], "undisturbed");
+    assert_eq!(innocent.message(), "undisturbed");
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(innocent.register("another").0, OK);
+    // When it is calm again it is served again, within its bounds.
+    let registered = |world: &World| world.show("org.example.Mad").app.registrations;
+    let (result, reason) = mad.register("the last");
+    assert!(result == OK || reason == "ACTION_REQUIRED", "{result} {reason}");
+    assert!((1..=64).contains(&registered(&world)), "{}", registered(&world));
+    assert!(world.daemon_lives());
 }

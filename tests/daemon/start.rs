@@ -81,6 +81,18 @@ fn options_that_make_no_sense() {
 }
 
 #[test]
+fn a_state_directory_that_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let state = dir.path().join("file/state");
+    let mut command = nightporterd();
+    command.arg("--user").arg("--config").arg("/dev/null").arg("--state-dir").arg(&state);
+    let output = command.env("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nonexistent").output().unwrap();
+    assert_eq!(output.status.code(), Some(73), "{}", of(&output));
+    assert!(of(&output).contains(state.to_str().unwrap()), "{}", of(&output));
+}
+
+#[test]
 fn a_second_daemon_leaves_the_first_alone() {
     let mut world = World::new(Setup::default());
     world.samples(&[("org.example.A", "")]);

@@ -37,7 +37,7 @@ pub(crate) struct Call {
     pub(crate) path: String,
     pub(crate) token: Option<String>,
     pub(crate) endpoint: Option<String>,
-    pub(crate) message: Option<String>,
+    pub(crate) message: Option<Vec<u8>>,
     pub(crate) id: Option<String>,
 }
 
@@ -108,6 +108,13 @@ impl Client {
         block_on(self.connection.call_method(Some(DISTRIBUTOR), DISTRIBUTOR_PATH, Some(interface), member, body))
     }
 
+    /// Calls the distributor and does not wait for its answer.
+    pub(crate) fn send(&self, member: &'static str, arguments: &Dict) {
+        let call = Message::method_call(DISTRIBUTOR_PATH, member).destination(DISTRIBUTOR);
+        let call = call.interface("org.unifiedpush.Distributor2").build(arguments).unwrap();
+        block_on(self.connection.send(&call)).unwrap();
+    }
+
     /// Calls `org.nightporter1` as this app; the name of the error that comes back, if one does.
     pub(crate) fn porter(&self, interface: &str, member: &str, arguments: &[&str]) -> Result<(), String> {
         let (name, path) = ("org.nightporter1", "/org/nightporter1");
@@ -133,7 +140,7 @@ impl Client {
     pub(crate) fn message(&self) -> String {
         let call = self.call();
         assert_eq!(call.member, "Message", "{call:?}");
-        call.message.unwrap()
+        call.text()
     }
 
     /// The same where the daemon or the bus has ended meanwhile: it may not have heard that the endpoint was taken, and
@@ -143,7 +150,7 @@ impl Client {
             let call = self.call();
             if call.member != "NewEndpoint" {
                 assert_eq!(call.member, "Message", "{call:?}");
-                return call.message.unwrap();
+                return call.text();
             }
         }
     }
@@ -171,6 +178,13 @@ impl Drop for Client {
     }
 }
 
+impl Call {
+    /// The message, where it is text.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8(self.message.clone().unwrap()).unwrap()
+    }
+}
+
 fn read(message: &Message) -> Call {
     let header = message.header();
     let mut call = Call {
@@ -180,7 +194,6 @@ fn read(message: &Message) -> Call {
         ..Call::default()
     };
     let body = message.body();
-    let utf8 = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     if call.interface == "org.unifiedpush.Connector1" {
         match call.member.as_str() {
             "NewEndpoint" => {
@@ -189,7 +202,7 @@ fn read(message: &Message) -> Call {
             }
             "Message" => {
                 let (token, message, id) = body.deserialize::<(String, Vec<u8>, String)>().unwrap();
-                (call.token, call.message, call.id) = (Some(token), Some(utf8(message)), Some(id));
+                (call.token, call.message, call.id) = (Some(token), Some(message), Some(id));
             }
             _ => call.token = Some(body.deserialize::<String>().unwrap()),
         }
@@ -197,7 +210,7 @@ fn read(message: &Message) -> Call {
         let mut dict: HashMap<String, OwnedVariant> = body.deserialize().unwrap();
         let mut text = |key: &str| dict.remove(key).map(|value| String::try_from(value).unwrap());
         (call.token, call.endpoint, call.id) = (text("token"), text("endpoint"), text("id"));
-        call.message = dict.remove("message").map(|value| utf8(Vec::try_from(value).unwrap()));
+        call.message = dict.remove("message").map(|value| Vec::try_from(value).unwrap());
     }
     call
 }

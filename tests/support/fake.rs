@@ -130,7 +130,7 @@ impl Peer {
         assert!(self.leaves());
     }
 
-    /// Reads until the daemon has gone.
+    /// Reads until the daemon has gone; whether it goes.
     pub(crate) fn leaves(mut self) -> bool {
         loop {
             match self.socket.read() {

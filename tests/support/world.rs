@@ -337,9 +337,12 @@ impl World {
         block_on(self.control.call_method(Some(name), path, Some(name), member, body)).unwrap()
     }
 
-    /// The bus ends and another takes its place; every app on it has lost its connection.
-    pub(crate) fn restart_bus(&mut self) {
+    /// The bus ends, and every app on it loses its connection.
+    pub(crate) fn stop_bus(&mut self) {
         self.bus.stop();
+    }
+
+    pub(crate) fn start_bus(&mut self) {
         self.bus.start();
         self.control = block_on(connect(&self.bus.address()));
     }
