@@ -5,8 +5,8 @@
 //!
 //! The arms take turns message by message, 20 ms apart, so that whatever else the machine does meets all of them:
 //!
-//! - `subscriber + call`, the floor: a thread reads ntfy's WebSocket and, on receipt, makes one plain D-Bus call to the
-//!   app's connector. Nobody who does the job at all can do less.
+//! - `subscriber + call`, the floor: a thread reads ntfy's WebSocket and, on receipt, writes one D-Bus call to the app's
+//!   connector into a socket, without any library. Nobody who does the job at all can do less.
 //! - `subscriber` and `plain call`: its halves. The first is the floor's own time stamp between the two; the second is a
 //!   call by a client that slept before, as a distributor's would have if receiving had been free.
 //! - `running` and `frozen`: through the daemon.
@@ -25,8 +25,9 @@ use std::{
     collections::HashMap,
     env,
     fs::{self, File},
+    io::{BufRead, BufReader, Write},
     net::TcpStream,
-    os::unix::net::UnixDatagram,
+    os::unix::net::{UnixDatagram, UnixStream},
     path::Path,
     process::{Command, ExitCode, Stdio},
     sync::mpsc::{self, Receiver, Sender},
@@ -164,9 +165,7 @@ struct World {
     /// When the floor's subscriber had the message.
     received: Receiver<u64>,
     floor_endpoint: String,
-    client: Connection,
-    /// The unique name of the running app.
-    connector: String,
+    caller: Caller,
 }
 
 impl World {
@@ -213,8 +212,7 @@ impl World {
             )
         })?;
         let topic = "upfloor0000000000000000000000000000";
-        let caller = zbus::block_on(Builder::address(bus.address.as_str()).build())?;
-        let received = subscribe(ntfy, topic, Some((caller, connector.clone())))?;
+        let received = subscribe(ntfy, topic, Caller::connect(bus, &connector)?)?;
         Ok(Self {
             daemon,
             running,
@@ -222,8 +220,7 @@ impl World {
             publisher: Publisher::new(ntfy.port())?,
             received,
             floor_endpoint: format!("{}{topic}?up=1", ntfy.url()),
-            client,
-            connector,
+            caller: Caller::connect(bus, &connector)?,
         })
     }
 
@@ -303,9 +300,8 @@ fn wait_for_name(client: &Connection, name: &str) -> Result<()> {
     Err(format!("nobody takes the name {name}").into())
 }
 
-/// Reads `topic` on a thread. Each message's time is sent on; with a connection, the text goes to that connector too,
-/// before anything else.
-fn subscribe(ntfy: &Ntfy, topic: &str, caller: Option<(Connection, String)>) -> Result<Receiver<u64>> {
+/// Reads `topic` on a thread that first of all passes each text on to the connector. Then its time is told.
+fn subscribe(ntfy: &Ntfy, topic: &str, mut caller: Caller) -> Result<Receiver<u64>> {
     let (times, received) = mpsc::channel();
     let mut socket = open(ntfy, topic)?;
     thread::spawn(move || {
@@ -313,12 +309,7 @@ fn subscribe(ntfy: &Ntfy, topic: &str, caller: Option<(Connection, String)>) -> 
             let at = clock::boot().as_nanos();
             let tungstenite::Message::Text(text) = frame else { continue };
             let Some(body) = body_of(&text) else { continue };
-            if let Some((connection, connector)) = &caller
-                && call(connection, connector, &body).is_err()
-            {
-                return;
-            }
-            if times.send(at).is_err() {
+            if caller.call(&body).is_err() || times.send(at).is_err() {
                 return;
             }
         }
@@ -345,18 +336,48 @@ fn body_of(text: &str) -> Option<String> {
     if event["event"] == "message" { event["message"].as_str().map(str::to_owned) } else { None }
 }
 
-/// One plain call of the connector; its answer is not waited for.
-fn call(connection: &Connection, connector: &str, body: &str) -> Result<()> {
-    let args: HashMap<&str, Variant<'_>> = HashMap::from([
-        ("token", Variant::from("floor")),
-        ("message", Variant::from(body.as_bytes().to_vec())),
-        ("id", Variant::from("floor")),
-    ]);
-    let message = Message::method_call("/org/unifiedpush/Connector", "Message")
-        .destination(connector)
-        .interface("org.unifiedpush.Connector2")
-        .build(&args)?;
-    Ok(zbus::block_on(connection.send(&message))?)
+/// A connection to the bus with nothing in it but the socket.
+struct Caller {
+    socket: UnixStream,
+    connector: String,
+}
+
+impl Caller {
+    fn connect(bus: &PrivateBus, connector: &str) -> Result<Self> {
+        let path = bus.address.strip_prefix("unix:path=").and_then(|rest| rest.split(',').next());
+        let mut socket = UnixStream::connect(path.ok_or("the bus is not at a path")?)?;
+        let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
+        socket.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes())?;
+        let mut line = String::new();
+        BufReader::new(&socket).read_line(&mut line)?;
+        if !line.starts_with("OK ") {
+            return Err(format!("the bus says {line:?}").into());
+        }
+        socket.write_all(b"BEGIN\r\n")?;
+        let hello = Message::method_call("/org/freedesktop/DBus", "Hello")
+            .destination("org.freedesktop.DBus")
+            .interface("org.freedesktop.DBus")
+            .build(&())?;
+        socket.write_all(hello.data().bytes())?;
+        // Whatever comes back is read, so that the bus does not hold it, and not looked at.
+        let mut replies = socket.try_clone()?;
+        thread::spawn(move || std::io::copy(&mut replies, &mut std::io::sink()));
+        Ok(Self { socket, connector: connector.to_owned() })
+    }
+
+    /// One plain call of the connector; its answer is not waited for.
+    fn call(&mut self, body: &str) -> Result<()> {
+        let args: HashMap<&str, Variant<'_>> = HashMap::from([
+            ("token", Variant::from("floor")),
+            ("message", Variant::from(body.as_bytes().to_vec())),
+            ("id", Variant::from("floor")),
+        ]);
+        let message = Message::method_call("/org/unifiedpush/Connector", "Message")
+            .destination(self.connector.as_str())
+            .interface("org.unifiedpush.Connector2")
+            .build(&args)?;
+        Ok(self.socket.write_all(message.data().bytes())?)
+    }
 }
 
 fn body(mark: &str) -> String {
@@ -395,7 +416,7 @@ fn latency(world: &mut World, messages: usize, figures: &mut Value) -> Result<us
         let mark = format!("plain{n}");
         let text = body(&mark);
         let start = clock::boot().as_nanos();
-        call(&world.client, &world.connector, &text)?;
+        world.caller.call(&text)?;
         note(&mut times.plain, start, world.running.got(&mark));
         thread::sleep(GAP);
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    ACKS_PER_FRAME, Link, NAME_LIMIT, Online, PROVEN, Session, Step, TOO_MANY_REQUESTS, UNSAFE_LIMIT,
+    ACKS_PER_FRAME, Link, NAME_LIMIT, Online, PROVEN, REMAKING, Session, Step, TOO_MANY_REQUESTS, UNSAFE_LIMIT,
     wire::{self, Ack, Incoming, Notification, Outgoing},
 };
 use crate::{
@@ -52,7 +52,9 @@ impl Session {
             if self.uaid.is_some() {
                 log::warn!("the server has forgotten this device: every registration is made anew");
             }
-            self.outputs.push_back(Output::Remember { key: "uaid", value: uaid.clone() });
+            self.remaking = self.channels.values().any(|entry| entry.answer_by.is_none());
+            let mark = if self.remaking { REMAKING } else { "" };
+            self.outputs.push_back(Output::Remember { key: "uaid", value: format!("{mark}{uaid}") });
             self.uaid = Some(uaid.into());
             // The old life's channels are unknown to the new one.
             self.dead.clear();
@@ -179,6 +181,7 @@ impl Session {
             self.send_requests(now);
         }
         self.bury_dead();
+        self.finish_remaking();
         let state = match &self.link {
             Link::Online(_) => LinkState::Online,
             Link::Greeting { .. } => LinkState::Connecting,

@@ -59,12 +59,18 @@ const NAME_LIMIT: usize = 2048;
 /// Without a wish of the server's own (RFC 6585 §4).
 const TOO_MANY_REQUESTS: Duration = Duration::from_secs(60);
 
+/// Ahead of a remembered uaid: some channels are not known to the server under it yet, and which ones would be forgotten
+/// in a crash. No server's uaid begins with it.
+const REMAKING: &str = "?";
+
 /// One autopush server's session.
 #[derive(Debug)]
 pub struct Session {
     rng: ChaCha12Rng,
     links: LinkIds,
     uaid: Option<Arc<str>>,
+    /// The server has forgotten this device, and not every registration has been made anew yet.
+    remaking: bool,
     channels: BTreeMap<RegistrationId, Entry>,
     names: HashMap<Arc<str>, RegistrationId>,
     /// Registrations not [`Step::Done`].
@@ -131,10 +137,13 @@ impl Online {
 impl Session {
     /// A session that knows itself to the server by `uaid` and serves `channels`; connects when there are any.
     pub fn new(uaid: Option<Arc<str>>, channels: Vec<Channel>, seed: [u8; 32], links: LinkIds, now: Now) -> Self {
+        let unfinished = uaid.as_deref().and_then(|uaid| uaid.strip_prefix(REMAKING)).map(Arc::from);
+        let remaking = unfinished.is_some();
         let mut session = Self {
             rng: ChaCha12Rng::from_seed(seed),
             links,
-            uaid: uaid.filter(|uaid| !uaid.is_empty()),
+            uaid: unfinished.or(uaid).filter(|uaid| !uaid.is_empty()),
+            remaking,
             channels: BTreeMap::new(),
             names: HashMap::new(),
             open: 0,
@@ -153,7 +162,7 @@ impl Session {
         };
         for Channel { registration, channel, vapid, endpoint } in channels {
             let channel = if channel.is_empty() { session.new_name() } else { channel };
-            let step = match endpoint.is_empty() {
+            let step = match endpoint.is_empty() || remaking {
                 true => Step::Queued { not_before: now.boot },
                 false => Step::Done,
             };

@@ -186,6 +186,16 @@ impl Session {
         self.channels.values().filter(|entry| matches!(entry.step, Step::Sent { .. })).count()
     }
 
+    /// The last of the old life's registrations is made: from now on they need not be made again.
+    pub(super) fn finish_remaking(&mut self) {
+        let unmade = |entry: &Entry| entry.answer_by.is_none() && entry.step != Step::Done;
+        if self.remaking && !self.channels.values().any(unmade) {
+            self.remaking = false;
+            let value = self.uaid.as_deref().unwrap_or_default().to_owned();
+            self.outputs.push_back(Output::RememberBehind { key: "uaid", value });
+        }
+    }
+
     /// A channel nobody wants any more: the server is told at the next occasion.
     pub(super) fn bury(&mut self, channel: Arc<str>) {
         if self.dead.contains(&channel) {

@@ -264,7 +264,7 @@ impl World {
                     self.channels.insert(registration.0, channel);
                 }
                 Output::Message(message) => self.come.push(message.id),
-                Output::Remember { value, .. } => {
+                Output::Remember { value, .. } | Output::RememberBehind { value, .. } => {
                     let at = self.rows.iter().position(|row| *row.id == *value).expect("a cursor nobody stored");
                     for row in &self.rows[..=at] {
                         assert!(
