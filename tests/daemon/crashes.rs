@@ -8,7 +8,7 @@ use std::{
 use nightporter::view::LinkState;
 use nix::sys::signal::Signal;
 
-use crate::support::{Behaviour, FAST, Setup, World, alone, is_held, signal, stays, wait};
+use crate::support::{Behaviour, FAST, Setup, World, alone, is_held, signal, stays, wait, wait_for};
 
 const APPS: [&str; 3] = ["org.example.A", "org.example.B", "org.example.C"];
 const MESSAGES: usize = 200;
@@ -96,6 +96,9 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
         stays(Duration::from_millis(200), || pids.into_iter().all(is_held))
     };
 
+    // The kernel takes a moment.
+    let all_run = || wait_for(Duration::from_millis(200), || (!pids.into_iter().any(is_held)).then_some(())).is_some();
+
     // By hand, or by systemd (ExecStopPost=).
     let others = alone();
     let mut tries = 0;
@@ -108,7 +111,7 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     assert!(output.status.success(), "{}", world.log());
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.contains("3 thawed"), "{said}");
-    wait("all to run", || (!pids.into_iter().any(is_held)).then_some(()));
+    assert!(all_run(), "they are thawed when it has ended");
     drop(others);
 
     // By the next start, before anything else.
@@ -119,11 +122,11 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     }
     let others = alone();
     freeze_all_and_die(&mut world);
-    drop(others);
     let calm = FAST.replace("grace = \"200ms\"", "grace = \"1h\"");
     world.configure(&Setup { top: "profile = \"cached\"", lifecycle: &calm, ..Setup::default() });
-    world.start_daemon();
-    wait("all to run", || (!pids.into_iter().any(is_held)).then_some(()));
+    world.start_only_daemon();
+    assert!(all_run(), "they are thawed when it is up");
+    drop(others);
     assert_eq!(APPS.map(|app| world.pid(app)), pids, "none was ended for it");
 }
 
