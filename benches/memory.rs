@@ -116,7 +116,8 @@ fn run(options: &Options) -> Result<bool> {
             .arg(&config)
             .arg("--state-dir")
             .arg(dir.path().join("state"))
-            .env("DBUS_SESSION_BUS_ADDRESS", &bus.address),
+            .env("DBUS_SESSION_BUS_ADDRESS", &bus.address)
+            .env("NIGHTPORTER_LOG", env::var_os("NIGHTPORTER_LOG").unwrap_or_else(|| "warn".into())),
         false,
     )?;
     let (_connection, latencies) = zbus::block_on(register(&bus.address, options.apps, &mut daemon))?;

@@ -1,5 +1,7 @@
 //! The real daemon against the real ntfy server: registering, every kind of body, credentials, outages, crashes, limits.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+
 #[path = "ntfy/front.rs"]
 mod front;
 #[path = "ntfy/held.rs"]

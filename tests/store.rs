@@ -166,7 +166,7 @@ fn temp() -> tempfile::TempDir {
 /// This test binary again, running only `test` (which is ignored otherwise), in `dir`.
 fn child(test: &str, dir: &Path) -> Command {
     let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]).env(CHILD, dir);
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(CHILD, dir);
     command
 }
 
@@ -634,6 +634,9 @@ fn damage_found_later_is_told_and_survived() {
 
 #[test]
 fn what_was_answered_survives_sigkill() {
+    if let Some(dir) = env::var_os(CHILD) {
+        return child_puts(Path::new(&dir));
+    }
     const ROUNDS: u64 = 20;
     const PUTS: u64 = 200;
     let dir = temp();
@@ -643,7 +646,11 @@ fn what_was_answered_survives_sigkill() {
     for round in 0..ROUNDS {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let kill_after = (random >> 33) % PUTS;
-        let mut child = child("child_puts", dir.path()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = child("what_was_answered_survives_sigkill", dir.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let mut seen = 0;
         for line in BufReader::new(child.stdout.take().unwrap()).lines() {
             let line = line.unwrap();
@@ -672,11 +679,8 @@ fn what_was_answered_survives_sigkill() {
     assert!(cut_short > ROUNDS / 2, "only {cut_short} of {ROUNDS} children were killed in the middle");
 }
 
-#[test]
-#[ignore = "the child of what_was_answered_survives_sigkill"]
-fn child_puts() {
-    let dir = PathBuf::from(env::var_os(CHILD).expect("run by its parent only"));
-    let (mut f, snapshot) = Fixture::open(&dir);
+fn child_puts(dir: &Path) {
+    let (mut f, snapshot) = Fixture::open(dir);
     f.apply(put_registration(1));
     let first = snapshot.next_message;
     let mut out = std::io::stdout();
@@ -704,9 +708,12 @@ fn child_puts() {
 
 #[test]
 fn a_full_disk_is_told_and_leaves_nothing_half_written() {
+    if let Some(dir) = env::var_os(CHILD) {
+        return child_full_disk(Path::new(&dir));
+    }
     let dir = temp();
     // A mount namespace of its own, so that the small file system goes with the child.
-    let child = child("child_full_disk", dir.path());
+    let child = child("a_full_disk_is_told_and_leaves_nothing_half_written", dir.path());
     let mut unshare = Command::new("unshare");
     unshare.arg("--mount");
     if !nix::unistd::geteuid().is_root() {
@@ -719,11 +726,8 @@ fn a_full_disk_is_told_and_leaves_nothing_half_written() {
     assert!(output.status.success() && out.contains("1 passed"), "{out}\n{err}");
 }
 
-#[test]
-#[ignore = "the child of a_full_disk_is_told_and_leaves_nothing_half_written, on a file system of 4 MiB"]
-fn child_full_disk() {
-    let dir = PathBuf::from(env::var_os(CHILD).expect("run by its parent only"));
-    let (mut f, _) = Fixture::open(&dir);
+fn child_full_disk(dir: &Path) {
+    let (mut f, _) = Fixture::open(dir);
     f.write(put_registration(1));
     let mut waiting: BTreeSet<u64> = (1..=200).collect();
     for seq in 1..=200 {
@@ -764,7 +768,7 @@ fn child_full_disk() {
     assert!((400..800).contains(&full), "{full} of 800 did not fit");
     f.store.close();
 
-    let (mut f, snapshot) = Fixture::open(&dir);
+    let (mut f, snapshot) = Fixture::open(dir);
     assert_eq!(snapshot.damaged, None);
     assert_eq!(snapshot.messages.iter().map(|m| m.seq.0).collect::<BTreeSet<_>>(), waiting);
     for &seq in &waiting {

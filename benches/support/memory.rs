@@ -21,8 +21,8 @@ pub(crate) fn memory(pid: u32) -> Result<Memory> {
     Ok(Memory { pss: field("Pss:")?, private_dirty: field("Private_Dirty:")?, swap: field("Swap:")? })
 }
 
-/// Waits until `pid` has kept its number of threads and its memory, within 16 KiB, for 3 s (at most 60 s); then its
-/// memory.
+/// Waits until `pid` has kept its number of threads and its memory, within 16 KiB, for 12 s (at most 60 s); then its
+/// memory. 12 s, because the limits set on connecting to a bus and on workers without work run out within that time.
 pub(crate) fn settled(pid: u32) -> Result<Memory> {
     let mut before = (memory(pid)?, threads(pid)?);
     let mut quiet = 0;
@@ -32,7 +32,7 @@ pub(crate) fn settled(pid: u32) -> Result<Memory> {
         let same = now.1 == before.1 && now.0.pss.abs_diff(before.0.pss) <= 16;
         quiet = if same { quiet + 1 } else { 0 };
         before = now;
-        if quiet == 6 {
+        if quiet == 24 {
             return Ok(now.0);
         }
     }

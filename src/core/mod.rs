@@ -15,10 +15,11 @@ pub mod lifecycle;
 mod queries;
 mod registering;
 mod registry;
+mod unsaved;
 pub mod upstream;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -34,7 +35,9 @@ use self::{
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, Readiness, SampleKind},
     queries::ReportRun,
+    registering::Farewell,
     registry::Registry,
+    unsaved::Unsaved,
     upstream::{Channel, IncomingBody, IncomingMessage, LinkIds, Session},
 };
 use crate::{
@@ -67,10 +70,12 @@ pub struct Core {
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
     commands: Commands,
+    farewells: Vec<Farewell>,
     report: Option<ReportRun>,
     samples: BTreeMap<TargetId, VecDeque<Purpose>>,
     stores: BTreeMap<StoreTicket, Stored>,
     next_store: u64,
+    unsaved: Unsaved,
     messages: Messages,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
@@ -109,12 +114,17 @@ enum Purpose {
 enum Stored {
     Message(MessageSeq),
     Registration(RegistrationId),
+    /// Of an upstream's registration.
+    Deletion(usize, RegistrationId),
+    /// Of an upstream, by key.
+    Value(usize, &'static str),
 }
 
 impl Core {
     /// A daemon that has `snapshot` in its store. `seed` feeds channel names and jitter and must be unpredictable.
     pub fn new(settings: Settings, seed: [u8; 32], mut snapshot: Snapshot, now: Now) -> Self {
         adopt_orphans(&settings, &mut snapshot);
+        let replaced = take_replaced(&mut snapshot);
         let mut seeds = ChaCha12Rng::from_seed(seed);
         let count = settings.upstreams.len() as u64;
         let upstreams = settings
@@ -134,10 +144,12 @@ impl Core {
             apps: BTreeMap::new(),
             buses: Vec::new(),
             commands: Commands::default(),
+            farewells: Vec::new(),
             report: None,
             samples: BTreeMap::new(),
             stores: BTreeMap::new(),
             next_store: 1,
+            unsaved: Unsaved::default(),
             messages: Messages::default(),
             damaged: snapshot.damaged,
             store_trouble: None,
@@ -148,6 +160,9 @@ impl Core {
             registry: Registry::new(snapshot.next_registration, snapshot.registrations),
             settings,
         };
+        for id in replaced {
+            core.store(StoreOp::DeleteRegistration(id), None);
+        }
         core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, now);
         core
     }
@@ -235,6 +250,7 @@ impl Core {
         let starting = self.apps.values().filter_map(|presence| presence.starting);
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
+        let own = earliest(own, self.unsaved.deadline());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -259,6 +275,9 @@ impl Core {
         }
         if due(self.report.as_ref().map(ReportRun::deadline)) {
             self.finish_report(now);
+        }
+        if due(self.unsaved.deadline()) {
+            self.save_again();
         }
         if now.boot.since(self.swept) >= SWEEP_EVERY {
             self.swept = now.boot;
@@ -355,7 +374,9 @@ impl Core {
                     }
                 }
             }
-            Some(Stored::Registration(id)) => self.registration_stored(id, result, now),
+            Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
+            Some(Stored::Deletion(index, id)) => self.deletion_stored(index, id, result.is_ok(), now),
+            Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }
     }
@@ -447,6 +468,8 @@ impl Core {
                 break;
             }
         }
+        self.release_held();
+        self.say_farewells(now);
         if self.ending.is_some() && self.lifecycle.is_quiet() {
             self.exit();
         }
@@ -466,14 +489,14 @@ impl Core {
                 self.registered(registration, channel, endpoint, now);
             }
             upstream::Output::RegisterFailed { registration, reason, text } => {
-                self.register_failed(registration, reason, text);
+                self.register_failed(registration, reason, text, now);
             }
             upstream::Output::Lost { registration, text } => self.registration_lost(registration, &text, now),
             upstream::Output::Message(message) => self.on_message(index, message, now),
             upstream::Output::Remember { key, value } => {
-                let op = StoreOp::PutUpstream { upstream: name, key: key.into(), value: value.into() };
-                self.actions.push_back(Action::Store(op, None));
+                self.remember(index, key, value.into());
             }
+            upstream::Output::RememberBehind { key, value } => self.remember_behind(index, key, value.into()),
             upstream::Output::StateChanged(state) => match state {
                 LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
                 LinkState::Connecting => log::debug!("upstream {name}: connecting"),
@@ -626,13 +649,20 @@ impl Core {
     }
 
     fn store(&mut self, op: StoreOp, waiting: Option<Stored>) {
-        let ticket = waiting.map(|waiting| {
-            let ticket = StoreTicket(self.next_store);
-            self.next_store += 1;
-            self.stores.insert(ticket, waiting);
-            ticket
-        });
-        self.actions.push_back(Action::Store(op, ticket));
+        match waiting {
+            Some(waiting) => {
+                self.store_with(op, waiting);
+            }
+            None => self.actions.push_back(Action::Store(op, None)),
+        }
+    }
+
+    fn store_with(&mut self, op: StoreOp, waiting: Stored) -> StoreTicket {
+        let ticket = StoreTicket(self.next_store);
+        self.next_store += 1;
+        self.stores.insert(ticket, waiting);
+        self.actions.push_back(Action::Store(op, Some(ticket)));
+        ticket
     }
 
     fn put_record(&mut self, app: &AppKey) {
@@ -679,6 +709,17 @@ fn adopt_orphans(settings: &Settings, snapshot: &mut Snapshot) {
             registration.endpoint = "".into();
         }
     }
+}
+
+/// A registration made anew is written before the one it replaces is deleted; a crash between the two leaves both.
+fn take_replaced(snapshot: &mut Snapshot) -> Vec<RegistrationId> {
+    let mut latest: BTreeMap<(&AppKey, &str), RegistrationId> = BTreeMap::new();
+    for registration in &snapshot.registrations {
+        let latest = latest.entry((&registration.app, &registration.token)).or_insert(registration.id);
+        *latest = registration.id.max(*latest);
+    }
+    let kept: BTreeSet<RegistrationId> = latest.into_values().collect();
+    snapshot.registrations.extract_if(.., |registration| !kept.contains(&registration.id)).map(|r| r.id).collect()
 }
 
 fn new_session(

@@ -7,12 +7,13 @@ use std::sync::Arc;
 
 use super::{
     Core, Presence, Stored, access,
+    lifecycle::{Readiness, State},
     registry::{Pending, describe},
 };
 use crate::{
     action::{Action, ConnectorCall, Reply, StoreOp},
-    event::{CallId, Caller, DeliveryTicket, StoreError},
-    model::{AppKey, ConnectorVersion, FailureReason, Registration, RegistrationId},
+    event::{CallId, Caller, DeliveryTicket, StoreError, StoreTicket},
+    model::{AppKey, ConnectorVersion, FailureReason, Owner, Registration, RegistrationId},
     time::Now,
 };
 
@@ -20,6 +21,18 @@ use crate::{
 const CALLS: usize = 8;
 /// For calls whose outcome nobody waits for.
 const NO_TICKET: DeliveryTicket = DeliveryTicket(0);
+
+/// Apps that may wait to be told; beyond it the newest finds out when it registers at its next start.
+const FAREWELLS: usize = 256;
+
+/// A word to an instance whose registration is gone.
+#[derive(Debug)]
+pub(super) struct Farewell {
+    app: AppKey,
+    owner: Owner,
+    version: ConnectorVersion,
+    token: Arc<str>,
+}
 
 /// What an app wants registered.
 pub(super) struct Wish {
@@ -65,6 +78,13 @@ impl Core {
             self.store(op, None);
         }
         self.reply(call, Reply::Registered);
+        if self.is_unsaved(id) {
+            // It is told as soon as a crash cannot take the endpoint back.
+            if let Some(registration) = self.registry.get_mut(id) {
+                registration.told = false;
+            }
+            return;
+        }
         if let Some(endpoint) = self.registry.get(id).map(|registration| Arc::clone(&registration.endpoint)) {
             self.delivery.endpoint_due(id, &endpoint, now);
         }
@@ -164,7 +184,16 @@ impl Core {
         }
     }
 
-    pub(super) fn registration_stored(&mut self, id: RegistrationId, result: Result<(), StoreError>, now: Now) {
+    pub(super) fn registration_stored(
+        &mut self,
+        id: RegistrationId,
+        ticket: StoreTicket,
+        result: Result<(), StoreError>,
+        now: Now,
+    ) {
+        if result.is_ok() && self.waits_for_identity(id, ticket) {
+            return;
+        }
         match (self.registry.take_pending(id), result) {
             (Some(pending), Ok(())) => {
                 if let Some(old) = pending.replaces {
@@ -180,10 +209,16 @@ impl Core {
                     let text = format!("the registration could not be written to the disk: {error}");
                     self.fail(call, FailureReason::InternalError, text);
                 }
-                self.drop_registration(id, now);
+                self.drop_unstored(id, now);
                 return;
             }
-            (None, _) => {}
+            (None, Err(_)) => {
+                if self.registry.get(id).is_some() {
+                    self.registration_refused(id, now);
+                }
+                return;
+            }
+            (None, Ok(())) => {}
         }
         if let Some(registration) = self.registry.get(id)
             && !registration.told
@@ -193,20 +228,20 @@ impl Core {
         }
     }
 
-    pub(super) fn register_failed(&mut self, id: RegistrationId, reason: FailureReason, text: String) {
+    pub(super) fn register_failed(&mut self, id: RegistrationId, reason: FailureReason, text: String, now: Now) {
         let Some(pending) = self.registry.take_pending(id) else { return };
         log::warn!("{}: not registered ({}): {text}", pending.app, reason.as_str());
         for call in pending.calls {
             self.fail(call, reason, text.clone());
         }
-        self.forget_if_unused(&pending.app);
+        self.forget_if_unused(&pending.app, now);
     }
 
     /// The server has dropped a registration for good: the app is told, so that it can register again.
     pub(super) fn registration_lost(&mut self, id: RegistrationId, text: &str, now: Now) {
         let Some(registration) = self.registry.get(id).cloned() else { return };
         log::warn!("{}: its registration is lost: {text}", registration.app);
-        self.tell_unregistered(&registration, Arc::clone(&registration.token));
+        self.tell_unregistered(&registration, Arc::clone(&registration.token), now);
         self.drop_registration(id, now);
     }
 
@@ -225,13 +260,18 @@ impl Core {
         let pending = pending.map(|(id, _)| id);
         self.reply(call, Reply::Done);
         if let Some(id) = pending
+            && let index = self.upstream_of(id)
             && let Some(pending) = self.registry.take_pending(id)
         {
             for call in pending.calls {
                 self.fail(call, FailureReason::InternalError, "the app unregistered meanwhile".into());
             }
-            self.drop_registration(id, now);
-            self.forget_if_unused(&pending.app);
+            if self.registry.get(id).is_some() {
+                self.drop_registration(id, now);
+            } else {
+                self.unregister_at_server(index, id, now);
+            }
+            self.forget_if_unused(&pending.app, now);
         }
         if let Some(registration) = made {
             log::info!("{}: unregistered", registration.app);
@@ -240,37 +280,67 @@ impl Core {
                 ConnectorVersion::V1 => "".into(),
                 ConnectorVersion::V2 => Arc::clone(token),
             };
-            self.tell_unregistered(&registration, confirmed);
+            self.tell_unregistered(&registration, confirmed, now);
             self.drop_registration(registration.id, now);
         }
     }
 
     /// Only a running app is told: any other finds out when it registers at its next start.
-    fn tell_unregistered(&mut self, registration: &Registration, token: Arc<str>) {
-        let Some(owner) = self.apps.get(&registration.app).and_then(|presence| presence.owner.clone()) else { return };
-        self.actions.push_back(Action::Call {
-            ticket: NO_TICKET,
-            app: registration.app.clone(),
-            owner,
-            version: registration.version,
-            call: ConnectorCall::Unregistered { token },
-        });
+    fn tell_unregistered(&mut self, registration: &Registration, token: Arc<str>, now: Now) {
+        let app = &registration.app;
+        let Some(owner) = self.apps.get(app).and_then(|presence| presence.owner.clone()) else { return };
+        if self.lifecycle.wanted(app, now) != Readiness::Ending && self.farewells.len() < FAREWELLS {
+            self.farewells.push(Farewell { app: app.clone(), owner, version: registration.version, token });
+        }
     }
 
-    /// Removes a registration everywhere.
-    fn drop_registration(&mut self, id: RegistrationId, now: Now) {
-        if let Some(index) = self.upstream_of(id)
-            && let Some(upstream) = self.upstreams.get_mut(index)
-        {
-            upstream.session.unregister(id, now);
+    /// Tells those who can hear it; whoever is held still is thawed first.
+    pub(super) fn say_farewells(&mut self, now: Now) {
+        for farewell in std::mem::take(&mut self.farewells) {
+            let presence = self.apps.get(&farewell.app);
+            if presence.is_some_and(|presence| presence.owner.as_ref() != Some(&farewell.owner)) {
+                continue;
+            }
+            let held = self.lifecycle.show(&farewell.app, now).is_some_and(|shown| {
+                matches!(shown.state, State::Freezing | State::Frozen | State::Reclaimed | State::Ending)
+            });
+            if held {
+                self.farewells.push(farewell);
+                continue;
+            }
+            let Farewell { app, owner, version, token } = farewell;
+            let call = ConnectorCall::Unregistered { token };
+            self.actions.push_back(Action::Call { ticket: NO_TICKET, app, owner, version, call });
         }
+    }
+
+    /// Removes a registration everywhere: at its server last, when it cannot come back any more. One that came back to a
+    /// server that had forgotten it would be told to its app as good.
+    fn drop_registration(&mut self, id: RegistrationId, now: Now) {
+        let index = self.upstream_of(id);
+        self.delivery.remove(id, now);
+        let Some(registration) = self.registry.remove(id) else { return };
+        match index {
+            Some(index) => self.delete_registration(index, id),
+            None => self.store(StoreOp::DeleteRegistration(id), None),
+        }
+        self.forget_if_unused(&registration.app, now);
+    }
+
+    /// Removes a registration that never was durable.
+    fn drop_unstored(&mut self, id: RegistrationId, now: Now) {
+        let index = self.upstream_of(id);
+        self.unregister_at_server(index, id, now);
         self.delivery.remove(id, now);
         if let Some(registration) = self.registry.remove(id) {
             self.store(StoreOp::DeleteRegistration(id), None);
-            if self.registry.count_of(&registration.app) == 0 {
-                self.lifecycle.remove_app(&registration.app, now);
-            }
-            self.forget_if_unused(&registration.app);
+            self.forget_if_unused(&registration.app, now);
+        }
+    }
+
+    pub(super) fn unregister_at_server(&mut self, index: Option<usize>, id: RegistrationId, now: Now) {
+        if let Some(upstream) = index.and_then(|index| self.upstreams.get_mut(index)) {
+            upstream.session.unregister(id, now);
         }
     }
 
@@ -285,13 +355,14 @@ impl Core {
         for id in ids {
             self.drop_registration(id, now);
         }
-        self.forget_if_unused(app);
+        self.forget_if_unused(app, now);
     }
 
-    fn forget_if_unused(&mut self, app: &AppKey) {
+    fn forget_if_unused(&mut self, app: &AppKey, now: Now) {
         if self.registry.count_of(app) > 0 || self.apps.remove(app).is_none() {
             return;
         }
+        self.lifecycle.remove_app(app, now);
         self.ledger.remove(app);
         self.actions.push_back(Action::Unwatch(app.clone()));
         self.store(StoreOp::DeleteApp(app.clone()), None);

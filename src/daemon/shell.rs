@@ -55,7 +55,7 @@ pub(super) struct Shell {
     events: Events,
     inbox: Inbox,
     sender: inbox::Sender,
-    jobs: Jobs,
+    downloads: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -103,20 +103,23 @@ impl Shell {
         // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
         make_private_dir(&runtime_dir).map_err(system("cannot make the runtime directory"))?;
-        let jobs = Jobs::default();
-        let targets =
-            Targets::new(registry()?, TARGETS, sender.clone(), jobs.clone(), runtime_dir, process::Options::default())
-                .map_err(|error| {
-                    DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error))
-                })?;
-        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), jobs.clone());
+        let targets = Targets::new(
+            registry()?,
+            TARGETS,
+            sender.clone(),
+            Jobs::default(),
+            runtime_dir,
+            process::Options::default(),
+        )
+        .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
+        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), Jobs::default());
         let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,
             events: Events::with_capacity(64),
             inbox,
             sender,
-            jobs,
+            downloads: Jobs::new(1),
             links,
             targets,
             bus,
@@ -180,7 +183,7 @@ impl Shell {
             Action::Close(link) => self.links.close(link),
             Action::Fetch { ticket, upstream, url, limit } => {
                 if let Some(upstream) = self.upstreams.iter().find(|settings| settings.name == upstream) {
-                    fetch::fetch(&self.jobs, &self.sender, ticket, upstream, url, limit);
+                    fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
                 }
             }
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
@@ -244,7 +247,7 @@ impl Shell {
         if timeout == Some(QUIET) && self.events.is_empty() {
             self.since_trim = 0;
             self.pending.shrink_to(16);
-            memory::trim();
+            memory::rest();
         }
         for event in &self.events {
             match event.token() {

@@ -46,8 +46,9 @@ pub struct Process {
     pub pidfd: OwnedFd,
 }
 
-/// Messages waiting for the loop at most. Other threads block beyond it; the loop itself never does.
-const BOUND: usize = 1024;
+/// Messages waiting for the loop at most. Other threads block beyond it; the loop itself never does. The channel keeps
+/// room for all of them, some 140 bytes each.
+const BOUND: usize = 256;
 
 /// The loop's end.
 #[derive(Debug)]

@@ -10,8 +10,8 @@ use std::{
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads at most. One may sit in a slow name resolution while another measures.
-const THREADS: usize = 3;
+/// Threads at most, where nothing else is asked for.
+const THREADS: usize = 2;
 /// Jobs waiting at most. Each belongs to one app or link, so this is beyond what the core can ask for at once.
 const QUEUE: usize = 4096;
 /// A thread without work ends after this.
@@ -19,14 +19,21 @@ const LINGER: Duration = Duration::from_secs(2);
 /// Enough for getaddrinfo(3), ureq and rustls.
 const STACK: usize = 512 * 1024;
 
-/// A handle on the workers.
-#[derive(Clone, Default)]
+/// A handle on a group of workers. Work that may wait for a slow peer has a group of its own, so that nothing else waits
+/// with it.
+#[derive(Clone)]
 pub struct Jobs {
     shared: Arc<Shared>,
 }
 
-#[derive(Default)]
+impl Default for Jobs {
+    fn default() -> Self {
+        Self::new(THREADS)
+    }
+}
+
 struct Shared {
+    most: usize,
     state: Mutex<State>,
     wake: Condvar,
 }
@@ -39,6 +46,11 @@ struct State {
 }
 
 impl Jobs {
+    /// A group of at most `threads` workers, none of which exists yet.
+    pub fn new(threads: usize) -> Self {
+        Self { shared: Arc::new(Shared { most: threads, state: Mutex::default(), wake: Condvar::new() }) }
+    }
+
     /// Runs `job` soon on another thread. False when the queue is full or no thread can be made: the job is dropped.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) -> bool {
         let mut state = self.shared.lock();
@@ -50,7 +62,7 @@ impl Jobs {
             self.shared.wake.notify_one();
             return true;
         }
-        if state.threads >= THREADS {
+        if state.threads >= self.shared.most {
             return true;
         }
         let shared = Arc::clone(&self.shared);

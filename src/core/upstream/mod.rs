@@ -90,6 +90,13 @@ pub enum Output {
         /// The value; empty forgets it.
         value: String,
     },
+    /// The same, but not before every registration told of until now is durable.
+    RememberBehind {
+        /// As in `Remember`.
+        key: &'static str,
+        /// As in `Remember`.
+        value: String,
+    },
     /// The state shown by `status` changed; log it.
     StateChanged(LinkState),
 }

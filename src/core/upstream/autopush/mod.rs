@@ -4,6 +4,8 @@
 //! frame; those of a link that is gone are dropped, because the server sends its messages again and the core calls them
 //! safe again. The same message may come twice over one link: it is handed on each time, acknowledged once.
 
+mod link;
+mod registrations;
 mod wire;
 
 use std::{
@@ -12,21 +14,16 @@ use std::{
     time::Duration,
 };
 
-use rand_chacha::{
-    ChaCha12Rng,
-    rand_core::{Rng, SeedableRng},
-};
+use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
-use self::wire::{Ack, Incoming, Notification, Outgoing};
+use self::wire::Outgoing;
 use super::{
-    CONNECT_TIMEOUT, Channel, IncomingBody, IncomingMessage, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT,
-    Standing,
-    backoff::{Backoff, between},
-    quiet::{Quiet, hint},
+    CONNECT_TIMEOUT, Channel, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
+    quiet::Quiet,
 };
 use crate::{
-    event::{LinkError, LinkEvent, LinkId},
-    model::{FailureReason, RegistrationId, Urgency},
+    event::{LinkEvent, LinkId},
+    model::{FailureReason, RegistrationId},
     time::{Instant, Now, earliest},
     view::LinkState,
 };
@@ -62,12 +59,18 @@ const NAME_LIMIT: usize = 2048;
 /// Without a wish of the server's own (RFC 6585 §4).
 const TOO_MANY_REQUESTS: Duration = Duration::from_secs(60);
 
+/// Ahead of a remembered uaid: some channels are not known to the server under it yet, and which ones would be forgotten
+/// in a crash. No server's uaid begins with it.
+const REMAKING: &str = "?";
+
 /// One autopush server's session.
 #[derive(Debug)]
 pub struct Session {
     rng: ChaCha12Rng,
     links: LinkIds,
     uaid: Option<Arc<str>>,
+    /// The server has forgotten this device, and not every registration has been made anew yet.
+    remaking: bool,
     channels: BTreeMap<RegistrationId, Entry>,
     names: HashMap<Arc<str>, RegistrationId>,
     /// Registrations not [`Step::Done`].
@@ -134,10 +137,13 @@ impl Online {
 impl Session {
     /// A session that knows itself to the server by `uaid` and serves `channels`; connects when there are any.
     pub fn new(uaid: Option<Arc<str>>, channels: Vec<Channel>, seed: [u8; 32], links: LinkIds, now: Now) -> Self {
+        let unfinished = uaid.as_deref().and_then(|uaid| uaid.strip_prefix(REMAKING)).map(Arc::from);
+        let remaking = unfinished.is_some();
         let mut session = Self {
             rng: ChaCha12Rng::from_seed(seed),
             links,
-            uaid: uaid.filter(|uaid| !uaid.is_empty()),
+            uaid: unfinished.or(uaid).filter(|uaid| !uaid.is_empty()),
+            remaking,
             channels: BTreeMap::new(),
             names: HashMap::new(),
             open: 0,
@@ -156,7 +162,7 @@ impl Session {
         };
         for Channel { registration, channel, vapid, endpoint } in channels {
             let channel = if channel.is_empty() { session.new_name() } else { channel };
-            let step = match endpoint.is_empty() {
+            let step = match endpoint.is_empty() || remaking {
                 true => Step::Queued { not_before: now.boot },
                 false => Step::Done,
             };
@@ -360,450 +366,6 @@ impl Session {
             registrations: self.channels.len(),
         }
     }
-
-    // Frames.
-
-    fn frame(&mut self, link: LinkId, text: &str, now: Now) {
-        let frame = match wire::parse(text) {
-            Ok(frame) => frame,
-            Err(reason) => {
-                self.quiet_frames.warn(format_args!("the server sent a frame that is {reason}; ignored"), now.boot);
-                return;
-            }
-        };
-        let online = matches!(self.link, Link::Online(_));
-        match frame {
-            Incoming::Hello { status: 200, uaid: Some(uaid) } if !online => self.greeted(link, uaid, now.boot),
-            Incoming::Hello { status, uaid } if !online => {
-                let what = match uaid {
-                    None if status == 200 => "the server's hello has no uaid".to_owned(),
-                    _ => format!("the server refused the hello with status {status}"),
-                };
-                self.drop_link(link, &what, now.boot);
-                self.backoff.failed(None, now.boot, &mut self.rng);
-            }
-            Incoming::Register { channel, status, endpoint } if online => {
-                self.register_reply(&channel, status, endpoint, now.boot);
-            }
-            Incoming::Notification(notification) if online => self.notification(link, notification, now),
-            Incoming::Nothing => {}
-            Incoming::Hello { .. } | Incoming::Register { .. } | Incoming::Notification(_) => {
-                self.quiet_frames.warn("the server sent a frame out of turn; ignored", now.boot);
-            }
-        }
-    }
-
-    fn greeted(&mut self, id: LinkId, uaid: String, now: Instant) {
-        self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None });
-        self.trouble = None;
-        if self.uaid.as_deref() != Some(uaid.as_str()) {
-            if self.uaid.is_some() {
-                log::warn!("the server has forgotten this device: every registration is made anew");
-            }
-            self.outputs.push_back(Output::Remember { key: "uaid", value: uaid.clone() });
-            self.uaid = Some(uaid.into());
-            // The old life's channels are unknown to the new one.
-            self.dead.clear();
-            for entry in self.channels.values_mut() {
-                if entry.step == Step::Done {
-                    self.open += 1;
-                }
-                entry.tries = 0;
-                entry.step = Step::Queued { not_before: now };
-            }
-        }
-    }
-
-    fn register_reply(&mut self, channel: &str, status: u16, endpoint: Option<String>, now: Instant) {
-        let Some(registration) = self.names.get(channel).copied() else {
-            // Answered after it was given up: it exists at the server, and nobody wants it.
-            if status == 200 && channel.len() <= NAME_LIMIT {
-                self.bury(channel.into());
-            }
-            return;
-        };
-        let Some(entry) = self.channels.get_mut(&registration) else {
-            return;
-        };
-        if !matches!(entry.step, Step::Sent { .. }) {
-            // A late answer to a request that is queued again is as good as any; one to a finished request is not asked
-            // for: the endpoint it names works, and so does the one the app has.
-            if entry.step == Step::Done || status != 200 {
-                return;
-            }
-        }
-        entry.refusal = (status != 200).then_some(status);
-        let fault = match (status, endpoint) {
-            (200, Some(endpoint)) if usable_endpoint(&endpoint) => {
-                let channel = entry.channel.clone();
-                entry.answer_by = None;
-                entry.tries = 0;
-                entry.step = Step::Done;
-                self.open -= 1;
-                self.backoff.succeeded();
-                self.outputs.push_back(Output::Registered { registration, channel, endpoint: endpoint.into() });
-                return;
-            }
-            (200, _) => Fault::Final("the server's register reply has no endpoint that can be used".into()),
-            (400, _) if entry.vapid.is_some() => {
-                Fault::Final("the server refused the registration (400): the app's VAPID key is bad".into())
-            }
-            (400, _) => Fault::Final("the server refused the registration (400)".into()),
-            (status, _) => Fault::Passing(status),
-        };
-        let existed = entry.answer_by.is_none();
-        match fault {
-            Fault::Final(text) if !existed => {
-                self.forget(registration);
-                let reason = FailureReason::InternalError;
-                self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
-            }
-            Fault::Final(text) if status == 400 => {
-                self.forget(registration);
-                self.outputs.push_back(Output::Lost { registration, text });
-            }
-            Fault::Final(text) => {
-                self.quiet_frames.warn(text, now);
-                self.requeue(registration, now);
-            }
-            Fault::Passing(status) => {
-                log::info!("the server answered {status} to a registration; it is tried again");
-                self.requeue(registration, now);
-            }
-        }
-    }
-
-    fn notification(&mut self, link: LinkId, notification: Notification, now: Now) {
-        if notification.version.is_empty()
-            || notification.version.len() > NAME_LIMIT
-            || notification.channel.len() > NAME_LIMIT
-        {
-            self.quiet_frames.warn("the server sent a message without a usable version; ignored", now.boot);
-            return;
-        }
-        self.backoff.succeeded();
-        let id: Arc<str> = notification.version.as_str().into();
-        let Some(registration) = self.names.get(notification.channel.as_str()).copied() else {
-            let what = format_args!("a message for the unknown channel {}…: dropped", hint(&notification.channel));
-            self.quiet_unknown.warn(what, now.boot);
-            let channel: Arc<str> = notification.channel.as_str().into();
-            self.acks.push((channel.clone(), id));
-            self.bury(channel);
-            return;
-        };
-        let key = (registration, id.clone());
-        if self.unsafe_messages.len() >= UNSAFE_LIMIT && !self.unsafe_messages.contains(&key) {
-            self.drop_link(link, "too many messages wait to be stored", now.boot);
-            self.backoff.failed(None, now.boot, &mut self.rng);
-            return;
-        }
-        self.unsafe_messages.insert(key);
-        let body = match notification.body() {
-            Ok(bytes) => IncomingBody::Bytes(bytes.into()),
-            Err(reason) => IncomingBody::Undecodable(reason),
-        };
-        self.outputs.push_back(Output::Message(IncomingMessage {
-            registration,
-            id,
-            body,
-            expires: notification.ttl.map(|secs| now.wall + Duration::from_secs(secs)),
-            topic: notification.topic.filter(|topic| !topic.is_empty()).map(Arc::from),
-            urgency: notification.urgency.as_deref().and_then(Urgency::parse).unwrap_or_default(),
-        }));
-    }
-
-    // The link.
-
-    fn closed(&mut self, code: Option<u16>, reason: &str, now: Instant) {
-        let reset = code == Some(1000) && reason == "SM";
-        let text = match code {
-            _ if reset => "the server forgot this device: too many messages were stored".to_owned(),
-            Some(code) => format!("the server closed the connection ({code} {})", printable(reason)),
-            None => "the connection ended".to_owned(),
-        };
-        self.link_ended(&text, now);
-        self.backoff.failed(None, now, &mut self.rng);
-        if reset {
-            // Every endpoint is dead until the next hello; the pace still bounds a server that does nothing else.
-            self.backoff.hurry(now + between(Duration::from_millis(100), Duration::from_secs(1), &mut self.rng));
-        }
-    }
-
-    fn failed(&mut self, error: &LinkError, now: Instant) {
-        self.link_ended(&error.to_string(), now);
-        match error {
-            LinkError::Http { status: status @ (401 | 403), .. } => {
-                let text = format!("the server refuses the credentials ({status}): mend them in the configuration");
-                self.trouble = Some(text.as_str().into());
-                self.fail_waiting(FailureReason::ActionRequired, &text);
-                self.backoff.refused(now, &mut self.rng);
-            }
-            LinkError::Http { status, retry_after, .. } => {
-                let wish = retry_after.or_else(|| (*status == 429).then_some(TOO_MANY_REQUESTS));
-                self.backoff.failed(wish, now, &mut self.rng);
-            }
-            LinkError::Resolve(_)
-            | LinkError::Connect(_)
-            | LinkError::Tls(_)
-            | LinkError::Timeout
-            | LinkError::Protocol(_)
-            | LinkError::Io(_) => self.backoff.failed(None, now, &mut self.rng),
-        }
-    }
-
-    /// Closes the link from this side.
-    fn drop_link(&mut self, id: LinkId, why: &str, now: Instant) {
-        self.outputs.push_back(Output::Close(id));
-        self.link_ended(why, now);
-    }
-
-    fn link_ended(&mut self, why: &str, now: Instant) {
-        if let Link::Online(online) = &self.link
-            && now.since(online.since) >= PROVEN
-        {
-            self.backoff.succeeded();
-        }
-        self.last_error = Some(why.into());
-        self.link_gone(now);
-    }
-
-    fn link_gone(&mut self, now: Instant) {
-        self.link = Link::Down;
-        self.acks.clear();
-        self.unsafe_messages.clear();
-        for entry in self.channels.values_mut() {
-            if matches!(entry.step, Step::Sent { .. }) {
-                entry.step = Step::Queued { not_before: now };
-            }
-        }
-    }
-
-    /// Does whatever has become due; every door ends here.
-    fn settle(&mut self, now: Instant) {
-        self.expire(now);
-        if self.channels.is_empty() {
-            self.retire(now);
-        } else {
-            self.connect_if_due(now);
-            self.send_requests(now);
-        }
-        self.bury_dead();
-        let state = match &self.link {
-            Link::Online(_) => LinkState::Online,
-            Link::Greeting { .. } => LinkState::Connecting,
-            Link::Down if self.channels.is_empty() => LinkState::Idle,
-            Link::Down => LinkState::Waiting,
-        };
-        if state != self.state {
-            self.state = state;
-            self.since = now;
-            self.outputs.push_back(Output::StateChanged(state));
-        }
-    }
-
-    /// Nobody needs the link any more.
-    fn retire(&mut self, now: Instant) {
-        self.bury_dead();
-        self.flush_acks();
-        let id = match &self.link {
-            Link::Down => None,
-            Link::Greeting { id, .. } => Some(*id),
-            Link::Online(online) => Some(online.id),
-        };
-        if let Some(id) = id {
-            self.outputs.push_back(Output::Close(id));
-            self.link_gone(now);
-        }
-        self.backoff.clear();
-    }
-
-    fn connect_if_due(&mut self, now: Instant) {
-        if !matches!(self.link, Link::Down) {
-            return;
-        }
-        match self.backoff.retry_at() {
-            Some(at) if at > now => {}
-            Some(_) => {
-                self.backoff.clear();
-                let id = self.links.take();
-                self.link = Link::Greeting { id, asked: now };
-                self.outputs.push_back(Output::Connect { link: id, path: String::new() });
-                if self.state != LinkState::Connecting {
-                    self.state = LinkState::Connecting;
-                    self.since = now;
-                    self.outputs.push_back(Output::StateChanged(LinkState::Connecting));
-                }
-            }
-            None => self.backoff.failed(None, now, &mut self.rng),
-        }
-    }
-
-    // Registrations.
-
-    fn send_requests(&mut self, now: Instant) {
-        let Link::Online(Online { id: link, .. }) = self.link else {
-            return;
-        };
-        if self.open == 0 {
-            return;
-        }
-        let mut room = WINDOW.saturating_sub(self.in_flight());
-        // Apps that wait come before registrations that are being made again.
-        for fresh in [true, false] {
-            for entry in self.channels.values_mut() {
-                if room == 0 {
-                    return;
-                }
-                match entry.step {
-                    Step::Queued { not_before } if not_before <= now && entry.answer_by.is_some() == fresh => {}
-                    Step::Queued { .. } | Step::Sent { .. } | Step::Done => continue,
-                }
-                room -= 1;
-                entry.tries = entry.tries.saturating_add(1);
-                entry.step = Step::Sent { deadline: now + REQUEST_TIMEOUT };
-                let frame = Outgoing::Register { channel: &entry.channel, key: entry.vapid.as_deref() };
-                self.outputs.push_back(Output::Send(link, frame.to_text()));
-            }
-        }
-    }
-
-    /// Ends what has taken too long: an app's wait, or a request that exists already.
-    fn expire(&mut self, now: Instant) {
-        if self.open == 0 {
-            return;
-        }
-        let late = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        let given_up: Vec<_> =
-            self.channels.iter().filter(|(_, e)| late(e.answer_by)).map(|(registration, _)| *registration).collect();
-        for registration in given_up {
-            let Some(entry) = self.forget(registration) else {
-                continue;
-            };
-            let (reason, text) = match (&self.trouble, entry.refusal) {
-                (Some(trouble), _) => (FailureReason::ActionRequired, trouble.to_string()),
-                (None, Some(status)) => {
-                    (FailureReason::InternalError, format!("the server refused the registration ({status})"))
-                }
-                (None, None) => (FailureReason::Network, "the server did not make it in time".to_owned()),
-            };
-            if entry.tries > 0 {
-                self.bury(entry.channel);
-            }
-            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
-        }
-        let unanswered: Vec<_> = self
-            .channels
-            .iter()
-            .filter(|(_, e)| matches!(e.step, Step::Sent { deadline } if deadline <= now))
-            .map(|(registration, _)| *registration)
-            .collect();
-        for registration in unanswered {
-            self.requeue(registration, now);
-        }
-    }
-
-    fn requeue(&mut self, registration: RegistrationId, now: Instant) {
-        let Some(entry) = self.channels.get_mut(&registration) else {
-            return;
-        };
-        let delay = match entry.answer_by {
-            Some(_) => FRESH_RETRY,
-            None => {
-                let limit = super::backoff::CEILING.min(REQUEST_TIMEOUT * (1 << entry.tries.min(8)));
-                between(super::backoff::BASE, limit, &mut self.rng)
-            }
-        };
-        entry.step = Step::Queued { not_before: now + delay };
-    }
-
-    fn fail_waiting(&mut self, reason: FailureReason, text: &str) {
-        let waiting: Vec<_> = self
-            .channels
-            .iter()
-            .filter(|(_, e)| e.answer_by.is_some())
-            .map(|(registration, _)| *registration)
-            .collect();
-        for registration in waiting {
-            self.forget(registration);
-            self.outputs.push_back(Output::RegisterFailed { registration, reason, text: text.to_owned() });
-        }
-    }
-
-    fn insert(&mut self, registration: RegistrationId, entry: Entry) {
-        self.open += usize::from(entry.step != Step::Done);
-        self.names.insert(entry.channel.clone(), registration);
-        if let Some(old) = self.channels.insert(registration, entry) {
-            self.open -= usize::from(old.step != Step::Done);
-            self.names.remove(&old.channel);
-        }
-    }
-
-    fn forget(&mut self, registration: RegistrationId) -> Option<Entry> {
-        let entry = self.channels.remove(&registration)?;
-        self.names.remove(&entry.channel);
-        self.open -= usize::from(entry.step != Step::Done);
-        Some(entry)
-    }
-
-    fn in_flight(&self) -> usize {
-        self.channels.values().filter(|entry| matches!(entry.step, Step::Sent { .. })).count()
-    }
-
-    /// A channel nobody wants any more: the server is told at the next occasion.
-    fn bury(&mut self, channel: Arc<str>) {
-        if self.dead.contains(&channel) {
-            return;
-        }
-        if self.dead.len() == DEAD_LIMIT {
-            self.dead.pop_front();
-        }
-        self.dead.push_back(channel);
-    }
-
-    fn bury_dead(&mut self) {
-        let Link::Online(Online { id: link, .. }) = self.link else {
-            return;
-        };
-        for channel in self.dead.drain(..self.dead.len().min(DEAD_AT_ONCE)) {
-            // 200: by the user (push.md §3a); the server counts the reasons and nothing else.
-            let frame = Outgoing::Unregister { channel: &channel, code: 200 };
-            self.outputs.push_back(Output::Send(link, frame.to_text()));
-        }
-    }
-
-    fn flush_acks(&mut self) {
-        let Link::Online(Online { id: link, .. }) = self.link else {
-            self.acks.clear();
-            return;
-        };
-        for acks in self.acks.chunks(ACKS_PER_FRAME) {
-            let updates = acks.iter().map(|(channel, version)| Ack { channel, version, code: 100 }).collect();
-            self.outputs.push_back(Output::Send(link, Outgoing::Ack { updates }.to_text()));
-        }
-        self.acks.clear();
-    }
-
-    /// A version 4 UUID, lower case with dashes: with any other writing the server closes the link.
-    fn new_name(&mut self) -> Arc<str> {
-        let mut bytes = [0; 16];
-        self.rng.fill_bytes(&mut bytes);
-        uuid::Builder::from_random_bytes(bytes).into_uuid().hyphenated().to_string().into()
-    }
-}
-
-enum Fault {
-    /// Trying again would not help.
-    Final(String),
-    Passing(u16),
-}
-
-fn usable_endpoint(endpoint: &str) -> bool {
-    endpoint.len() <= ENDPOINT_LIMIT && (endpoint.starts_with("https://") || endpoint.starts_with("http://"))
-}
-
-/// A peer's text for the log: short, in one line.
-fn printable(text: &str) -> String {
-    text.chars().take(80).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
-use crate::time::UnixTime;
+use super::{
+    super::{IncomingBody, IncomingMessage},
+    *,
+};
+use crate::{event::LinkError, model::Urgency, time::UnixTime};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -116,6 +119,10 @@ fn channel(n: u64) -> Channel {
     }
 }
 
+fn hello(uaid: &str) -> Value {
+    json!({"messageType": "hello", "uaid": uaid, "status": 200, "use_webpush": true})
+}
+
 fn register_reply(channel: &Value, status: u16) -> Value {
     json!({"messageType": "register", "channelID": channel, "status": status,
            "pushEndpoint": format!("https://push/new/{}", channel.as_str().unwrap())})
@@ -194,7 +201,7 @@ fn another_uaid_back_means_every_channel_anew_sixteen_at_a_time() {
     let link = world.online();
     let mut requests: VecDeque<Value> = world.sent().into_iter().filter(|f| f["messageType"] == "register").collect();
     assert_eq!(requests.len(), WINDOW);
-    let mut done = Vec::new();
+    let (mut done, mut finished) = (Vec::new(), false);
     while let Some(request) = requests.pop_front() {
         world.say(link, register_reply(&request["channelID"], 200));
         for output in world.take() {
@@ -204,6 +211,10 @@ fn another_uaid_back_means_every_channel_anew_sixteen_at_a_time() {
                     assert!(endpoint.starts_with("https://push/new/"));
                     done.push(registration.0);
                 }
+                Output::RememberBehind { key: "uaid", value } => {
+                    assert_eq!((&*value, done.len()), ("u1", 40), "known to be complete only when it is");
+                    finished = true;
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -211,6 +222,27 @@ fn another_uaid_back_means_every_channel_anew_sixteen_at_a_time() {
     }
     done.sort_unstable();
     assert_eq!(done, (0..40).collect::<Vec<_>>());
+    assert!(finished);
+}
+
+#[test]
+fn a_crash_while_channels_are_made_anew_loses_none_of_them() {
+    let mut world = World::new(Some("old"), vec![channel(1), channel(2)]);
+    let link = world.connect();
+    world.link(link, LinkEvent::Open);
+    world.say(link, hello("u1"));
+    assert!(world.take().contains(&Output::Remember { key: "uaid", value: "?u1".into() }));
+    let mut world = World::new(Some("?u1"), vec![channel(1), channel(2)]);
+    let link = world.connect();
+    world.link(link, LinkEvent::Open);
+    assert_eq!(world.sent(), [json!({"messageType": "hello", "uaid": "u1", "use_webpush": true})]);
+    world.say(link, hello("u1"));
+    let asked: Vec<Value> = world.sent().into_iter().filter(|f| f["messageType"] == "register").collect();
+    assert_eq!(asked.len(), 2, "which of them the server knows has been forgotten");
+    world.say(link, register_reply(&asked[0]["channelID"], 200));
+    assert!(!world.take().iter().any(|output| matches!(output, Output::RememberBehind { .. })));
+    world.say(link, register_reply(&asked[1]["channelID"], 200));
+    assert!(world.take().contains(&Output::RememberBehind { key: "uaid", value: "u1".into() }));
 }
 
 #[test]
@@ -366,8 +398,8 @@ fn an_unknown_channel_is_acknowledged_and_unregistered() {
     assert_eq!(
         world.sent(),
         [
-            json!({"messageType": "unregister", "channelID": "stranger", "code": 200}),
             json!({"messageType": "ack", "updates": [{"channelID": "stranger", "version": "v1", "code": 100}]}),
+            json!({"messageType": "unregister", "channelID": "stranger", "code": 200}),
         ]
     );
 }
@@ -380,8 +412,8 @@ fn unregistering_acknowledges_what_was_on_its_way() {
     world.say(link, notification("channel-1", "v1"));
     world.unregister(1);
     let sent = world.sent();
-    assert_eq!(sent[0], json!({"messageType": "unregister", "channelID": "channel-1", "code": 200}));
-    assert_eq!(sent[1]["updates"][0]["version"], "v1");
+    assert_eq!(sent[0]["updates"][0]["version"], "v1");
+    assert_eq!(sent[1], json!({"messageType": "unregister", "channelID": "channel-1", "code": 200}));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! ntfy over its WebSocket stream (push.md §3b).
 //!
 //! One link carries all topics. When the list grows a second link is made with the new list, and the first is closed
-//! only when the second is subscribed. ntfy has no acknowledgement: the `since` cursor takes its place, see [`cursor`].
+//! only when the second is subscribed and the first has brought what was on its way to it. A link that takes no other's
+//! place may lack a message that was about to be stored: a few seconds later it is replaced once by another. ntfy has no acknowledgement: the `since` cursor takes its place, see [`cursor`].
 //! A message that comes again is handed on again while it is not safe, and left out once it is.
 //!
 //! A server of version 2.11 refuses a WebSocket, whatever the reason, with an empty `200` (measured: bad credentials,
@@ -9,6 +10,8 @@
 //! without WebSocket; so one such refusal is taken for the passing kind and a second in a row for the lasting one.
 
 mod cursor;
+mod link;
+mod registrations;
 mod wire;
 
 use std::{
@@ -17,24 +20,15 @@ use std::{
     time::Duration,
 };
 
-use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use rand_chacha::{
-    ChaCha12Rng,
-    rand_core::{Rng, SeedableRng},
-};
+use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
-use self::{
-    cursor::{Arrival, Tracker, Watermark},
-    wire::{Incoming, Message},
-};
+use self::cursor::{Tracker, Watermark};
 use super::{
-    CONNECT_TIMEOUT, Channel, IncomingBody, IncomingMessage, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT,
-    Standing,
-    backoff::Backoff,
-    quiet::{Quiet, hint},
+    CONNECT_TIMEOUT, Channel, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
+    quiet::Quiet,
 };
 use crate::{
-    event::{LinkError, LinkEvent, LinkId},
+    event::{LinkEvent, LinkId},
     model::{FailureReason, RegistrationId},
     time::{Instant, Now, earliest},
     view::LinkState,
@@ -59,6 +53,8 @@ const SURPLUS_KEPT: Duration = Duration::from_secs(600);
 const SILENCE: Duration = Duration::from_secs(100);
 /// A link that lived this long has proved the server well.
 const PROVEN: Duration = Duration::from_secs(30);
+/// A link that has been replaced is read on for so long: what the server was sending then is on its way by then.
+const OVERLAP: Duration = Duration::from_secs(2);
 /// An attempt older than this may date from before the network came back.
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal is the answer to every app; after it an app's registration may try again.
@@ -85,6 +81,8 @@ pub struct Session {
     main: Option<Box<Stream>>,
     /// On the way, to take the place of `main`.
     next: Option<Box<Stream>>,
+    /// Replaced by `main`, to be closed when what was on its way has come.
+    old: Option<Box<Stream>>,
     backoff: Backoff,
     /// First and latest of the registrations that wait for company.
     debounce: Option<(Instant, Instant)>,
@@ -115,6 +113,8 @@ struct Stream {
     since: Instant,
     heard: Instant,
     proof_by: Option<Instant>,
+    /// Pings not answered yet.
+    pings: u32,
     watermark: Watermark,
 }
 
@@ -139,6 +139,7 @@ impl Session {
             pending: 0,
             main: None,
             next: None,
+            old: None,
             backoff: Backoff::default(),
             debounce: None,
             surplus_since: None,
@@ -175,6 +176,11 @@ impl Session {
 
     /// An event on a link.
     pub fn handle_link(&mut self, link: LinkId, event: LinkEvent, now: Now) {
+        if self.old.as_ref().is_some_and(|old| old.id == link) {
+            self.handle_old(link, event, now);
+            self.settle(now.boot);
+            return;
+        }
         let Some(stream) = [&mut self.main, &mut self.next].into_iter().flatten().find(|stream| stream.id == link)
         else {
             return;
@@ -189,7 +195,8 @@ impl Session {
                 }
                 self.drop_surplus(link, now.boot);
             }
-            LinkEvent::Open | LinkEvent::Pong => {}
+            LinkEvent::Pong => stream.pings = stream.pings.saturating_sub(1),
+            LinkEvent::Open => {}
             LinkEvent::Binary => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
             LinkEvent::Closed { code, reason } => {
                 let reason: String = reason.chars().filter(|c| !c.is_control()).take(80).collect();
@@ -222,6 +229,7 @@ impl Session {
                 self.backoff.failed(None, now, &mut self.rng);
             }
         }
+        self.end_overlap(now);
         self.settle(now);
     }
 
@@ -233,9 +241,10 @@ impl Session {
         }
         if let Some(main) = self.main.as_mut().filter(|main| main.proof_by.is_none()) {
             main.proof_by = Some(now + PROOF_TIMEOUT);
+            main.pings += 1;
             self.outputs.push_back(Output::Ping(main.id));
         }
-        if self.next.is_none() && self.wants_link() {
+        if self.next.is_none() && self.wants_link(now) {
             self.backoff.at_once(now);
         }
         self.settle(now);
@@ -247,7 +256,7 @@ impl Session {
         for id in ids {
             self.drop_link(id, "connected anew to get messages again that could not be stored", now.boot);
         }
-        if self.wants_link() {
+        if self.wants_link(now.boot) {
             self.backoff.at_once(now.boot);
         }
         self.settle(now.boot);
@@ -312,13 +321,13 @@ impl Session {
         let main = self.main.as_ref().and_then(|main| earliest(Some(main.heard + SILENCE), main.proof_by));
         let next = match &self.next {
             Some(next) => Some(next.asked + CONNECT_TIMEOUT),
-            None => self.attempt_at(),
+            None => self.attempt_at().or_else(|| self.look_at()),
         };
         let answer = match self.pending {
             0 => None,
             _ => self.topics.values().filter_map(|entry| entry.answer_by).min(),
         };
-        earliest(answer, earliest(main, next))
+        earliest(earliest(answer, self.overlap_ends()), earliest(main, next))
     }
 
     /// What `status` shows.
@@ -332,311 +341,9 @@ impl Session {
             registrations: self.topics.len(),
         }
     }
-
-    // Events.
-
-    fn frame(&mut self, link: LinkId, text: &str, now: Now) {
-        match wire::parse(text) {
-            Ok(Incoming::Open { time }) => self.subscribed(link, time, now.boot),
-            Ok(Incoming::Message(message)) => self.message(link, message, now),
-            Ok(Incoming::Error { code, http, text }) => {
-                self.outputs.push_back(Output::Close(link));
-                let retry_after = None;
-                self.failed(
-                    link,
-                    &LinkError::Http { status: http, body: format!("{text} ({code})"), retry_after },
-                    now.boot,
-                );
-            }
-            Ok(Incoming::Nothing) => {}
-            Err(reason) => {
-                let what = format_args!("the server sent an event that cannot be read ({reason}); ignored");
-                self.quiet_frames.warn(what, now.boot);
-            }
-        }
-    }
-
-    /// The new link has its topics: it takes over, and the old one ends only now.
-    fn subscribed(&mut self, link: LinkId, time: Option<u64>, now: Instant) {
-        let Some(mut next) = self.next.take_if(|next| next.id == link) else {
-            self.quiet_frames.warn("the server sent a second open event; ignored", now);
-            return;
-        };
-        next.since = now;
-        if let Some(time) = time {
-            next.watermark.open(time);
-        }
-        if let Some(old) = self.main.take() {
-            self.outputs.push_back(Output::Close(old.id));
-        }
-        self.backoff.clear();
-        self.refusals = 0;
-        self.trouble = None;
-        let mut registered = Vec::new();
-        for (registration, entry) in &mut self.topics {
-            if !entry.told && next.topics.contains(&entry.topic) {
-                (entry.told, entry.answer_by) = (true, None);
-                self.pending -= 1;
-                registered.push((*registration, entry.topic.clone()));
-            }
-        }
-        for (registration, channel) in registered {
-            let endpoint = self.endpoint(&channel).into();
-            self.outputs.push_back(Output::Registered { registration, channel, endpoint });
-        }
-        let surplus = next.topics.iter().any(|topic| !self.names.contains_key(topic));
-        self.surplus_since = surplus.then_some(now);
-        self.main = Some(next);
-    }
-
-    fn message(&mut self, link: LinkId, message: Message, now: Now) {
-        let Message { id, topic, time, body, urgency } = message;
-        let attachment = matches!(body, IncomingBody::Attachment { .. });
-        let registration = self.names.get(topic.as_str()).copied();
-        let known = self.tracker.look_up(&id);
-        if known == Arrival::New {
-            if self.tracker.unsafe_count() >= UNSAFE_LIMIT {
-                self.drop_link(link, "too many messages wait to be stored", now.boot);
-                self.backoff.failed(None, now.boot, &mut self.rng);
-                return;
-            }
-            self.tracker.arrive(&id, registration);
-            self.backoff.succeeded();
-        }
-        match registration {
-            Some(_) if known == Arrival::Safe => {}
-            Some(registration) => self.outputs.push_back(Output::Message(IncomingMessage {
-                registration,
-                id: id.clone(),
-                body,
-                // The event's `expires` is the end of the server's own cache, not the sender's TTL.
-                expires: None,
-                topic: None,
-                urgency,
-            })),
-            None => {
-                log::debug!("a message on the topic {}… that was given up: dropped", hint(&topic));
-                self.tracker.safe(&id);
-            }
-        }
-        let stream = [&mut self.main, &mut self.next].into_iter().flatten().find(|stream| stream.id == link);
-        if let Some(settled) = stream.and_then(|stream| stream.watermark.message(&id, time, attachment)) {
-            self.tracker.checkpoint(settled);
-        }
-    }
-
-    // Links.
-
-    fn failed(&mut self, link: LinkId, error: &LinkError, now: Instant) {
-        let wordless = matches!(error, LinkError::Http { status: 200, .. });
-        let text = match wordless {
-            true => "the server refuses the subscription without saying why".to_owned(),
-            false => error.to_string(),
-        };
-        self.ended(link, &text, now);
-        match error {
-            LinkError::Http { status: 200, .. } => {
-                self.refusals = self.refusals.saturating_add(1);
-                if self.refusals == 1 {
-                    self.backoff.failed(Some(WORDLESS_REFUSAL), now, &mut self.rng);
-                } else {
-                    self.refused(
-                        "the server refuses the subscription: check the credentials, that they may read the topics \
-                         up*, and the server's limits of requests and subscriptions",
-                        now,
-                    );
-                }
-            }
-            LinkError::Http { status: status @ (401 | 403), .. } => {
-                self.refused(
-                    &format!(
-                        "the server refuses the credentials ({status}): mend them in the configuration, and see that \
-                         they may read the topics up*"
-                    ),
-                    now,
-                );
-            }
-            LinkError::Http { status, retry_after, .. } => {
-                let wish = retry_after.or_else(|| (*status == 429).then_some(TOO_MANY_REQUESTS));
-                self.backoff.failed(wish, now, &mut self.rng);
-            }
-            LinkError::Resolve(_)
-            | LinkError::Connect(_)
-            | LinkError::Tls(_)
-            | LinkError::Timeout
-            | LinkError::Protocol(_)
-            | LinkError::Io(_) => self.backoff.failed(None, now, &mut self.rng),
-        }
-    }
-
-    /// Only the user can mend this.
-    fn refused(&mut self, text: &str, now: Instant) {
-        self.trouble = Some(text.into());
-        self.backoff.refused(now, &mut self.rng);
-        let waiting: Vec<_> =
-            self.topics.iter().filter(|(_, e)| e.answer_by.is_some()).map(|(registration, _)| *registration).collect();
-        for registration in waiting {
-            self.forget(registration);
-            let (reason, text) = (FailureReason::ActionRequired, text.to_owned());
-            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
-        }
-    }
-
-    fn drop_link(&mut self, id: LinkId, why: &str, now: Instant) {
-        self.outputs.push_back(Output::Close(id));
-        self.ended(id, why, now);
-    }
-
-    fn ended(&mut self, id: LinkId, why: &str, now: Instant) {
-        if let Some(main) = self.main.take_if(|main| main.id == id) {
-            if now.since(main.since) >= PROVEN {
-                self.backoff.succeeded();
-            }
-        } else {
-            self.next.take_if(|next| next.id == id);
-        }
-        self.last_error = Some(why.into());
-    }
-
-    /// Does whatever has become due; every door ends here.
-    fn settle(&mut self, now: Instant) {
-        self.expire(now);
-        if self.topics.is_empty() {
-            for stream in [self.main.take(), self.next.take()].into_iter().flatten() {
-                self.outputs.push_back(Output::Close(stream.id));
-            }
-            self.backoff.clear();
-            self.debounce = None;
-            self.surplus_since = None;
-        } else if self.next.is_none() {
-            if !self.wants_link() {
-                self.backoff.clear();
-                self.debounce = None;
-                self.refusals = 0;
-                self.trouble = None;
-            } else {
-                if self.backoff.retry_at().is_none() {
-                    // Registered while another link was being made: its turn has come.
-                    self.backoff.hurry(now);
-                }
-                if self.attempt_at().is_some_and(|at| at <= now) {
-                    self.connect(now);
-                }
-            }
-        }
-        let state = match (&self.main, &self.next) {
-            (Some(_), _) => LinkState::Online,
-            (None, Some(_)) => LinkState::Connecting,
-            (None, None) if self.topics.is_empty() => LinkState::Idle,
-            (None, None) => LinkState::Waiting,
-        };
-        if state != self.state {
-            self.state = state;
-            self.since = now;
-            self.outputs.push_back(Output::StateChanged(state));
-        }
-    }
-
-    /// Whether a link is to be made: there is none, or it lacks a topic.
-    fn wants_link(&self) -> bool {
-        match &self.main {
-            None => !self.topics.is_empty(),
-            Some(main) => self.pending > 0 && self.names.keys().any(|topic| !main.topics.contains(topic)),
-        }
-    }
-
-    /// When the next link is to be made, if one is.
-    fn attempt_at(&self) -> Option<Instant> {
-        let retry_at = self.backoff.retry_at().filter(|_| self.next.is_none())?;
-        let company = self.debounce.map(|(first, last)| (last + DEBOUNCE).min(first + DEBOUNCE_LIMIT));
-        Some(company.map_or(retry_at, |at| at.max(retry_at)))
-    }
-
-    fn connect(&mut self, now: Instant) {
-        self.backoff.clear();
-        self.debounce = None;
-        let topics: HashSet<Arc<str>> = self.names.keys().cloned().collect();
-        // In the order of registration: the same list gives the same URL.
-        let list: Vec<&str> = self.topics.values().map(|entry| &*entry.topic).collect();
-        let since = self.tracker.cursor().map_or("all", |id| id);
-        let path = format!("{}/ws?since={since}", list.join(","));
-        let id = self.links.take();
-        self.outputs.push_back(Output::Connect { link: id, path });
-        self.next = Some(Box::new(Stream {
-            id,
-            topics,
-            asked: now,
-            since: now,
-            heard: now,
-            proof_by: None,
-            watermark: Watermark::default(),
-        }));
-    }
-
-    /// Topics nobody reads any more leave with a new link, made right after a ping: then the radio is awake anyway.
-    fn drop_surplus(&mut self, link: LinkId, now: Instant) {
-        let main = self.main.as_ref().is_some_and(|main| main.id == link);
-        let old = self.surplus_since.is_some_and(|since| now.since(since) >= SURPLUS_KEPT);
-        if main && old && self.next.is_none() && self.backoff.retry_at().is_none() && !self.topics.is_empty() {
-            // If it fails the next try is as far away as the first.
-            self.surplus_since = Some(now);
-            self.connect(now);
-        }
-    }
-
-    // Registrations.
-
-    /// Ends the wait of apps whose time is up.
-    fn expire(&mut self, now: Instant) {
-        if self.pending == 0 {
-            return;
-        }
-        let late: Vec<_> = self
-            .topics
-            .iter()
-            .filter(|(_, entry)| entry.answer_by.is_some_and(|by| by <= now))
-            .map(|(registration, _)| *registration)
-            .collect();
-        for registration in late {
-            self.forget(registration);
-            let (reason, text) = match &self.trouble {
-                Some(trouble) => (FailureReason::ActionRequired, trouble.to_string()),
-                None => (FailureReason::Network, "the server did not subscribe it in time".to_owned()),
-            };
-            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
-        }
-    }
-
-    fn insert(&mut self, registration: RegistrationId, entry: Entry) {
-        self.pending += usize::from(!entry.told);
-        self.names.insert(entry.topic.clone(), registration);
-        if let Some(old) = self.topics.insert(registration, entry) {
-            self.pending -= usize::from(!old.told);
-            self.names.remove(&old.topic);
-        }
-    }
-
-    fn forget(&mut self, registration: RegistrationId) -> Option<Entry> {
-        let entry = self.topics.remove(&registration)?;
-        self.names.remove(&entry.topic);
-        self.pending -= usize::from(!entry.told);
-        Some(entry)
-    }
-
-    fn endpoint(&self, topic: &str) -> String {
-        format!("{}{topic}?up=1", self.base)
-    }
-
-    fn new_topic(&mut self) -> Arc<str> {
-        let length = match SHORT_TOPIC_SERVERS.contains(&self.base.as_str()) {
-            true => SHORT_TOPIC_BYTES,
-            false => TOPIC_BYTES,
-        };
-        let mut bytes = [0; TOPIC_BYTES];
-        self.rng.fill_bytes(&mut bytes);
-        format!("up{}", BASE64_URL_SAFE_NO_PAD.encode(&bytes[..length])).into()
-    }
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

@@ -3,8 +3,12 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::*;
-use crate::model::Urgency;
+use super::{
+    super::{IncomingBody, IncomingMessage},
+    cursor::STORING,
+    *,
+};
+use crate::{event::LinkError, model::Urgency};
 
 const SECOND: Duration = Duration::from_secs(1);
 const BASE: &str = "https://ntfy.example/";
@@ -113,10 +117,30 @@ impl World {
         panic!("no link is asked for");
     }
 
+    /// Lets time pass until there is a link that lacks nothing.
     fn online(&mut self) -> LinkId {
         let (link, _) = self.connect();
         self.open(link);
+        match self.session.look_at() {
+            Some(_) => self.look_again(link),
+            None => link,
+        }
+    }
+
+    /// The second look, up to the end of the first link.
+    fn look_again(&mut self, first: LinkId) -> LinkId {
+        let (link, _) = self.connect();
+        self.open(link);
+        self.end_overlap(first);
+        assert_eq!(self.session.look_at(), None, "still lacking something");
         link
+    }
+
+    fn end_overlap(&mut self, old: LinkId) {
+        self.pass(OVERLAP);
+        self.link(old, LinkEvent::Pong);
+        let closed = [Output::Ping(old), Output::Close(old)];
+        assert!(self.seen.ends_with(&closed), "{:?}", self.seen);
     }
 
     fn state(&self) -> LinkState {
@@ -292,14 +316,118 @@ fn the_old_link_ends_only_when_the_new_one_is_subscribed() {
     world.message(old, "up1", "m1");
     assert_eq!(messages(&world.take()), ["m1"]);
     world.open(new);
-    assert_eq!(world.take()[0], Output::Close(old));
     world.message(old, "up1", "m2");
-    assert_eq!(messages(&world.take()), [] as [&str; 0]);
+    assert_eq!(messages(&world.take()), ["m2"], "it was on its way");
     // What came over both comes once.
     world.safe("m1");
     world.message(new, "up1", "m1");
-    world.message(new, "up1", "m2");
-    assert_eq!(messages(&world.take()), ["m2"]);
+    assert_eq!(messages(&world.take()), [] as [&str; 0]);
+    world.end_overlap(old);
+    world.take();
+    world.message(old, "up1", "m3");
+    world.pass(STORING);
+    assert_eq!(world.take(), []);
+}
+
+#[test]
+fn a_link_in_no_others_place_is_replaced_once_when_all_is_stored() {
+    let mut world = World::new(Some("m0"), vec![channel(1)]);
+    let (first, path) = world.connect();
+    world.open(first);
+    world.pass(STORING - Duration::from_millis(1));
+    assert_eq!(connects(&world.take()), 0);
+    let (second, again) = world.connect();
+    assert_eq!(again, path);
+    world.open(second);
+    world.message(second, "up1", "m1");
+    world.end_overlap(first);
+    assert_eq!(messages(&world.take()), ["m1"]);
+    world.pass_alive(second, 1000 * SECOND);
+    assert_eq!(world.take(), []);
+}
+
+#[test]
+fn for_endpoints_that_nobody_knows_there_is_no_second_look() {
+    let mut world = World::new(None, vec![]);
+    world.register(1);
+    let (link, _) = world.connect();
+    world.open(link);
+    world.pass_alive(link, 100 * SECOND);
+    assert_eq!(connects(&world.take()), 0);
+}
+
+#[test]
+fn a_long_replay_puts_the_second_look_off() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let (link, _) = world.connect();
+    world.open(link);
+    for n in 0..10 {
+        world.pass(SECOND);
+        let time = world.secs() - 1000;
+        world.say(link, json!({"id": n.to_string(), "time": time, "event": "message", "topic": "up1"}));
+    }
+    world.pass(STORING - SECOND);
+    assert_eq!(connects(&world.take()), 0);
+    world.pass(SECOND);
+    assert_eq!(connects(&world.take()), 1);
+}
+
+#[test]
+fn a_new_list_soon_after_a_gap_does_not_close_it() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let (first, _) = world.connect();
+    world.open(first);
+    let opened = world.now.boot;
+    world.register(2);
+    let (second, _) = world.connect();
+    world.open(second);
+    world.end_overlap(first);
+    let third = world.look_again(second);
+    assert_eq!(world.now.boot.since(opened), STORING + OVERLAP);
+    world.pass_alive(third, 100 * SECOND);
+    assert_eq!(connects(&world.take()), 0);
+}
+
+#[test]
+fn an_old_link_that_does_not_answer_proves_nothing() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let old = world.online();
+    world.session.handle_network(world.now);
+    world.message(old, "up1", "m0");
+    world.register(2);
+    let (new, _) = world.connect();
+    world.open(new);
+    world.pass(OVERLAP);
+    assert_eq!(world.take().last(), Some(&Output::Ping(old)));
+    // The answer to the ping of before.
+    world.link(old, LinkEvent::Pong);
+    assert_eq!(world.take(), []);
+    world.pass(PROOF_TIMEOUT);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(old)));
+    assert_eq!(connects(&outputs), 1, "looks again");
+}
+
+#[test]
+fn the_cursor_stays_before_a_gap_that_is_not_closed() {
+    let mut world = World::new(Some("m0"), vec![channel(1)]);
+    let (link, _) = world.connect();
+    world.open(link);
+    world.message(link, "up1", "m1");
+    world.safe("m1");
+    for _ in 0..20 {
+        world.pass_alive(link, 45 * SECOND);
+        if let Some(next) = world.session.next.as_ref().map(|next| next.id) {
+            world.link(next, refusal(503));
+        }
+    }
+    assert!(!world.take().iter().any(|output| matches!(output, Output::Remember { .. })));
+    world.session.handle_network(world.now);
+    world.link(link, LinkEvent::Pong);
+    let again = world.look_again(link);
+    world.message(again, "up1", "m1");
+    world.pass_alive(again, 200 * SECOND);
+    assert_eq!(world.take().last(), Some(&Output::Remember { key: "cursor", value: "m1".into() }));
 }
 
 #[test]
@@ -357,7 +485,8 @@ fn topics_given_up_leave_with_the_next_link_or_after_a_while() {
     let (new, path) = world.connect();
     assert!(path.starts_with("up1/ws"));
     world.open(new);
-    assert!(world.take().contains(&Output::Close(old)));
+    world.end_overlap(old);
+    world.take();
     world.pass_alive(new, 2 * SURPLUS_KEPT);
     assert_eq!(connects(&world.take()), 0);
 }

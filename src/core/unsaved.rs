@@ -1,0 +1,160 @@
+//! What the store would not take, and what must not be built on before it has.
+//!
+//! An app that knows an endpoint counts on it for good. So it is told of one only when a crash would find the way back
+//! to it: when the registration is durable, and with it the name the server knows this device by. What a full disk
+//! refuses is written again until it is there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{Core, Stored};
+use crate::{
+    action::StoreOp,
+    event::StoreTicket,
+    model::RegistrationId,
+    time::{Instant, Now},
+};
+
+/// Full disks get emptied by people, not by haste.
+const AGAIN: Duration = Duration::from_secs(30);
+/// What an autopush session cannot be found again without.
+const IDENTITY: &str = "uaid";
+
+/// What is on its way to the store or was refused by it. At most one value a key and one entry a registration.
+#[derive(Debug, Default)]
+pub(super) struct Unsaved {
+    /// By upstream and key.
+    values: BTreeMap<(usize, &'static str), Value>,
+    registrations: BTreeSet<RegistrationId>,
+    /// Registrations that are gone but for their row, and the upstream of each. Each was durable, so they are as bounded.
+    deletions: BTreeMap<RegistrationId, usize>,
+    /// Values that wait for registrations to be durable.
+    held: BTreeMap<(usize, &'static str), Arc<str>>,
+    again_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Value {
+    value: Arc<str>,
+    /// The first attempt since the key was last as it should be in the store.
+    since: StoreTicket,
+    latest: StoreTicket,
+    refused: bool,
+}
+
+impl Unsaved {
+    pub(super) const fn deadline(&self) -> Option<Instant> {
+        self.again_at
+    }
+}
+
+impl Core {
+    /// Remembers a value for an upstream.
+    pub(super) fn remember(&mut self, index: usize, key: &'static str, value: Arc<str>) {
+        let Some(upstream) = self.upstreams.get(index) else { return };
+        let op = StoreOp::PutUpstream {
+            upstream: Arc::clone(&upstream.settings.name),
+            key: key.into(),
+            value: Arc::clone(&value),
+        };
+        self.unsaved.held.remove(&(index, key));
+        let latest = self.store_with(op, Stored::Value(index, key));
+        let since = self.unsaved.values.get(&(index, key)).map_or(latest, |value| value.since);
+        self.unsaved.values.insert((index, key), Value { value, since, latest, refused: false });
+    }
+
+    /// Remembers a value that says of the upstream's registrations that they are as they should be.
+    pub(super) fn remember_behind(&mut self, index: usize, key: &'static str, value: Arc<str>) {
+        self.unsaved.held.insert((index, key), value);
+        self.release_held();
+    }
+
+    /// Lets go of what no registration holds up any more.
+    pub(super) fn release_held(&mut self) {
+        let free = |((index, _), _): &(&(usize, &'static str), &Arc<str>)| !self.writes_registrations_of(*index);
+        let free: Vec<_> = self.unsaved.held.iter().filter(free).map(|(at, value)| (*at, Arc::clone(value))).collect();
+        for ((index, key), value) in free {
+            self.remember(index, key, value);
+        }
+    }
+
+    fn writes_registrations_of(&self, index: usize) -> bool {
+        let under_way = self.stores.values().filter_map(|waiting| match waiting {
+            Stored::Registration(id) => Some(id),
+            Stored::Message(_) | Stored::Deletion(..) | Stored::Value(..) => None,
+        });
+        under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
+    }
+
+    /// Whether a crash could still take the registration, or its latest endpoint, back.
+    pub(super) fn is_unsaved(&self, id: RegistrationId) -> bool {
+        self.unsaved.registrations.contains(&id)
+            || self.stores.values().any(|waiting| *waiting == Stored::Registration(id))
+    }
+
+    pub(super) fn value_stored(&mut self, ticket: StoreTicket, index: usize, key: &'static str, ok: bool, now: Now) {
+        let Some(value) = self.unsaved.values.get_mut(&(index, key)).filter(|value| value.latest == ticket) else {
+            return;
+        };
+        if ok {
+            self.unsaved.values.remove(&(index, key));
+        } else {
+            value.refused = true;
+            self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+    }
+
+    /// A registration that exists could not be written.
+    pub(super) fn registration_refused(&mut self, id: RegistrationId, now: Now) {
+        self.unsaved.registrations.insert(id);
+        self.unsaved.again_at = Some(now.boot + AGAIN);
+    }
+
+    /// Whether the registration, durable since `ticket`, would lead nowhere after a crash because what it needs was
+    /// refused. If so it is written again behind that.
+    pub(super) fn waits_for_identity(&mut self, id: RegistrationId, ticket: StoreTicket) -> bool {
+        let Some(index) = self.upstream_of(id) else { return false };
+        let waits = self.unsaved.values.get(&(index, IDENTITY)).is_some_and(|value| value.since < ticket);
+        if waits {
+            self.unsaved.registrations.insert(id);
+            self.save_again();
+        }
+        waits
+    }
+
+    /// Deletes a registration's row; its server hears of it when that is done.
+    pub(super) fn delete_registration(&mut self, index: usize, id: RegistrationId) {
+        self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(index, id));
+    }
+
+    pub(super) fn deletion_stored(&mut self, index: usize, id: RegistrationId, ok: bool, now: Now) {
+        if ok {
+            self.unregister_at_server(Some(index), id, now);
+        } else {
+            self.unsaved.deletions.insert(id, index);
+            self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+    }
+
+    /// Writes again what was refused, in the order it is needed.
+    pub(super) fn save_again(&mut self) {
+        self.unsaved.again_at = None;
+        let refused = self.unsaved.values.iter().filter(|(_, value)| value.refused);
+        let refused: Vec<_> = refused.map(|((index, key), value)| (*index, *key, Arc::clone(&value.value))).collect();
+        for (index, key, value) in refused {
+            self.remember(index, key, value);
+        }
+        for (id, index) in std::mem::take(&mut self.unsaved.deletions) {
+            self.delete_registration(index, id);
+        }
+        for id in std::mem::take(&mut self.unsaved.registrations) {
+            if let Some(registration) = self.registry.get(id) {
+                let op = StoreOp::PutRegistration(registration.clone());
+                self.store_with(op, Stored::Registration(id));
+            }
+        }
+    }
+}

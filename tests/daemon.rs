@@ -1,0 +1,21 @@
+//! The daemon as it is: the real program on a real bus with the real push server and real apps, through what others see
+//! of it. Each test has a world of its own.
+#![cfg(all(feature = "cli", feature = "relay"))]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
+
+#[path = "daemon/crashes.rs"]
+mod crashes;
+#[path = "daemon/delivery.rs"]
+mod delivery;
+#[path = "daemon/lifecycle.rs"]
+mod lifecycle;
+#[path = "daemon/registration.rs"]
+mod registration;
+#[path = "daemon/start.rs"]
+mod start;
+mod support;
+#[path = "daemon/trouble.rs"]
+mod trouble;
+#[path = "daemon/upstream.rs"]
+mod upstream;
