@@ -87,16 +87,23 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     let pids = APPS.map(|app| world.pid(app));
     let freeze_all_and_die = |world: &mut World| {
         for (app, pid) in APPS.into_iter().zip(pids) {
+            declare_background(world, app);
             world.wait_state(app, "frozen");
             assert!(is_held(pid));
         }
         world.kill_daemon();
-        assert!(stays(Duration::from_millis(200), || pids.into_iter().all(is_held)), "nobody else thaws them");
+        // A daemon of somebody else's that starts right now thaws what it finds; then it is done again.
+        stays(Duration::from_millis(200), || pids.into_iter().all(is_held))
     };
 
     // By hand, or by systemd (ExecStopPost=).
     let others = alone();
-    freeze_all_and_die(&mut world);
+    let mut tries = 0;
+    while !freeze_all_and_die(&mut world) {
+        tries += 1;
+        assert!(tries < 5, "they do not stay frozen");
+        world.start_only_daemon();
+    }
     let output = world.daemon_command().arg("--thaw-all").stdout(std::process::Stdio::piped()).output().unwrap();
     assert!(output.status.success(), "{}", world.log());
     let said = String::from_utf8(output.stdout).unwrap();
@@ -109,10 +116,6 @@ fn what_a_killed_daemon_left_frozen_is_thawed() {
     for (app, text) in APPS.into_iter().zip(["a", "b", "c"]) {
         world.post(app, text);
         world.expect(app, &[text]);
-        world.launch(app);
-    }
-    for app in APPS {
-        declare_background(&world, app);
     }
     let others = alone();
     freeze_all_and_die(&mut world);

@@ -103,17 +103,22 @@ fn a_disk_with_room_again_is_used_again() {
     app.quit();
     wait("it to be gone", || (!world.is_owned("org.example.A")).then_some(()));
     disk.fill();
-    let first = world.post_to(&endpoint, &[("TTL", "600")], "first");
+    world.post_to(&endpoint, &[("TTL", "600")], "first");
     wait("the trouble", || (!world.status().troubles.is_empty()).then_some(()));
     disk.empty();
-    let second = world.post_to(&endpoint, &[("TTL", "600")], "second");
+    world.post_to(&endpoint, &[("TTL", "600")], "second");
     wait("the trouble to end", || world.status().troubles.is_empty().then_some(()));
-    assert_eq!(world.show("org.example.A").app.waiting, 2);
-    // Both are on the disk now, and the server is rid of them.
+    wait("both to wait", || (world.show("org.example.A").app.waiting == 2).then_some(()));
+    // Given the time, all of it is on the disk, and the server is rid of it.
+    let third = world.post_to(&endpoint, &[("TTL", "600")], "third");
+    wait("it to wait", || (world.show("org.example.A").app.waiting == 3).then_some(()));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(world.is_acked(&third));
     world.kill_daemon();
     world.kill_relay();
     world.start_daemon();
     let app = world.client("org.example.A", Behaviour::Accept);
-    assert_eq!((app.next_message(), app.next_message()), ("first".to_owned(), "second".to_owned()));
-    drop((first, second));
+    for text in ["first", "second", "third"] {
+        assert_eq!(app.next_message(), text);
+    }
 }

@@ -149,6 +149,17 @@ impl World {
     /// Starts the daemon and waits until it serves the bus.
     pub(crate) fn start_daemon(&mut self) {
         self.spawn_daemon();
+        self.wait_daemon();
+        self.starting = None;
+    }
+
+    /// The same for who holds [`alone`].
+    pub(crate) fn start_only_daemon(&mut self) {
+        self.daemon = Some(self.daemon_command().spawn().unwrap());
+        self.wait_daemon();
+    }
+
+    fn wait_daemon(&mut self) {
         wait("the daemon to come up", || {
             let child = self.daemon.as_mut().unwrap();
             if let Some(status) = child.try_wait().unwrap() {
@@ -157,7 +168,6 @@ impl World {
             (self.is_owned("org.nightporter1") && self.is_owned("org.unifiedpush.Distributor.nightporter"))
                 .then_some(())
         });
-        self.starting = None;
     }
 
     /// Starts the daemon and does not wait.
