@@ -63,8 +63,8 @@ fn a_hundred_apps_register_in_one_burst_within_the_default_limits() {
         assert_eq!(results(), vec![Ok(()); 20]);
     }
     let made = subscriptions(&ntfy);
-    // One more would do; some are forgiven on a machine so busy that the burst takes longer than it is waited for.
-    assert!((2..=4).contains(&made), "{made} connections for 101 registrations");
+    // One more would do; another is forgiven on a machine so busy that the burst takes longer than it is waited for.
+    assert!((2..=3).contains(&made), "{made} connections for 101 registrations");
 
     let mut publisher = publisher(&ntfy);
     let all = || processes.iter().flat_map(|(apps, names)| names.iter().map(move |name| (apps, name)));
@@ -274,8 +274,19 @@ fn a_daemon_that_is_killed_loses_nothing_and_repeats_under_the_same_id_only() {
         ids.entry(body).or_default().insert(&message.id);
     }
     assert!(ids.values().all(|ids| ids.len() == 1), "a message came under two ids");
-    // Of each life only what was under way when it ended may come again.
-    assert!(got.len() <= COUNT + 6, "{} deliveries of {COUNT} messages in 7 lives", got.len());
+    // Of each life only what was taken in the last quarter of a second may come again, some 30 messages.
+    assert!(got.len() <= COUNT + 6 * 45, "{} deliveries of {COUNT} messages in 7 lives", got.len());
+
+    // What was taken before that is known for good.
+    let before = got.len();
+    thread::sleep(Duration::from_secs(1));
+    porter.kill();
+    porter.start_again();
+    porter.wait_online();
+    publisher(&ntfy).publish(&endpoint, b"last").unwrap();
+    porter.wait("the last message", |_| bodies(&apps.messages(&app)).contains(&"last".to_owned()));
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(apps.messages(&app).len(), before + 1);
 }
 
 #[test]

@@ -137,6 +137,7 @@ impl Core {
 
     /// An upstream made a registration, or moved one.
     pub(super) fn registered(&mut self, id: RegistrationId, channel: Arc<str>, endpoint: Arc<str>, now: Now) {
+        self.identity_first(id);
         if let Some(pending) = self.registry.pending(id) {
             let registration = Registration {
                 id,

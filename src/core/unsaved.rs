@@ -113,6 +113,15 @@ impl Core {
         self.unsaved.again_at = Some(now.boot + AGAIN);
     }
 
+    /// Before a registration is written: what it needs and was refused goes first, into the same transaction, so that no
+    /// row outlives a crash with an endpoint this device cannot be found at.
+    pub(super) fn identity_first(&mut self, id: RegistrationId) {
+        let Some(index) = self.upstream_of(id) else { return };
+        if self.unsaved.values.get(&(index, IDENTITY)).is_some_and(|value| value.refused) {
+            self.save_again();
+        }
+    }
+
     /// Whether the registration, durable since `ticket`, would lead nowhere after a crash because what it needs was
     /// refused. If so it is written again behind that.
     pub(super) fn waits_for_identity(&mut self, id: RegistrationId, ticket: StoreTicket) -> bool {

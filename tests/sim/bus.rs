@@ -203,7 +203,10 @@ impl World {
         let outcome = match dice {
             0..1000 => StartOutcome::Failed("it exited with status 1".into()),
             // Nobody ever hears of it.
-            1000..1400 => return,
+            1000..1400 => {
+                self.reference.failed(&key);
+                return;
+            }
             _ => {
                 self.spawn(app, true);
                 StartOutcome::Started

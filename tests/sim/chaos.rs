@@ -62,7 +62,7 @@ impl World {
             let name = name.strip_suffix("?up=1").expect("an endpoint for UnifiedPush");
             let (id, frame, links) = self.ntfy.publish(name, number, &body, self.at);
             for link in links {
-                self.to_core(link, LinkEvent::Text(frame.clone()), Some(number));
+                self.send_down(link, LinkEvent::Text(frame.clone()), Some(number));
             }
             (name.into(), id)
         } else {

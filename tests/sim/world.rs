@@ -332,7 +332,7 @@ impl World {
                 let key = (self.life, link.0);
                 // Answered by the server's library.
                 if self.links.get(&key).is_some_and(|link| !link.dead && !link.hung_up) {
-                    self.to_core(key, LinkEvent::Pong, None);
+                    self.send_down(key, LinkEvent::Pong, None);
                 }
             }
             Action::Close(link) => {
@@ -515,7 +515,7 @@ impl World {
             Due::Accept(key) => self.accept(key),
             Due::ToServer(key, text) => self.at_server(key, &text),
             Due::ToCore(key, event, message) => self.at_core(key, event, message),
-            Due::Reply(key, frame, message) => self.to_core(key, LinkEvent::Text(frame), message),
+            Due::Reply(key, frame, message) => self.send_down(key, LinkEvent::Text(frame), message),
             Due::ServerPing(key) => self.server_ping(key),
             Due::Replay(key) => self.replay(key),
             Due::Hangup(key) => self.hangup(key),
@@ -625,7 +625,7 @@ impl World {
         };
         if let Some(error) = failed {
             self.count("connects refused");
-            self.to_core_hard(key, LinkEvent::Failed(error));
+            self.refuse_link(key, LinkEvent::Failed(error));
             return;
         }
         if let Some(link) = self.links.get_mut(&key) {
@@ -636,7 +636,7 @@ impl World {
                 UpstreamKind::Ntfy => self.ntfy.connected(key, &path),
             }
         }
-        self.to_core(key, LinkEvent::Open, None);
+        self.send_down(key, LinkEvent::Open, None);
         let ping = match kind {
             UpstreamKind::Autopush => 300 * SEC,
             UpstreamKind::Ntfy => 45 * SEC,
@@ -644,7 +644,7 @@ impl World {
         self.agenda.add(self.at + ping, Due::ServerPing(key));
         if kind == UpstreamKind::Ntfy {
             if let Some(open) = self.ntfy.open(key, self.at) {
-                self.to_core(key, LinkEvent::Text(open), None);
+                self.send_down(key, LinkEvent::Text(open), None);
             }
             let at = self.soon(MS, 200 * MS);
             self.agenda.add(at, Due::Replay(key));
@@ -658,7 +658,7 @@ impl World {
             return;
         }
         for (frame, number) in part {
-            self.to_core(key, LinkEvent::Text(frame), Some(number));
+            self.send_down(key, LinkEvent::Text(frame), Some(number));
         }
         let at = self.soon(MS, 100 * MS);
         self.agenda.add(at, Due::Replay(key));
@@ -675,7 +675,7 @@ impl World {
             self.agenda.add(self.at + 60 * SEC, Due::Hangup(key));
             return;
         }
-        self.to_core(key, LinkEvent::Ping, None);
+        self.send_down(key, LinkEvent::Ping, None);
         self.agenda.add(self.at + every, Due::ServerPing(key));
     }
 
@@ -728,7 +728,7 @@ impl World {
         }
         for deed in deeds {
             match deed {
-                Deed::Send { link, after: 0, frame, message } => self.to_core(link, LinkEvent::Text(frame), message),
+                Deed::Send { link, after: 0, frame, message } => self.send_down(link, LinkEvent::Text(frame), message),
                 Deed::Send { link, after, frame, message } => {
                     self.agenda.add(self.at + after, Due::Reply(link, frame, message));
                 }
@@ -740,7 +740,7 @@ impl World {
     }
 
     /// A frame of the server is on its way, behind those before it.
-    pub(crate) fn to_core(&mut self, key: LinkKey, event: LinkEvent, message: Option<MessageNumber>) {
+    pub(crate) fn send_down(&mut self, key: LinkKey, event: LinkEvent, message: Option<MessageNumber>) {
         let slow = if self.rng.chance(200) { 4000 } else { 120 };
         let at = self.soon(MS, slow * MS);
         let Some(link) = self.links.get_mut(&key) else { return };
@@ -753,7 +753,7 @@ impl World {
     }
 
     /// The last event of a link that never was.
-    fn to_core_hard(&mut self, key: LinkKey, event: LinkEvent) {
+    fn refuse_link(&mut self, key: LinkKey, event: LinkEvent) {
         self.agenda.add(self.at, Due::ToCore(key, event, None));
     }
 
@@ -777,7 +777,7 @@ impl World {
 
     /// The server ends the link, or something between does.
     pub(crate) fn end_link(&mut self, key: LinkKey, event: LinkEvent) {
-        self.to_core(key, event, None);
+        self.send_down(key, event, None);
         self.hangup(key);
         if let Some(link) = self.links.get_mut(&key) {
             link.hung_up = true;

@@ -404,13 +404,15 @@ impl Delivery {
         if self.waiting_for(app) < self.limits.messages_per_app {
             return;
         }
-        let lanes = self.apps.get(app).map(|app| app.lanes.as_slice()).unwrap_or_default();
-        let oldest = lanes
-            .iter()
-            .filter_map(|id| self.lanes.get(id))
-            .filter_map(|lane| lane.queue.oldest_droppable(lane.has_message_in_flight()))
-            .min();
-        if let Some(seq) = oldest {
+        // More than one too many when a crash took back the word that some had ended.
+        while self.waiting_for(app) >= self.limits.messages_per_app {
+            let lanes = self.apps.get(app).map(|app| app.lanes.as_slice()).unwrap_or_default();
+            let oldest = lanes
+                .iter()
+                .filter_map(|id| self.lanes.get(id))
+                .filter_map(|lane| lane.queue.oldest_droppable(lane.has_message_in_flight()))
+                .min();
+            let Some(seq) = oldest else { return };
             self.end(seq, Ending::Overflowed);
             let reason = format!(
                 "{} messages were waiting for it, which is the most that are kept: the oldest was dropped",

@@ -335,6 +335,8 @@ impl Lifecycle {
 
     /// The daemon is about to exit: thaws everything and freezes nothing any more.
     pub fn shutdown(&mut self, now: Now) {
+        // Nobody waits any more for what is being killed under no app's name; forgetting it thaws it.
+        self.out.extend(std::mem::take(&mut self.leaving).into_iter().map(Output::Forget));
         self.ending = true;
         self.each(now, |app, env| app.shutdown(env));
     }

@@ -255,7 +255,8 @@ pub(super) fn parse_cgroup(text: &str) -> Option<&str> {
 
 /// A file as text, bounded; what is not UTF-8 is replaced.
 pub(super) fn read_text(file: File) -> io::Result<String> {
-    let mut bytes = Vec::new();
+    // Room for all of a stat file: from nothing it would be read in five pieces, and there are hundreds to read.
+    let mut bytes = Vec::with_capacity(1024);
     file.take(MAX_FILE).read_to_end(&mut bytes)?;
     Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
 }

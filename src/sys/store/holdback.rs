@@ -17,8 +17,9 @@ use crate::{
 
 /// How long a message waits for its app. The upstream's acknowledgement waits with it.
 const HOLD: Duration = Duration::from_millis(10);
-/// How long the ids of messages taken meanwhile wait for company, like every lazy operation.
-const LAZY: Duration = super::LAZY;
+/// How long the ids of messages taken meanwhile wait for company. If the daemon crashes within it, ntfy, whose cursor lags,
+/// sends those messages again and the app sees them twice; this long, and not longer, is the price of a commit saved.
+const COMPANY: Duration = Duration::from_millis(250);
 /// Messages kept back at most; with one more all are written. Bounds the bodies held here to 512 KiB.
 const HELD: usize = 128;
 
@@ -62,7 +63,7 @@ impl Holdback {
                 held.ending = Some(ending);
                 held.message.body = Arc::default();
                 // From the first on, so that a steady stream does not put them off for ever.
-                let lazy = self.held.front().map(|first| first.since + LAZY);
+                let lazy = self.held.front().map(|first| first.since + COMPANY);
                 let waiting = self.held.iter().find(|held| held.ending.is_none()).map(|held| held.since + HOLD);
                 self.due = earliest(lazy, waiting);
             }
@@ -202,7 +203,7 @@ mod tests {
         assert_eq!(world.next(), Some(Event::Stored(StoreTicket(1), Ok(()))));
         assert_eq!(world.store.poll_timeout(), None);
         // What ends later is ended in the store.
-        world.end(1, START + LAZY);
+        world.end(1, START + COMPANY);
         world.store.close();
         let (world, snapshot) = World::open(dir.path());
         assert_eq!((snapshot.messages.len(), snapshot.seen.len()), (0, 1));
@@ -219,16 +220,16 @@ mod tests {
             assert_eq!(world.store.poll_timeout(), Some(now + HOLD));
             world.end(seq, now + Duration::from_millis(1));
             // A steady stream does not put the first one off.
-            assert_eq!(world.store.poll_timeout(), Some(START + Duration::from_millis(20) + LAZY));
+            assert_eq!(world.store.poll_timeout(), Some(START + Duration::from_millis(20) + COMPANY));
         }
-        world.store.handle_timeout(START + LAZY);
+        world.store.handle_timeout(START + COMPANY);
         assert_eq!(world.next(), None);
-        world.store.handle_timeout(START + LAZY + Duration::from_millis(20));
+        world.store.handle_timeout(START + COMPANY + Duration::from_millis(20));
         for seq in 1..=3 {
             assert_eq!(world.next(), Some(Event::Stored(StoreTicket(seq), Ok(()))));
         }
-        world.put(4, START + LAZY * 2);
-        world.end(4, START + LAZY * 2);
+        world.put(4, START + COMPANY * 2);
+        world.end(4, START + COMPANY * 2);
         world.store.close();
         let (world, snapshot) = World::open(dir.path());
         assert_eq!(snapshot.messages, []);

@@ -313,8 +313,11 @@ proptest! {
             world.step(step);
         }
         world.step(Step::Refuse(false));
-        // Whoever waits out a backoff does so no longer.
         world.step(Step::Roam);
+        // What was asked for just before is given up, and whoever waits out a backoff does so no longer.
+        world.pass(CONNECT_TIMEOUT);
+        world.session.handle_network(world.now);
+        world.drain();
         let connects = world.connects;
         world.pass(Duration::from_secs(60));
         let mut made = world.connects - connects;
