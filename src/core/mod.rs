@@ -199,6 +199,9 @@ impl Core {
 
     /// Takes in one event.
     pub fn handle(&mut self, event: Event, now: Now) {
+        // What was due before the event comes before it, or a decision of time would mix with those of the event.
+        self.handle_timeouts(now);
+        self.pump(now);
         match event {
             Event::Tick => {}
             Event::Link(link, event) => {
@@ -231,7 +234,6 @@ impl Core {
                 }
             }
         }
-        self.handle_timeouts(now);
         self.pump(now);
     }
 
@@ -261,8 +263,11 @@ impl Core {
                 upstream.session.handle_timeout(now);
             }
         }
+        // What is delivered now must veto a freeze that is due now as well, so each part hears of the one before.
+        self.pump(now);
         if due(self.delivery.poll_timeout()) {
             self.delivery.handle_timeout(now);
+            self.pump(now);
         }
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
@@ -337,11 +342,13 @@ impl Core {
                 presence.owner = Some(owner.clone());
                 let started_by_us = presence.starting.take().is_some();
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
+                self.pump(now);
                 self.delivery.appeared(app, now);
             }
             None => {
                 presence.owner = None;
                 self.lifecycle.vanished(app, now);
+                self.pump(now);
                 self.delivery.vanished(app, now);
                 if app.is_unique_name() {
                     self.forget_app(app, now);
@@ -460,10 +467,11 @@ impl Core {
                 .find_map(|(index, upstream)| upstream.session.poll_output().map(|output| (index, output)));
             if let Some((index, output)) = session {
                 self.on_upstream(index, output, now);
+            } else if let Some(output) = self.lifecycle.poll_output() {
+                // Before delivery's: an app is thawed before it is called.
+                self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
-            } else if let Some(output) = self.lifecycle.poll_output() {
-                self.on_lifecycle(output, now);
             } else {
                 break;
             }

@@ -12,7 +12,6 @@
 //! breach, `NIGHTPORTER_SIM_SURVEY` goes through all seeds and counts the kinds of breaches.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test: what cannot be is a breach")]
-#![expect(clippy::wrong_self_convention, reason = "to_core is a direction")]
 
 mod bus;
 mod chaos;

@@ -532,14 +532,26 @@ impl Delivery {
         self.settle(app, now);
     }
 
-    /// The app is about to be frozen or ended: no call before it is ready again.
+    /// The app is about to be frozen or ended: no call before it is ready again, and those not taken out yet are called
+    /// off.
     pub fn unready(&mut self, app: &AppKey, now: Now) {
-        if let Some(state) = self.apps.get_mut(app)
-            && matches!(state.reach, Reach::Ready(_) | Reach::Asked)
-        {
-            state.reach = Reach::Away;
-            self.settle(app, now);
+        let Some(state) = self.apps.get_mut(app) else { return };
+        if !matches!(state.reach, Reach::Ready(_) | Reach::Asked) {
+            return;
         }
+        state.reach = Reach::Away;
+        let (lanes, flights) = (&mut self.lanes, &mut self.flights);
+        self.outputs.retain(|output| match output {
+            Output::Call { ticket, app: called, .. } if called == app => {
+                let lane = flights.remove(ticket).and_then(|registration| lanes.get_mut(&registration));
+                if let Some(lane) = lane {
+                    lane.flight.take_if(|flight| flight.ticket == *ticket);
+                }
+                false
+            }
+            _ => true,
+        });
+        self.settle(app, now);
     }
 
     /// The app could not be started.

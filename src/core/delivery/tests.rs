@@ -533,3 +533,15 @@ fn a_bus_that_goes_away_in_the_middle_costs_no_try_and_no_message() {
     world.delivery.ready(&world.app, world.owner.clone(), world.now);
     assert_eq!(world.calls()[0].1, "a");
 }
+
+#[test]
+fn a_call_not_taken_out_yet_is_called_off_when_the_app_is_about_to_be_frozen() {
+    let mut world = World::ready();
+    world.push("a");
+    world.delivery.unready(&world.app, world.now);
+    let outputs = world.drain();
+    assert_eq!(calls(&outputs), []);
+    assert!(outputs.contains(&Output::Wake(world.app.clone())), "it waits for the app to be ready again");
+    world.delivery.ready(&world.app, world.owner.clone(), world.now);
+    assert_eq!(world.calls()[0].1, "a");
+}
