@@ -125,7 +125,7 @@ impl Database {
                     Work::Refused => {}
                 }
             }
-            rows::tidy(&transaction, &self.numbers, &changes)?;
+            rows::tidy(&transaction, &mut self.numbers, &changes)?;
             transaction.commit()?;
             Ok(bodies)
         })();

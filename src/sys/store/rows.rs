@@ -1,6 +1,9 @@
 //! Tables and rows: what each operation does to them, and how a snapshot is read.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use rusqlite::{Connection, OptionalExtension, Result, Row, params};
 
@@ -46,12 +49,16 @@ pub(super) const FORMAT_1: &str = "
 const SEEN: usize = 1000;
 /// Ids above [`SEEN`] before the oldest are deleted, so that it is done once in so many messages.
 const SEEN_SLACK: usize = 64;
+/// Endings of any registration between two looks at the same one, which walk all its ids.
+const TIDY_EVERY: i64 = 32;
 
 /// The first numbers not used yet.
 pub(super) struct Numbers {
     registration: i64,
     message: i64,
     ended: i64,
+    /// For each registration the `ended` at which its ids were last looked through.
+    tidied: BTreeMap<i64, i64>,
 }
 
 /// What [`tidy`] must look at before a commit.
@@ -70,6 +77,7 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
         }
         StoreOp::DeleteRegistration(id) => {
             changes.deleted = true;
+            numbers.tidied.remove(&signed(id.0));
             db.prepare_cached("DELETE FROM messages WHERE registration = ?1")?.execute([signed(id.0)])?;
             db.prepare_cached("DELETE FROM registrations WHERE id = ?1")?.execute([signed(id.0)])?;
             Ok(())
@@ -112,9 +120,13 @@ pub(super) fn put_ended(
 }
 
 /// Drops what is not needed any more; last in a transaction.
-pub(super) fn tidy(db: &Connection, numbers: &Numbers, changes: &Changes) -> Result<()> {
+pub(super) fn tidy(db: &Connection, numbers: &mut Numbers, changes: &Changes) -> Result<()> {
     let mut deleted = changes.deleted;
     for registration in &changes.ended {
+        if numbers.tidied.get(registration).is_some_and(|at| numbers.ended - at < TIDY_EVERY) {
+            continue;
+        }
+        numbers.tidied.insert(*registration, numbers.ended);
         // Index steps only, and none of them a deletion until the slack is used up.
         let pruned = db
             .prepare_cached(
@@ -152,11 +164,13 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
                 (SELECT ifnull(max(ended), 0) + 1 FROM messages)
          FROM numbers",
         [],
-        |row| Ok(Numbers { registration: row.get(0)?, message: row.get(1)?, ended: row.get(2)? }),
+        |row| {
+            Ok(Numbers { registration: row.get(0)?, message: row.get(1)?, ended: row.get(2)?, tidied: BTreeMap::new() })
+        },
     )?;
     numbers.registration = numbers.registration.max(1);
     numbers.message = numbers.message.max(1);
-    drop_orphans(db, &numbers)?;
+    drop_orphans(db, &mut numbers)?;
     let snapshot = Snapshot {
         registrations: rows(
             db,
@@ -183,7 +197,7 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
 }
 
 /// Messages whose registration could not be stored while they could: nobody can ever take them.
-fn drop_orphans(db: &Connection, numbers: &Numbers) -> Result<()> {
+fn drop_orphans(db: &Connection, numbers: &mut Numbers) -> Result<()> {
     let orphans = db.execute("DELETE FROM messages WHERE registration NOT IN (SELECT id FROM registrations)", [])?;
     if orphans > 0 {
         log::warn!("{orphans} stored messages belong to no registration and were dropped");
