@@ -87,6 +87,20 @@ impl Autopush {
                 }
             }
         }
+        // What was handed out when its successor came is not given out again: of a topic the newest stays.
+        let newest: Vec<(String, Option<String>, String)> =
+            client.stored.iter().map(|m| (m.channel.clone(), m.topic.clone(), m.version.clone())).collect();
+        let dropped = &mut self.dropped;
+        client.stored.retain(|m| {
+            let newer = |(channel, topic, version): &(String, Option<String>, String)| {
+                topic.is_some() && *channel == m.channel && *topic == m.topic && *version > m.version
+            };
+            let keep = !newest.iter().any(newer);
+            if !keep {
+                dropped.push(m.number);
+            }
+            keep
+        });
     }
 
     pub(crate) fn links(&self) -> Vec<LinkKey> {
