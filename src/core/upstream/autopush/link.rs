@@ -7,7 +7,7 @@ use super::{
     wire::{self, Ack, Incoming, Notification, Outgoing},
 };
 use crate::{
-    core::upstream::{IncomingBody, IncomingMessage, Output, backoff::between, quiet::hint},
+    core::upstream::{IncomingBody, IncomingMessage, Output, PROOF_TIMEOUT, backoff::between, quiet::hint},
     event::{LinkError, LinkId},
     model::{FailureReason, Urgency},
     time::{Instant, Now},
@@ -168,6 +168,16 @@ impl Session {
             if matches!(entry.step, Step::Sent { .. }) {
                 entry.step = Step::Queued { not_before: now };
             }
+        }
+    }
+
+    /// Asks an open link for a sign of life.
+    pub(super) fn prove(&mut self, now: Instant) {
+        if let Link::Online(online) = &mut self.link
+            && online.proof_by.is_none()
+        {
+            online.proof_by = Some(now + PROOF_TIMEOUT);
+            self.outputs.push_back(Output::Ping(online.id));
         }
     }
 

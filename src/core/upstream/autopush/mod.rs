@@ -17,10 +17,7 @@ use std::{
 use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
 use self::wire::Outgoing;
-use super::{
-    CONNECT_TIMEOUT, Channel, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
-    quiet::Quiet,
-};
+use super::{CONNECT_TIMEOUT, Channel, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet};
 use crate::{
     event::{LinkEvent, LinkId},
     model::{FailureReason, RegistrationId},
@@ -216,7 +213,7 @@ impl Session {
             }
             Link::Online(online) if online.proof_by.is_some_and(|by| by <= now) => {
                 let id = online.id;
-                self.drop_link(id, "the link was dead after the network changed", now);
+                self.drop_link(id, "the link was dead: the server did not answer", now);
                 self.backoff.at_once(now);
             }
             Link::Online(online) if online.silence_ends() <= now => {
@@ -232,13 +229,8 @@ impl Session {
     /// The network came back or changed, or the machine woke up.
     pub fn handle_network(&mut self, now: Now) {
         let now = now.boot;
-        match &mut self.link {
-            Link::Online(online) => {
-                if online.proof_by.is_none() {
-                    online.proof_by = Some(now + PROOF_TIMEOUT);
-                    self.outputs.push_back(Output::Ping(online.id));
-                }
-            }
+        match &self.link {
+            Link::Online(_) => self.prove(now),
             Link::Greeting { id, asked } if now.since(*asked) >= STALE_ATTEMPT => {
                 let id = *id;
                 self.drop_link(id, "tried again because the network changed", now);

@@ -125,6 +125,8 @@ impl Session {
             };
             if entry.tries > 0 {
                 self.bury(entry.channel);
+                // A server that answers nothing may be gone without a word.
+                self.prove(now);
             }
             self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
         }
@@ -134,6 +136,9 @@ impl Session {
             .filter(|(_, e)| matches!(e.step, Step::Sent { deadline } if deadline <= now))
             .map(|(registration, _)| *registration)
             .collect();
+        if !unanswered.is_empty() {
+            self.prove(now);
+        }
         for registration in unanswered {
             self.requeue(registration, now);
         }

@@ -310,6 +310,20 @@ fn a_lost_reply_is_a_network_failure_and_a_late_one_is_undone() {
 }
 
 #[test]
+fn a_link_on_which_a_registration_stays_unanswered_is_proved() {
+    let mut world = World::new(Some("u1"), vec![channel(9)]);
+    let link = world.online();
+    world.register(1);
+    world.take();
+    world.pass(REGISTER_TIMEOUT);
+    assert!(world.take().contains(&Output::Ping(link)));
+    world.pass(PROOF_TIMEOUT);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(link)), "{outputs:?}");
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn endpoints_over_a_thousand_bytes_or_of_another_kind_are_none() {
     for endpoint in [format!("https://push/{}", "x".repeat(1000)), "ftp://push/1".into(), String::new()] {
         let mut world = World::new(Some("u1"), vec![channel(9)]);
