@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    super::{IncomingBody, IncomingMessage},
+    super::{IncomingBody, IncomingMessage, PROOF_TIMEOUT},
     *,
 };
 use crate::{event::LinkError, model::Urgency, time::UnixTime};
