@@ -44,8 +44,9 @@ const TARGETS: usize = 1 << 20;
 
 /// Events taken in per turn: busy input must not starve the timers.
 const BUDGET: usize = 256;
-/// After this many events the heap is worth trimming once it is quiet.
-const BURST: usize = 256;
+/// After this many events it is worth taking a rest (`memory::rest`) once it is quiet: more than the few of a heartbeat,
+/// which must not cost a second wake-up each time.
+const BURST: usize = 64;
 /// How long it must be quiet before.
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -247,6 +248,7 @@ impl Shell {
         if timeout == Some(QUIET) && self.events.is_empty() {
             self.since_trim = 0;
             self.pending.shrink_to(16);
+            self.link_events.shrink_to(16);
             memory::rest();
         }
         for event in &self.events {

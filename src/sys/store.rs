@@ -1,7 +1,7 @@
 //! SQLite on its own thread: registrations, messages until they end, and what upstreams and the ledger must remember.
 //!
 //! Group commit: the thread takes what is queued, writes it in one transaction and answers every ticket in order once
-//! that is on the disk. Lazy operations alone wait up to [`LAZY`] for company. With nothing queued the thread sleeps
+//! that is on the disk. Lazy operations alone wait up to 2 s for company. With nothing queued the thread sleeps
 //! without a timeout.
 
 mod database;

@@ -2,7 +2,7 @@
 //!
 //! One link carries all topics. When the list grows a second link is made with the new list, and the first is closed
 //! only when the second is subscribed and the first has brought what was on its way to it. A link that takes no other's
-//! place may lack a message that was about to be stored: a few seconds later it is replaced once by another. ntfy has no acknowledgement: the `since` cursor takes its place, see [`cursor`].
+//! place may lack a message that was about to be stored: a few seconds later it is replaced once by another. ntfy has no acknowledgement: the `since` cursor takes its place, see `cursor.rs`.
 //! A message that comes again is handed on again while it is not safe, and left out once it is.
 //!
 //! A server of version 2.11 refuses a WebSocket, whatever the reason, with an empty `200` (measured: bad credentials,
