@@ -1,4 +1,8 @@
 use super::*;
+use crate::{
+    event::{CallOutcome, FetchError, StartOutcome},
+    model::Bus,
+};
 
 /// One app with one registration, and a clock.
 struct World {
