@@ -4,8 +4,8 @@
 //! [`Core::poll_timeout`]. Nothing else changes it. The same events at the same times with the same seed give the same
 //! actions, so the whole daemon can be simulated (tests/sim).
 //!
-//! This file only wires: the parts (`upstream`, `delivery`, `lifecycle`, `ledger`) do not know one another. They meet in
-//! two places: delivery asks for an app to be made ready, and a pending delivery vetoes freezing it.
+//! This file takes events in and passes them to the parts (`upstream`, `delivery`, `lifecycle`, `ledger`), which do not know
+//! one another; `wiring` passes on what they want.
 
 mod access;
 mod control;
@@ -17,6 +17,7 @@ mod registering;
 mod registry;
 mod unsaved;
 pub mod upstream;
+mod wiring;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -31,24 +32,22 @@ use rand_chacha::{
 
 use self::{
     control::Commands,
-    delivery::{Admission, Arrival, ArrivalBody, Delivery, Handover},
+    delivery::Delivery,
     ledger::{Ledger, Phase},
-    lifecycle::{Lifecycle, Readiness, SampleKind},
+    lifecycle::{Lifecycle, SampleKind},
     queries::ReportRun,
     registering::Farewell,
     registry::Registry,
     unsaved::Unsaved,
-    upstream::{Channel, IncomingBody, IncomingMessage, LinkIds, Session},
+    upstream::{Channel, LinkIds, Session},
 };
 use crate::{
-    action::{Action, ConnectorCall, StoreOp},
+    action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{
-        AppKey, AppRecord, Bus, Ending, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId,
-    },
+    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
     time::{Instant, Now, earliest},
-    view::{LinkState, Messages},
+    view::Messages,
 };
 
 /// An app asked to start that has not taken its name by then has failed to.
@@ -457,200 +456,6 @@ impl Core {
         }
     }
 
-    /// Lets the parts talk until all are quiet.
-    fn pump(&mut self, now: Now) {
-        loop {
-            let session = self
-                .upstreams
-                .iter_mut()
-                .enumerate()
-                .find_map(|(index, upstream)| upstream.session.poll_output().map(|output| (index, output)));
-            if let Some((index, output)) = session {
-                self.on_upstream(index, output, now);
-            } else if let Some(output) = self.lifecycle.poll_output() {
-                // Before delivery's: an app is thawed before it is called.
-                self.on_lifecycle(output, now);
-            } else if let Some(output) = self.delivery.poll_output() {
-                self.on_delivery(output, now);
-            } else {
-                break;
-            }
-        }
-        self.release_held();
-        self.say_farewells(now);
-        if self.ending.is_some() && self.lifecycle.is_quiet() {
-            self.exit();
-        }
-    }
-
-    fn on_upstream(&mut self, index: usize, output: upstream::Output, now: Now) {
-        let Some(upstream) = self.upstreams.get(index) else { return };
-        let name = Arc::clone(&upstream.settings.name);
-        match output {
-            upstream::Output::Connect { link, path } => {
-                self.actions.push_back(Action::Connect { link, upstream: name, path });
-            }
-            upstream::Output::Send(link, text) => self.actions.push_back(Action::Send(link, text)),
-            upstream::Output::Ping(link) => self.actions.push_back(Action::Ping(link)),
-            upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
-            upstream::Output::Registered { registration, channel, endpoint } => {
-                self.registered(registration, channel, endpoint, now);
-            }
-            upstream::Output::RegisterFailed { registration, reason, text } => {
-                self.register_failed(registration, reason, text, now);
-            }
-            upstream::Output::Lost { registration, text } => self.registration_lost(registration, &text, now),
-            upstream::Output::Message(message) => self.on_message(index, message, now),
-            upstream::Output::Remember { key, value } => {
-                self.remember(index, key, value.into());
-            }
-            upstream::Output::RememberBehind { key, value } => self.remember_behind(index, key, value.into()),
-            upstream::Output::StateChanged(state) => match state {
-                LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
-                LinkState::Connecting => log::debug!("upstream {name}: connecting"),
-                LinkState::Online => log::info!("upstream {name}: online"),
-                LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
-            },
-        }
-    }
-
-    fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
-        let latest = now.wall + self.settings.limits.max_age;
-        let arrival = Arrival {
-            registration: message.registration,
-            id: message.id,
-            body: match message.body {
-                IncomingBody::Bytes(bytes) => ArrivalBody::Bytes(bytes),
-                IncomingBody::Attachment { url, size } => ArrivalBody::Attachment { url, size },
-                IncomingBody::Undecodable(why) => ArrivalBody::Undecodable(why),
-            },
-            expires: message.expires.map_or(latest, |expires| expires.min(latest)),
-            topic: message.topic,
-            urgency: message.urgency,
-        };
-        match self.delivery.arrived(arrival, now) {
-            Admission::Queued => self.messages.received += 1,
-            Admission::Duplicate => self.messages.duplicates += 1,
-            Admission::Unusable => self.messages.unusable += 1,
-            Admission::NoRoom => {
-                let name = self.upstreams.get(index).map(|upstream| &*upstream.settings.name).unwrap_or_default();
-                log::debug!("upstream {name}: a message is left at the server until the disk can be written");
-            }
-        }
-    }
-
-    fn on_delivery(&mut self, output: delivery::Output, now: Now) {
-        match output {
-            delivery::Output::Persist(message) => {
-                let seq = message.seq;
-                self.store(StoreOp::PutMessage(message), Some(Stored::Message(seq)));
-            }
-            delivery::Output::End(seq, ending) => {
-                self.messages.ended(ending);
-                if ending != Ending::Unregistered {
-                    self.store(StoreOp::EndMessage(seq, ending), None);
-                }
-            }
-            delivery::Output::LoadBody(seq) => self.store(StoreOp::LoadBody(seq), None),
-            delivery::Output::Fetch { ticket, registration, url } => {
-                if let Some(registration) = self.registry.get(registration) {
-                    let upstream = Arc::clone(&registration.upstream);
-                    let limit = u32::try_from(delivery::MESSAGE_MAX).unwrap_or(u32::MAX);
-                    self.actions.push_back(Action::Fetch { ticket, upstream, url, limit });
-                }
-            }
-            delivery::Output::Safe(registration, id) => {
-                if let Some(index) = self.upstream_of(registration)
-                    && let Some(upstream) = self.upstreams.get_mut(index)
-                {
-                    upstream.session.safe(registration, &id, now);
-                }
-            }
-            delivery::Output::Wake(app) => self.wake(&app, now),
-            delivery::Output::Call { ticket, app, owner, version, call } => {
-                let call = match call {
-                    Handover::Message { token, id, body } => ConnectorCall::Message { token, body, id },
-                    Handover::Endpoint { token, endpoint } => ConnectorCall::NewEndpoint { token, endpoint },
-                };
-                self.actions.push_back(Action::Call { ticket, app, owner, version, call });
-            }
-            delivery::Output::EndpointTold(registration) => {
-                if let Some(registration) = self.registry.get_mut(registration)
-                    && !std::mem::replace(&mut registration.told, true)
-                {
-                    let op = StoreOp::PutRegistration(registration.clone());
-                    self.store(op, None);
-                }
-            }
-            delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
-            delivery::Output::Pending(app, pending) => self.lifecycle.set_pending(&app, pending, now),
-            delivery::Output::Note(app, verdict, reason) => {
-                self.lifecycle.note(&app, verdict, reason, now);
-            }
-        }
-    }
-
-    /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
-    fn wake(&mut self, app: &AppKey, now: Now) {
-        let Some(presence) = self.apps.get_mut(app) else { return };
-        let readiness = self.lifecycle.wanted(app, now);
-        match (presence.owner.clone(), readiness) {
-            // Comes back as `Runnable`, or as the end of the old instance.
-            (_, Readiness::Ending) | (Some(_), Readiness::Thawing) => {}
-            (Some(owner), Readiness::Ready | Readiness::NotRunning) => self.delivery.ready(app, owner, now),
-            (None, Readiness::Ready | Readiness::NotRunning | Readiness::Thawing) => {
-                if presence.starting.is_none() && self.ending.is_none() {
-                    presence.starting = Some(now.boot + START_TIME);
-                    self.lifecycle.note(app, "start", "a message is waiting for it", now);
-                    self.actions.push_back(Action::Start(app.clone()));
-                }
-            }
-        }
-    }
-
-    fn on_lifecycle(&mut self, output: lifecycle::Output, now: Now) {
-        match output {
-            lifecycle::Output::Freeze(target) => {
-                self.call_off(target, now);
-                self.actions.push_back(Action::Freeze(target));
-            }
-            lifecycle::Output::Thaw(target) => self.actions.push_back(Action::Thaw(target)),
-            lifecycle::Output::PageOut(target) => self.actions.push_back(Action::PageOut(target)),
-            lifecycle::Output::Kill { target, grace } => {
-                self.call_off(target, now);
-                self.actions.push_back(Action::Kill { target, grace });
-            }
-            lifecycle::Output::Forget(target) => {
-                self.samples.remove(&target);
-                self.report_target_done(target, now);
-                self.actions.push_back(Action::Forget(target));
-            }
-            lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
-            lifecycle::Output::Runnable(app) => {
-                if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
-                    self.delivery.ready(&app, owner, now);
-                }
-            }
-            lifecycle::Output::CommandDone(app, command, result) => self.command_done(&app, command, result),
-            lifecycle::Output::Record { app, declares } => {
-                if let Some(presence) = self.apps.get_mut(&app) {
-                    presence.declares = declares;
-                    self.put_record(&app);
-                }
-            }
-            lifecycle::Output::Decided(app, decision) => {
-                log::info!("{app}: {}: {}", decision.verdict, decision.reason);
-            }
-        }
-    }
-
-    /// No calls to an app that is about to be held still or ended.
-    fn call_off(&mut self, target: TargetId, now: Now) {
-        if let Some(app) = self.lifecycle.app_of(target).cloned() {
-            self.delivery.unready(&app, now);
-        }
-    }
-
     fn sample(&mut self, target: TargetId, purpose: Purpose) {
         self.samples.entry(target).or_default().push_back(purpose);
         self.actions.push_back(Action::Sample(target));
@@ -688,7 +493,7 @@ impl Core {
         self.upstreams.iter().position(|upstream| upstream.settings.name == *name)
     }
 
-    fn reply(&mut self, call: CallId, reply: crate::action::Reply) {
+    fn reply(&mut self, call: CallId, reply: Reply) {
         self.actions.push_back(Action::Reply(call, reply));
     }
 
