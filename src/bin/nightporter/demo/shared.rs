@@ -73,6 +73,8 @@ impl State {
 /// Fast enough for a demo; the defaults are 10 s, 60 s, 10 min and 10 s.
 const LIFECYCLE: &str =
     "grace = \"300ms\"\npage-out-after = \"700ms\"\ntombstone-after = \"3s\"\nawake-window = \"300ms\"\n";
+/// The daemon gives back what a burst of work took once it is quiet for 2 s; the apps on their own were settled as well.
+const SETTLED: Duration = Duration::from_secs(3);
 const START: Duration = Duration::from_secs(30);
 /// Long enough for a daemon that tries again.
 const DELIVERY: Duration = Duration::from_secs(15);
@@ -102,11 +104,12 @@ pub(super) fn run(
     progress.set_message("Through Night Porter: at rest, measuring");
     rest(world, &daemon)?;
 
-    let report: Report = client::decode(&daemon.ask("Report", None)?)?;
+    world.pause(SETTLED)?;
     let pss = processes::apps_pss(world.report_socket()).values().sum();
     let Some(daemon_pss) = processes::pss(pid) else {
         return Err(Failure::new(Exit::Failed, format!("the daemon cannot be measured{}", world.logs())));
     };
+    let report: Report = client::decode(&daemon.ask("Report", None)?)?;
     let (Some(running), Some(frozen), Some(tombstoned)) =
         (rounds.wake(State::Running), rounds.wake(State::Frozen), rounds.wake(State::Tombstoned))
     else {
