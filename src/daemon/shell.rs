@@ -69,7 +69,9 @@ pub(super) struct Shell {
     pending: VecDeque<Event>,
     link_events: Vec<(LinkId, LinkEvent)>,
     more_on_links: bool,
-    since_trim: usize,
+    /// Events since the last rest, and when the latest came.
+    since_rest: usize,
+    latest: Instant,
     told_ready: bool,
 }
 
@@ -133,7 +135,8 @@ impl Shell {
             pending: VecDeque::new(),
             link_events: Vec::new(),
             more_on_links: false,
-            since_trim: BURST,
+            since_rest: BURST,
+            latest: clock::boot(),
             told_ready: false,
         };
         Ok((shell, snapshot))
@@ -159,8 +162,10 @@ impl Shell {
             }
             for _ in 0..BUDGET {
                 let Some(event) = self.pending.pop_front() else { break };
-                self.since_trim += 1;
-                core.handle(event, clock::now());
+                let now = clock::now();
+                self.since_rest += 1;
+                self.latest = now.boot;
+                core.handle(event, now);
             }
             if self.store.poll_timeout().is_some() {
                 self.store.handle_timeout(clock::boot());
@@ -232,11 +237,11 @@ impl Shell {
         if let Err(error) = self.alarm.set(deadline) {
             return Err(DaemonError::System("cannot set the timer", error));
         }
-        let overdue = deadline.is_some_and(|at| at <= clock::boot());
-        let timeout = if self.more_on_links || overdue {
+        let now = clock::boot();
+        let timeout = if self.more_on_links || deadline.is_some_and(|at| at <= now) {
             Some(Duration::ZERO)
-        } else if self.since_trim >= BURST {
-            Some(QUIET)
+        } else if self.since_rest >= BURST {
+            Some((self.latest + QUIET).since(now))
         } else {
             None
         };
@@ -245,8 +250,8 @@ impl Shell {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
             Err(error) => return Err(DaemonError::System("cannot wait for events", error)),
         }
-        if timeout == Some(QUIET) && self.events.is_empty() {
-            self.since_trim = 0;
+        if self.since_rest >= BURST && self.events.is_empty() && clock::boot() >= self.latest + QUIET {
+            self.since_rest = 0;
             self.pending.shrink_to(16);
             self.link_events.shrink_to(16);
             memory::rest();
