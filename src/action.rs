@@ -3,18 +3,19 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    event::{CallId, DeliveryTicket, FetchTicket, LinkId, StoreTicket},
+    config::UpstreamSettings,
+    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, StoreTicket},
     model::{
-        AppKey, AppRecord, ConnectorVersion, Ending, FailureReason, Message, MessageSeq, Owner, Registration,
-        RegistrationId, TargetId,
+        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, Message, MessageSeq, Owner,
+        Preference, Registration, RegistrationId, TargetId,
     },
 };
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Open a WebSocket to an upstream. The shell adds the configured base URL, credentials and TLS; the core never sees
-    /// a secret.
+    /// Open a link to an upstream: a WebSocket, a plain or TLS stream, or an HTTP event stream, as its protocol is. The
+    /// shell adds the configured base URL, credentials and TLS.
     Connect {
         /// Its name from now on.
         link: LinkId,
@@ -22,9 +23,13 @@ pub enum Action {
         upstream: Arc<str>,
         /// Appended to the base URL; may be empty.
         path: String,
+        /// Header fields of the request, where there is one, beside those the shell adds itself.
+        headers: Vec<(&'static str, String)>,
     },
     /// Send a text frame.
     Send(LinkId, String),
+    /// Send a binary frame, or bytes on a stream.
+    SendBytes(LinkId, Vec<u8>),
     /// Send a ping frame.
     Ping(LinkId),
     /// Close a link: with a close frame where it is open. No event follows.
@@ -40,6 +45,23 @@ pub enum Action {
         /// Most bytes to take.
         limit: u32,
     },
+    /// Make an HTTP request to an upstream, with its credentials and TLS. Ends with `Event::Http` within 30 s.
+    Http {
+        /// Comes back with the result.
+        ticket: HttpTicket,
+        /// Which upstream.
+        upstream: Arc<str>,
+        /// What to ask.
+        request: HttpRequest,
+    },
+    /// This upstream exists from now on, or has these settings: the user has set it up on a panel.
+    Configure(Box<UpstreamSettings>),
+    /// Hold off sleep (`true`: a message must reach its app first) or no more.
+    StayAwake(bool),
+    /// The answer to `Event::FallingAsleep`: the machine may sleep now.
+    AllowSleep,
+    /// Tell KDE's settings panel on this bus that what it shows has changed.
+    PanelChanged(Bus),
     /// Write to the store.
     Store(StoreOp, Option<StoreTicket>),
     /// Answer a call on a bus.
@@ -86,6 +108,19 @@ pub enum Action {
     Exit,
 }
 
+/// An HTTP request to an upstream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpRequest {
+    /// `GET`, `POST`, `PUT` or `DELETE`.
+    pub method: &'static str,
+    /// Appended to the base URL, query included.
+    pub path: String,
+    /// A JSON document to send.
+    pub json: Option<String>,
+    /// Most bytes to take of the answer.
+    pub limit: u32,
+}
+
 /// A method of the app's connector (push.md §0).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConnectorCall {
@@ -117,7 +152,7 @@ pub enum ConnectorCall {
 pub enum StoreOp {
     /// Insert or replace a registration.
     PutRegistration(Registration),
-    /// Remove a registration with all its messages.
+    /// Remove a registration with all its messages and former routes.
     DeleteRegistration(RegistrationId),
     /// Keep a message until it ends.
     PutMessage(Message),
@@ -134,6 +169,14 @@ pub enum StoreOp {
         /// The value; empty forgets it.
         value: Arc<str>,
     },
+    /// Insert or replace a former route (by registration and upstream).
+    PutFormer(FormerRoute),
+    /// Remove a former route.
+    DeleteFormer(RegistrationId, Arc<str>),
+    /// Insert or replace a preference (by bus and app).
+    PutPreference(Preference),
+    /// Remove a preference.
+    DeletePreference(Bus, Option<Arc<str>>),
     /// Insert or replace an app's lifecycle record. May be delayed up to 2 s to join another write.
     PutApp(AppRecord),
     /// Remove an app's lifecycle record.
@@ -158,6 +201,8 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
+    /// What KDE's settings panel shows.
+    Panel(Box<PanelState>),
     /// A D-Bus error.
     Error(ErrorKind, String),
 }
@@ -179,4 +224,17 @@ pub enum ErrorKind {
     Refused,
     /// `org.nightporter1.Error.Failed`: it was tried and did not work.
     Failed,
+}
+
+/// What KDE's settings panel shows (push.md §1.8), for the user who asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PanelState {
+    /// `status`: 0 unknown, 1 idle, 2 connected, 3 no network, 4 authentication error, 5 no setup.
+    pub status: i32,
+    /// `errorMessage`; empty if there is none.
+    pub error: String,
+    /// The upstream new registrations of the user go to.
+    pub upstream: UpstreamSettings,
+    /// `registeredClients`: token, service, description.
+    pub clients: Vec<(Arc<str>, Arc<str>, Arc<str>)>,
 }

@@ -2,10 +2,28 @@
 //!
 //! Secrets are never in here, only where to find them; `sys::credentials` reads them when a link is made.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod app;
+mod network;
+mod upstream;
+mod values;
+
+use std::{sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
+pub use self::{
+    app::{AppSettings, UrgencySettings},
+    network::{NetworkSettings, Proxy, Roaming},
+    upstream::{
+        ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
+        base_url,
+    },
+};
+use self::{
+    app::{RawApp, RawUrgency},
+    network::RawNetwork,
+    upstream::RawUpstream,
+};
 use crate::model::{LifecycleTimes, Profile};
 
 /// Valid settings. Every key has a default, so an empty file is a valid one.
@@ -15,91 +33,16 @@ pub struct Settings {
     pub profile: Profile,
     /// At least one; the first is the default for new registrations.
     pub upstreams: Vec<UpstreamSettings>,
+    /// What single apps are allowed.
+    pub apps: Vec<AppSettings>,
+    /// Which messages may wake an app when.
+    pub urgency: UrgencySettings,
+    /// How the network is used.
+    pub network: NetworkSettings,
     /// Lifecycle times.
     pub lifecycle: LifecycleTimes,
     /// Bounds.
     pub limits: Limits,
-}
-
-/// One `[[upstream]]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UpstreamSettings {
-    /// How the user calls it.
-    pub name: Arc<str>,
-    /// Which protocol.
-    pub kind: UpstreamKind,
-    /// Base URL, `http`, `https`, `ws` or `wss`, without query, always ending in `/`.
-    pub url: Arc<str>,
-    /// Refuse registrations without a VAPID key (`VAPID_REQUIRED`).
-    pub require_vapid: bool,
-    /// Where the credentials are.
-    pub credentials: Credentials,
-    /// A PEM file of certificates trusted for this upstream instead of the system's.
-    pub ca_file: Option<PathBuf>,
-}
-
-impl UpstreamSettings {
-    /// The base URL for HTTP: `ws` and `wss` written as `http` and `https`.
-    pub fn http_url(&self) -> String {
-        match self.url.strip_prefix("ws") {
-            Some(rest) => format!("http{rest}"),
-            None => self.url.to_string(),
-        }
-    }
-
-    /// The base URL for a WebSocket: `http` and `https` written as `ws` and `wss`.
-    pub fn ws_url(&self) -> String {
-        match self.url.strip_prefix("http") {
-            Some(rest) => format!("ws{rest}"),
-            None => self.url.to_string(),
-        }
-    }
-}
-
-/// The protocols spoken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum UpstreamKind {
-    /// Mozilla autopush, and `nightporter-relay`.
-    Autopush,
-    /// ntfy.
-    Ntfy,
-}
-
-impl UpstreamKind {
-    /// As in the configuration.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Autopush => "autopush",
-            Self::Ntfy => "ntfy",
-        }
-    }
-}
-
-/// Where an upstream's secret is. The files are read at each connect, so that a changed one needs no restart.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Credentials {
-    /// None needed.
-    #[default]
-    None,
-    /// `Authorization: Bearer` with the first line of this file.
-    TokenFile(SecretSource),
-    /// `Authorization: Basic` with this user and the first line of this file.
-    Password {
-        /// User name.
-        username: Arc<str>,
-        /// Where the password is.
-        password: SecretSource,
-    },
-}
-
-/// A file, or a systemd credential (`LoadCredential=`, systemd.exec(5)).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretSource {
-    /// An absolute path.
-    File(PathBuf),
-    /// A name below `$CREDENTIALS_DIRECTORY`.
-    Credential(String),
 }
 
 /// Bounds on what peers can make the daemon keep (design.md, invariant 8).
@@ -167,24 +110,11 @@ const SHORTEST: Duration = Duration::from_millis(10);
 struct RawConfig {
     profile: Profile,
     upstream: Vec<RawUpstream>,
+    app: Vec<RawApp>,
+    urgency: RawUrgency,
+    network: RawNetwork,
     lifecycle: RawLifecycle,
     limits: RawLimits,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-struct RawUpstream {
-    name: String,
-    kind: UpstreamKind,
-    url: String,
-    #[serde(default)]
-    require_vapid: bool,
-    token_file: Option<String>,
-    token_credential: Option<String>,
-    username: Option<String>,
-    password_file: Option<String>,
-    password_credential: Option<String>,
-    ca_file: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -215,9 +145,9 @@ impl Settings {
         let raw: RawConfig = toml::from_str(text).map_err(|e| ConfigError::Syntax(e.to_string()))?;
         let mut upstreams: Vec<UpstreamSettings> = Vec::with_capacity(raw.upstream.len().max(1));
         for (index, upstream) in raw.upstream.into_iter().enumerate() {
-            let upstream = upstream_settings(upstream, index)?;
+            let upstream = upstream.check(index)?;
             if upstreams.iter().any(|other| other.name == upstream.name) {
-                return Err(value(
+                return Err(values::wrong(
                     format!("upstream[{index}].name"),
                     format!("\"{}\" is used twice; each upstream needs a name of its own", upstream.name),
                 ));
@@ -227,7 +157,17 @@ impl Settings {
         if upstreams.is_empty() {
             upstreams.push(default_upstream());
         }
+        let names: Vec<Arc<str>> = upstreams.iter().map(|upstream| Arc::clone(&upstream.name)).collect();
+        let mut apps: Vec<AppSettings> = Vec::with_capacity(raw.app.len());
+        for (index, app) in raw.app.into_iter().enumerate() {
+            let app = app.check(index, &names)?;
+            if apps.iter().any(|other| other.name == app.name) {
+                return Err(values::wrong(format!("app[{index}].name"), format!("\"{}\" is used twice", app.name)));
+            }
+            apps.push(app);
+        }
         let times = LifecycleTimes::default();
+        let duration = |key: &str, text, default| values::duration(key, text, default, SHORTEST..=LONGEST);
         let lifecycle = LifecycleTimes {
             grace: duration("lifecycle.grace", raw.lifecycle.grace, times.grace)?,
             page_out_after: duration("lifecycle.page-out-after", raw.lifecycle.page_out_after, times.page_out_after)?,
@@ -239,12 +179,20 @@ impl Settings {
             awake_window: duration("lifecycle.awake-window", raw.lifecycle.awake_window, times.awake_window)?,
         };
         if lifecycle.tombstone_after < lifecycle.grace {
-            return Err(value(
+            return Err(values::wrong(
                 "lifecycle.tombstone-after".into(),
                 "is shorter than lifecycle.grace; an app would be killed before it is frozen".into(),
             ));
         }
-        Ok(Self { profile: raw.profile, upstreams, lifecycle, limits: limits(raw.limits)? })
+        Ok(Self {
+            profile: raw.profile,
+            upstreams,
+            apps,
+            urgency: raw.urgency.check()?,
+            network: raw.network.check()?,
+            lifecycle,
+            limits: limits(raw.limits)?,
+        })
     }
 }
 
@@ -253,6 +201,9 @@ impl Default for Settings {
         Self {
             profile: Profile::default(),
             upstreams: vec![default_upstream()],
+            apps: Vec::new(),
+            urgency: UrgencySettings::default(),
+            network: NetworkSettings::default(),
             lifecycle: LifecycleTimes::default(),
             limits: Limits::default(),
         }
@@ -260,113 +211,18 @@ impl Default for Settings {
 }
 
 fn default_upstream() -> UpstreamSettings {
-    UpstreamSettings {
-        name: "mozilla".into(),
-        kind: UpstreamKind::Autopush,
-        url: MOZILLA.into(),
-        require_vapid: false,
-        credentials: Credentials::None,
-        ca_file: None,
-    }
-}
-
-fn upstream_settings(raw: RawUpstream, index: usize) -> Result<UpstreamSettings, ConfigError> {
-    let key = |name: &str| format!("upstream[{index}].{name}");
-    if raw.name.is_empty() || raw.name.len() > 64 || raw.name.chars().any(char::is_control) {
-        return Err(value(key("name"), "must be 1 to 64 bytes without control characters".into()));
-    }
-    let url = base_url(&raw.url).map_err(|problem| value(key("url"), problem))?;
-    let token = secret(&key("token"), raw.token_file, raw.token_credential)?;
-    let password = secret(&key("password"), raw.password_file, raw.password_credential)?;
-    let credentials = match (token, raw.username, password) {
-        (None, None, None) => Credentials::None,
-        (Some(token), None, None) => Credentials::TokenFile(token),
-        (None, Some(username), Some(password)) => Credentials::Password { username: username.into(), password },
-        (Some(_), _, _) => {
-            return Err(value(key("token-file"), "give either a token or a username and password, not both".into()));
-        }
-        (None, _, _) => {
-            return Err(value(key("username"), "username and password-file belong together".into()));
-        }
-    };
-    Ok(UpstreamSettings {
-        name: raw.name.into(),
-        kind: raw.kind,
-        url: url.into(),
-        require_vapid: raw.require_vapid,
-        credentials,
-        ca_file: raw.ca_file.map(|path| absolute(&key("ca-file"), path)).transpose()?,
-    })
-}
-
-fn base_url(text: &str) -> Result<String, String> {
-    let uri: http::Uri = text.parse().map_err(|e| format!("\"{text}\" is not a URL: {e}"))?;
-    match uri.scheme_str() {
-        Some("ws" | "wss" | "http" | "https") => {}
-        _ => return Err(format!("\"{text}\" must begin with wss://, ws://, https:// or http://")),
-    }
-    let Some(authority) = uri.authority().filter(|a| !a.host().is_empty()) else {
-        return Err(format!("\"{text}\" names no host"));
-    };
-    if authority.as_str().contains('@') {
-        return Err("must not hold a user name or password; use username and password-file".into());
-    }
-    if uri.query().is_some() {
-        return Err(format!("\"{text}\" must not hold a query"));
-    }
-    Ok(if text.ends_with('/') { text.to_owned() } else { format!("{text}/") })
-}
-
-fn secret(key: &str, file: Option<String>, credential: Option<String>) -> Result<Option<SecretSource>, ConfigError> {
-    match (file, credential) {
-        (None, None) => Ok(None),
-        (Some(path), None) => Ok(Some(SecretSource::File(absolute(&format!("{key}-file"), path)?))),
-        (None, Some(name)) if !name.is_empty() && !name.contains('/') && name != ".." => {
-            Ok(Some(SecretSource::Credential(name)))
-        }
-        (None, Some(_)) => Err(value(format!("{key}-credential"), "must be a name without \"/\"".into())),
-        (Some(_), Some(_)) => {
-            Err(value(format!("{key}-file"), format!("give either this or {key}-credential, not both")))
-        }
-    }
-}
-
-fn absolute(key: &str, path: String) -> Result<PathBuf, ConfigError> {
-    let path = PathBuf::from(path);
-    if path.is_absolute() {
-        Ok(path)
-    } else {
-        Err(value(key.into(), format!("\"{}\" must be an absolute path", path.display())))
-    }
-}
-
-fn duration(key: &str, text: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
-    let Some(text) = text else { return Ok(default) };
-    let parsed = humantime::parse_duration(&text)
-        .map_err(|e| value(key.into(), format!("\"{text}\" is not a duration such as \"10s\" or \"10min\": {e}")))?;
-    if (SHORTEST..=LONGEST).contains(&parsed) {
-        Ok(parsed)
-    } else {
-        Err(value(key.into(), format!("\"{text}\" is out of range; 10ms to 7days are possible")))
-    }
+    UpstreamSettings::new("mozilla", UpstreamKind::Autopush, MOZILLA)
 }
 
 fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
     let default = Limits::default();
-    let count = |key: &str, given: Option<usize>, default: usize, most: usize| match given {
-        None => Ok(default),
-        Some(n) if (1..=most).contains(&n) => Ok(n),
-        Some(n) => Err(value(format!("limits.{key}"), format!("{n} is out of range; 1 to {most} are possible"))),
-    };
-    let max_age = match raw.max_age {
-        None => default.max_age,
-        Some(text) => humantime::parse_duration(&text)
-            .ok()
-            .filter(|age| (Duration::from_secs(60)..=Duration::from_secs(30 * 24 * 3600)).contains(age))
-            .ok_or_else(|| {
-                value("limits.max-age".into(), format!("\"{text}\" is not a duration from \"1min\" to \"30days\""))
-            })?,
-    };
+    let count = |key: &str, given, default, most| values::count(&format!("limits.{key}"), given, default, most);
+    let max_age = values::duration(
+        "limits.max-age",
+        raw.max_age,
+        default.max_age,
+        Duration::from_secs(60)..=Duration::from_secs(30 * 24 * 3600),
+    )?;
     let attempts = count("attempts", raw.attempts.map(|n| n as usize), default.attempts as usize, 100)?;
     Ok(Limits {
         registrations: count("registrations", raw.registrations, default.registrations, 10_000)?,
@@ -382,13 +238,10 @@ fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
     })
 }
 
-const fn value(key: String, problem: String) -> ConfigError {
-    ConfigError::Value { key, problem }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Urgency;
 
     #[test]
     fn an_empty_file_is_the_default_configuration() {
@@ -415,6 +268,37 @@ mod tests {
             [limits]
             messages-per-app = 7
             max-age = "2days"
+            [urgency]
+            enabled = false
+            low-battery = 20
+            hold-at-most = "6h"
+            [network]
+            proxy = "http://proxy.example:3128"
+            roaming = "off"
+            wake-for-heartbeat = true
+            heartbeat-min = "2min"
+            heartbeat-max = "10min"
+            [[upstream]]
+            name = "broker"
+            kind = "mqtt"
+            url = "mqtts://broker.example:8883"
+            certificate-file = "/etc/nightporter/client.pem"
+            key-credential = "mqtt-key"
+            endpoint = "https://gateway.example/up/{channel}"
+            mqtt-version = "3.1.1"
+            topic-prefix = "phones/mine"
+            session-expiry = "7days"
+            receive-maximum = 10
+            [[upstream]]
+            name = "loud"
+            kind = "ntfy"
+            url = "https://loud.example"
+            short-topics = true
+            [[app]]
+            name = "im.dino.Dino"
+            upstream = "broker"
+            urgency = "high"
+            min-urgency = "very-low"
             "#,
         )
         .unwrap();
@@ -425,6 +309,48 @@ mod tests {
         assert_eq!(settings.lifecycle.awake_window, Duration::from_millis(500));
         assert_eq!(settings.limits.messages_per_app, 7);
         assert_eq!(settings.limits.max_age, Duration::from_secs(2 * 86_400));
+        assert_eq!(
+            settings.urgency,
+            UrgencySettings { enabled: false, low_battery: 20, hold_at_most: Duration::from_secs(6 * 3600) }
+        );
+        assert_eq!(
+            settings.network,
+            NetworkSettings {
+                proxy: Proxy::Url("http://proxy.example:3128/".into()),
+                roaming: Roaming::Off,
+                wake_for_heartbeat: true,
+                heartbeat: (Duration::from_secs(120), Duration::from_secs(600)),
+            }
+        );
+        let broker = &settings.upstreams[1];
+        assert_eq!(&*broker.url, "mqtts://broker.example:8883/");
+        assert_eq!(
+            broker.client_certificate,
+            Some(ClientCertificate {
+                certificate: "/etc/nightporter/client.pem".into(),
+                key: SecretSource::Credential("mqtt-key".into()),
+            })
+        );
+        assert_eq!(broker.endpoint.as_deref(), Some("https://gateway.example/up/{channel}"));
+        assert_eq!(
+            broker.mqtt,
+            MqttSettings {
+                version: Some(MqttVersion::V3),
+                topic_prefix: "phones/mine/".into(),
+                session_expiry: Duration::from_secs(7 * 86_400),
+                receive_maximum: 10,
+            }
+        );
+        assert!(settings.upstreams[2].short_topics);
+        assert_eq!(
+            settings.apps,
+            [AppSettings {
+                name: "im.dino.Dino".into(),
+                upstream: Some("broker".into()),
+                urgency: Urgency::High,
+                min_urgency: Some(Urgency::VeryLow),
+            }]
+        );
     }
 
     #[test]
@@ -448,6 +374,24 @@ mod tests {
                 "upstream[0].token-file",
             ),
             ("[limits]\nattempts = 0", "limits.attempts"),
+            ("[urgency]\nlow-battery = 101", "urgency.low-battery"),
+            ("[network]\nproxy = \"socks5://x\"", "network.proxy"),
+            ("[network]\nheartbeat-min = \"5min\"\nheartbeat-max = \"4min\"", "network.heartbeat-max"),
+            ("[[app]]\nname = \"a.b\"\nupstream = \"nowhere\"", "app[0].upstream"),
+            ("[[app]]\nname = \"a.b\"\n[[app]]\nname = \"a.b\"", "app[1].name"),
+            ("[[upstream]]\nname = \"a\"\nkind = \"mqtt\"\nurl = \"https://x\"", "upstream[0].url"),
+            (
+                "[[upstream]]\nname = \"a\"\nkind = \"ntfy\"\nurl = \"https://x\"\ntopic-prefix = \"a\"",
+                "upstream[0].topic",
+            ),
+            (
+                "[[upstream]]\nname = \"a\"\nkind = \"gotify\"\nurl = \"https://x\"\nendpoint = \"https://x/UP\"",
+                "upstream[0].endpoint",
+            ),
+            (
+                "[[upstream]]\nname = \"a\"\nkind = \"mqtt\"\nurl = \"mqtts://x\"\ncertificate-file = \"/x\"",
+                "upstream[0].certificate-file",
+            ),
         ];
         for (text, key) in cases {
             let error = Settings::parse(text).unwrap_err().to_string();

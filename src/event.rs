@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, TargetId};
+use crate::{
+    config::UpstreamSettings,
+    model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Secret, Surroundings, TargetId},
+};
 
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +46,14 @@ pub enum Event {
         /// `orig_data_size` over all zram devices, in KiB.
         zram_stored: u64,
     },
+    /// An HTTP request ended.
+    Http(HttpTicket, Result<HttpResponse, HttpError>),
     /// An address or a route came: worth an attempt at once.
     NetworkReturned,
+    /// Power or network are not what they were. Sent once at start, where something says so, and at each change.
+    Surroundings(Surroundings),
+    /// The machine is about to sleep and waits for `Action::AllowSleep`, a few seconds at most.
+    FallingAsleep,
     /// The machine slept and is awake again.
     Resumed,
     /// Asked to end (SIGTERM, SIGINT): thaw, close, exit.
@@ -55,15 +64,18 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinkId(pub u64);
 
-/// What happens on a WebSocket link.
+/// What happens on a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LinkEvent {
-    /// The WebSocket handshake is done.
+    /// The user name and the password for this link, where they go into the protocol itself (MQTT): right before `Open`.
+    Login(Login),
+    /// The link can be used: the WebSocket handshake is done, the stream is connected (and encrypted), or the response to
+    /// the request for an event stream has begun.
     Open,
     /// A text frame, within the size limit.
     Text(String),
-    /// A binary frame came; its content is dropped.
-    Binary,
+    /// A binary frame, or the next bytes of a stream, cut anywhere.
+    Bytes(Vec<u8>),
     /// A ping came (the pong is already on its way).
     Ping,
     /// A pong came.
@@ -79,6 +91,15 @@ pub enum LinkEvent {
     Failed(LinkError),
 }
 
+/// What a protocol of its own logs in with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Login {
+    /// User name, where there is one.
+    pub username: Option<Arc<str>>,
+    /// Password or token, where there is one.
+    pub password: Option<Secret>,
+}
+
 /// Why a link could not be made or broke.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
@@ -91,6 +112,15 @@ pub enum LinkError {
     /// TLS: certificate, protocol.
     #[error("TLS: {0}")]
     Tls(String),
+    /// The certificate is not valid at the time this machine believes it is.
+    #[error("this machine's clock is wrong, or the server's certificate is out of date: {0}")]
+    Clock(String),
+    /// Somebody between here and the server answers in its place, and wants a person to look at a page first.
+    #[error("the network wants you to log in on a web page first (captive portal){}", .0.as_deref().map(|page| format!(": {page}")).unwrap_or_default())]
+    Portal(Option<String>),
+    /// The proxy would not lead to the server.
+    #[error("the proxy: {0}")]
+    Proxy(String),
     /// Not done in time.
     #[error("the server did not answer in time")]
     Timeout,
@@ -110,6 +140,32 @@ pub enum LinkError {
     /// Reading or writing.
     #[error("the connection broke: {0}")]
     Io(String),
+}
+
+/// Names an HTTP request; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HttpTicket(pub u64);
+
+/// An answer of a server, whatever its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpResponse {
+    /// HTTP status.
+    pub status: u16,
+    /// The body as text, within the limit of the request.
+    pub body: String,
+    /// `Retry-After`, if it was given in seconds.
+    pub retry_after: Option<Duration>,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HttpError {
+    /// The body is larger than the request allowed, or is not UTF-8.
+    #[error("the server's answer cannot be used: {0}")]
+    Unusable(String),
+    /// The server was not reached, did not answer in time, or the credentials could not be read.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Orders store operations.
@@ -214,6 +270,8 @@ pub enum Request {
         vapid: Option<Arc<str>>,
         /// Which interface was called.
         version: ConnectorVersion,
+        /// The upstream the app wants, by name (our key `org.nightporter.upstream` in version 2's dictionary).
+        upstream: Option<Arc<str>>,
     },
     /// `org.unifiedpush.Distributor{1,2}.Unregister`.
     Unregister {
@@ -231,6 +289,15 @@ pub enum Request {
     },
     /// `org.nightporter1.Manager`: reading.
     Query(Query),
+    /// `org.nightporter1.Manager.Move`: from now on the app, or all apps of the caller's bus, use this upstream.
+    Move {
+        /// Which app; `None`: all.
+        service: Option<Arc<str>>,
+        /// The upstream's name.
+        upstream: Arc<str>,
+    },
+    /// `org.kde.kunifiedpush.Management` (push.md §1.8).
+    Panel(PanelRequest),
     /// `org.nightporter1.Manager`: acting on an app.
     Command {
         /// Whom to act on.
@@ -238,6 +305,18 @@ pub enum Request {
         /// What to do.
         command: Command,
     },
+}
+
+/// What KDE's settings panel asks for, on behalf of the user whose bus it is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PanelRequest {
+    /// `status`, `errorMessage`, `pushProviderId`, `registeredClients`, `pushProviderConfiguration`: answered with
+    /// `Reply::Panel`.
+    State,
+    /// `setPushProvider`: this upstream is the user's own from now on, and all of the user's apps move to it.
+    SetProvider(Box<UpstreamSettings>),
+    /// `forceUnregisterClient`, by the token of the registration.
+    ForceUnregister(Arc<str>),
 }
 
 /// A declared lifecycle state.

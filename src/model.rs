@@ -161,6 +161,16 @@ pub enum Urgency {
 }
 
 impl Urgency {
+    /// The header's value, in the writing of RFC 8030.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::VeryLow => "very-low",
+            Self::Low => "low",
+            Self::Normal => "normal",
+            Self::High => "high",
+        }
+    }
+
     /// The header's value (`very-low`, `low`, `normal`, `high`), any case; `None` for anything else.
     pub fn parse(text: &str) -> Option<Self> {
         [("very-low", Self::VeryLow), ("low", Self::Low), ("normal", Self::Normal), ("high", Self::High)]
@@ -252,6 +262,113 @@ pub struct AppRecord {
     pub measured: Option<UnixTime>,
 }
 
+/// What the machine is in, as far as the system says: it decides which messages may wake an app now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Whether the machine runs on mains; `None` where nothing says so (a board without a battery counts as on mains).
+    pub on_mains: Option<bool>,
+    /// Charge of the battery in percent, where there is one.
+    pub battery: Option<u8>,
+    /// The way to the Internet.
+    pub network: Network,
+}
+
+/// The network in use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// What carries it.
+    pub kind: NetworkKind,
+    /// Names this network among all the machine meets, for what is learnt about it: `wifi/SSID`, `mobile/OPERATOR/APN`,
+    /// `wired/CONNECTION`; `None` where nothing says so.
+    pub id: Option<Arc<str>>,
+    /// Whether each byte is paid for, where the system says so.
+    pub metered: bool,
+    /// Whether a mobile network is not the subscriber's own.
+    pub roaming: bool,
+    /// How far it reaches.
+    pub reach: Reach,
+}
+
+/// What carries the network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkKind {
+    /// Nothing says so.
+    #[default]
+    Unknown,
+    /// A cable, or something as cheap.
+    Wired,
+    /// Wi-Fi.
+    Wifi,
+    /// A modem.
+    Mobile,
+}
+
+/// How far the network reaches (NetworkManager's `Connectivity`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reach {
+    /// Nothing says so.
+    #[default]
+    Unknown,
+    /// There is no network.
+    None,
+    /// A captive portal wants to be seen first.
+    Portal,
+    /// A network, but no Internet.
+    Limited,
+    /// The Internet.
+    Full,
+}
+
+/// Something that must not be seen: it prints as an ellipsis.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Arc<str>);
+
+impl Secret {
+    /// Takes a secret in.
+    pub fn new(text: impl Into<Arc<str>>) -> Self {
+        Self(text.into())
+    }
+
+    /// The secret itself.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// A way a registration was reached before it moved to another upstream: messages may still come along it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FormerRoute {
+    /// Whose.
+    pub registration: RegistrationId,
+    /// Name of the upstream.
+    pub upstream: Arc<str>,
+    /// The upstream's name for it.
+    pub channel: Arc<str>,
+    /// The capability URL senders may still post to.
+    pub endpoint: Arc<str>,
+    /// When it is given up; `None` until the app has been told of the new endpoint.
+    pub until: Option<UnixTime>,
+}
+
+/// Which upstream a user wants for an app, or for all apps on a bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Preference {
+    /// Which bus.
+    pub bus: Bus,
+    /// Which app; `None`: all of the bus that have no preference of their own.
+    pub service: Option<Arc<str>>,
+    /// Name of the upstream.
+    pub upstream: Arc<str>,
+}
+
 /// Everything the store gives back at start-up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -265,6 +382,10 @@ pub struct Snapshot {
     pub upstreams: Vec<(Arc<str>, Arc<str>, Arc<str>)>,
     /// Lifecycle records.
     pub apps: Vec<AppRecord>,
+    /// Ways registrations were reached before.
+    pub former: Vec<FormerRoute>,
+    /// Which upstreams users want.
+    pub preferences: Vec<Preference>,
     /// The first numbers not yet used.
     pub next_registration: u64,
     /// See `next_registration`.

@@ -71,7 +71,7 @@ impl Messages {
 pub struct Upstream {
     /// The configured name.
     pub name: String,
-    /// `autopush` or `ntfy`.
+    /// `autopush`, `ntfy`, `mqtt`, `nextpush` or `gotify`.
     pub kind: String,
     /// Where it stands.
     pub state: LinkState,
@@ -83,6 +83,10 @@ pub struct Upstream {
     pub last_error: Option<String>,
     /// Registrations served by it.
     pub registrations: usize,
+    /// Seconds between two signs of life on the link, while there is one.
+    pub heartbeat_secs: Option<u64>,
+    /// Who sets that rhythm: `server` or `client`.
+    pub heartbeat_by: Option<String>,
 }
 
 /// Where an upstream stands.
@@ -97,6 +101,8 @@ pub enum LinkState {
     Online,
     /// Waiting for the next attempt.
     Waiting,
+    /// Kept from connecting (`network.roaming = "off"`).
+    Off,
 }
 
 /// One line of `Apps`; the document is an array of them, sorted by name.

@@ -66,10 +66,14 @@ fn registration_v2_round_trip() {
         request,
         Request::Register {
             service: "org.example.Chat".into(),
-            token: "{3f2504e0-4f89-11d3-9a0c-0305e82c3301}".into(),
+            token: "{3f2504e0-4f89-11d3-9a0c-0305e82c3301
+            upstream: None,
+        }"
+            .into(),
             description: "Chat messages".into(),
             vapid: Some(VAPID.into()),
             version: ConnectorVersion::V2,
+            upstream: None,
         }
     );
     assert_eq!(caller.bus, BUS);

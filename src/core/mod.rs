@@ -39,11 +39,11 @@ use self::{
     registering::Farewell,
     registry::Registry,
     unsaved::Unsaved,
-    upstream::{Channel, LinkIds, Session},
+    upstream::{Beginning, Channel, LinkIds, Session},
 };
 use crate::{
     action::{Action, Reply, StoreOp},
-    config::{Settings, UpstreamSettings},
+    config::{NetworkSettings, Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
     model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
     time::{Instant, Now, earliest},
@@ -125,14 +125,13 @@ impl Core {
         adopt_orphans(&settings, &mut snapshot);
         let replaced = take_replaced(&mut snapshot);
         let mut seeds = ChaCha12Rng::from_seed(seed);
-        let count = settings.upstreams.len() as u64;
         let upstreams = settings
             .upstreams
             .iter()
             .zip(0..)
             .map(|(upstream, index)| Upstream {
                 settings: upstream.clone(),
-                session: new_session(upstream, &snapshot, &mut seeds, LinkIds::new(index, count), now),
+                session: new_session(upstream, &settings.network, &snapshot, &mut seeds, LinkIds::new(index), now),
             })
             .collect();
         let mut core = Self {
@@ -204,11 +203,17 @@ impl Core {
         match event {
             Event::Tick => {}
             Event::Link(link, event) => {
-                let index = LinkIds::session_of(link, self.upstreams.len() as u64);
-                if let Some(upstream) = usize::try_from(index).ok().and_then(|index| self.upstreams.get_mut(index)) {
+                if let Some(upstream) = self.upstreams.get_mut(LinkIds::session_of(link)) {
                     upstream.session.handle_link(link, event, now);
                 }
             }
+            Event::Http(ticket, result) => {
+                if let Some(upstream) = self.upstreams.get_mut(LinkIds::session_of_request(ticket)) {
+                    upstream.session.handle_http(ticket, result, now);
+                }
+            }
+            Event::Surroundings(_) => {}
+            Event::FallingAsleep => self.actions.push_back(Action::AllowSleep),
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
@@ -303,13 +308,14 @@ impl Core {
             }
             BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
             BusEvent::Call { call, caller, request } => match request {
-                Request::Register { service, token, description, vapid, version } => {
+                Request::Register { service, token, description, vapid, version, upstream: _ } => {
                     let wish = registering::Wish { service, token, description, vapid, version };
                     self.register(call, &caller, wish, now);
                 }
                 Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
                 Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
                 Request::Query(query) => self.query(call, &caller, query, now),
+                Request::Move { .. } | Request::Panel(_) => {}
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
@@ -537,15 +543,18 @@ fn take_replaced(snapshot: &mut Snapshot) -> Vec<RegistrationId> {
 
 fn new_session(
     settings: &UpstreamSettings,
+    network: &NetworkSettings,
     snapshot: &Snapshot,
     seeds: &mut ChaCha12Rng,
     links: LinkIds,
     now: Now,
 ) -> Session {
-    let remembered = |key: &str| {
-        let found = snapshot.upstreams.iter().find(|(upstream, k, _)| *upstream == settings.name && &**k == key);
-        found.map(|(_, _, value)| Arc::clone(value)).filter(|value| !value.is_empty())
-    };
+    let remembered = snapshot
+        .upstreams
+        .iter()
+        .filter(|(upstream, _, value)| *upstream == settings.name && !value.is_empty())
+        .map(|(_, key, value)| (Arc::clone(key), Arc::clone(value)))
+        .collect();
     let channels = snapshot
         .registrations
         .iter()
@@ -559,5 +568,5 @@ fn new_session(
         .collect();
     let mut seed = [0; 32];
     seeds.fill_bytes(&mut seed);
-    Session::new(settings, remembered, channels, seed, links, now)
+    Session::new(Beginning { settings, network, remembered, channels, seed, links }, now)
 }

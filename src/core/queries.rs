@@ -90,6 +90,10 @@ impl Core {
                 retry_in_secs: standing.retry_at.map(|at| at.since(now.boot).as_secs()),
                 last_error: standing.last_error.as_deref().map(str::to_owned),
                 registrations: standing.registrations,
+                heartbeat_secs: standing.heartbeat.map(|beat| beat.interval.as_secs()),
+                heartbeat_by: standing
+                    .heartbeat
+                    .map(|beat| if beat.by_server { "server" } else { "client" }.to_owned()),
             }
         });
         let upstreams = upstreams.collect();

@@ -47,10 +47,14 @@ impl Core {
         let Some(upstream) = self.upstreams.get(index) else { return };
         let name = Arc::clone(&upstream.settings.name);
         match output {
-            upstream::Output::Connect { link, path } => {
-                self.actions.push_back(Action::Connect { link, upstream: name, path });
+            upstream::Output::Connect { link, path, headers } => {
+                self.actions.push_back(Action::Connect { link, upstream: name, path, headers });
             }
             upstream::Output::Send(link, text) => self.actions.push_back(Action::Send(link, text)),
+            upstream::Output::SendBytes(link, bytes) => self.actions.push_back(Action::SendBytes(link, bytes)),
+            upstream::Output::Http(ticket, request) => {
+                self.actions.push_back(Action::Http { ticket, upstream: name, request });
+            }
             upstream::Output::Ping(link) => self.actions.push_back(Action::Ping(link)),
             upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
             upstream::Output::Registered { registration, channel, endpoint } => {
@@ -70,6 +74,7 @@ impl Core {
                 LinkState::Connecting => log::debug!("upstream {name}: connecting"),
                 LinkState::Online => log::info!("upstream {name}: online"),
                 LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
+                LinkState::Off => log::info!("upstream {name}: kept from connecting while roaming"),
             },
         }
     }
@@ -86,7 +91,7 @@ impl Core {
             },
             expires: message.expires.map_or(latest, |expires| expires.min(latest)),
             topic: message.topic,
-            urgency: message.urgency,
+            urgency: message.urgency.unwrap_or_default(),
         };
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => self.messages.received += 1,

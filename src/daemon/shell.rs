@@ -183,7 +183,7 @@ impl Shell {
 
     fn perform(&mut self, action: Action) {
         match action {
-            Action::Connect { link, upstream, path } => self.links.connect(link, &upstream, &path),
+            Action::Connect { link, upstream, path, headers: _ } => self.links.connect(link, &upstream, &path),
             Action::Send(link, text) => self.links.send(link, text),
             Action::Ping(link) => self.links.ping(link),
             Action::Close(link) => self.links.close(link),
@@ -203,7 +203,13 @@ impl Shell {
             Action::Reply(..) | Action::Watch(_) | Action::Unwatch(_) | Action::Call { .. } | Action::Start(_) => {
                 self.bus.perform(action);
             }
-            Action::Exit => {}
+            Action::SendBytes(..)
+            | Action::Http { .. }
+            | Action::Configure(_)
+            | Action::StayAwake(_)
+            | Action::AllowSleep
+            | Action::PanelChanged(_)
+            | Action::Exit => {}
         }
     }
 

@@ -73,16 +73,21 @@ pub fn authorization(credentials: &Credentials) -> Result<Option<Secret>, Creden
 }
 
 fn from_directory(credentials: &Credentials, directory: Option<OsString>) -> Result<Option<Secret>, CredentialError> {
-    let locate = |source: &SecretSource| match (source, directory) {
-        (SecretSource::File(path), _) => Ok(path.clone()),
-        (SecretSource::Credential(name), Some(directory)) => Ok(Path::new(&directory).join(name)),
-        (SecretSource::Credential(name), None) => Err(CredentialError::NoDirectory(name.clone())),
+    let read = |source: &SecretSource| {
+        let path = match (source, directory) {
+            (SecretSource::Given(secret), _) => {
+                return Ok((PathBuf::from("the settings panel"), secret.reveal().to_owned()));
+            }
+            (SecretSource::File(path), _) => path.clone(),
+            (SecretSource::Credential(name), Some(directory)) => Path::new(&directory).join(name),
+            (SecretSource::Credential(name), None) => return Err(CredentialError::NoDirectory(name.clone())),
+        };
+        first_line(&path).map(|line| (path, line))
     };
     match credentials {
         Credentials::None => Ok(None),
         Credentials::TokenFile(source) => {
-            let path = locate(source)?;
-            let token = first_line(&path)?;
+            let (path, token) = read(source)?;
             // It goes into the header as it is.
             if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err(CredentialError::Unusable { path, problem: "hold a character no token can have" });
@@ -93,7 +98,7 @@ fn from_directory(credentials: &Credentials, directory: Option<OsString>) -> Res
             if username.contains(|c: char| c == ':' || c.is_control()) {
                 return Err(CredentialError::UserName(username.to_string()));
             }
-            let password = first_line(&locate(password)?)?;
+            let (_, password) = read(password)?;
             Ok(Some(Secret(format!("Basic {}", BASE64_STANDARD.encode(format!("{username}:{password}"))))))
         }
     }

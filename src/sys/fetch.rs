@@ -165,14 +165,8 @@ mod tests {
     fn upstream(url: &str) -> (tempfile::TempDir, UpstreamSettings) {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("token"), "tk_1").unwrap();
-        let settings = UpstreamSettings {
-            name: "up".into(),
-            kind: UpstreamKind::Ntfy,
-            url: url.into(),
-            require_vapid: false,
-            credentials: Credentials::TokenFile(SecretSource::File(dir.path().join("token"))),
-            ca_file: None,
-        };
+        let mut settings = UpstreamSettings::new("up", UpstreamKind::Ntfy, url);
+        settings.credentials = Credentials::TokenFile(SecretSource::File(dir.path().join("token")));
         (dir, settings)
     }
 

@@ -6,6 +6,7 @@
 
 mod database;
 mod holdback;
+mod routes;
 mod rows;
 
 use std::{

@@ -437,6 +437,7 @@ impl World {
             description: "an app".into(),
             vapid: state.wishes[index].vapid.clone(),
             version: state.version,
+            upstream: None,
         };
         if !self.call(caller, request, what) {
             self.retry_register(what);

@@ -225,6 +225,7 @@ impl World {
         let links = match kind {
             UpstreamKind::Autopush => self.autopush.links(),
             UpstreamKind::Ntfy => self.ntfy.links(),
+            UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => unreachable!(),
         };
         for link in links {
             let event = LinkEvent::Failed(LinkError::Io("connection reset by peer".into()));

@@ -166,7 +166,14 @@ impl Reference {
                 self.seqs.insert(message.seq.0, (message.registration, Arc::clone(&message.id)));
             }
             StoreOp::EndMessage(seq, ending) => self.ended(seq.0, *ending, now, rules),
-            StoreOp::LoadBody(_) | StoreOp::PutUpstream { .. } | StoreOp::PutApp(_) | StoreOp::DeleteApp(_) => {}
+            StoreOp::LoadBody(_)
+            | StoreOp::PutUpstream { .. }
+            | StoreOp::PutFormer(_)
+            | StoreOp::DeleteFormer(..)
+            | StoreOp::PutPreference(_)
+            | StoreOp::DeletePreference(..)
+            | StoreOp::PutApp(_)
+            | StoreOp::DeleteApp(_) => {}
         }
     }
 

@@ -9,7 +9,10 @@ use std::{
 use nightporter::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Message, MessageSeq, Registration, RegistrationId, Snapshot, StoredMessage},
+    model::{
+        AppKey, AppRecord, Bus, FormerRoute, Message, MessageSeq, Preference, Registration, RegistrationId, Snapshot,
+        StoredMessage,
+    },
 };
 
 use crate::clock::{At, MS, Rng, SEC};
@@ -25,6 +28,8 @@ pub(crate) struct Store {
     by_id: BTreeMap<(u64, Arc<str>), u64>,
     upstreams: BTreeMap<(Arc<str>, Arc<str>), Arc<str>>,
     apps: BTreeMap<AppKey, AppRecord>,
+    former: BTreeMap<(RegistrationId, Arc<str>), FormerRoute>,
+    preferences: BTreeMap<(Bus, Option<Arc<str>>), Preference>,
     next_registration: u64,
     next_message: u64,
     next_ended: u64,
@@ -124,6 +129,8 @@ impl Store {
             seen,
             upstreams: self.upstreams.iter().map(|((u, k), v)| (u.clone(), k.clone(), v.clone())).collect(),
             apps: self.apps.values().cloned().collect(),
+            former: self.former.values().cloned().collect(),
+            preferences: self.preferences.values().cloned().collect(),
             next_registration: self.next_registration,
             next_message: self.next_message,
             damaged: None,
@@ -142,6 +149,7 @@ impl Store {
             }
             StoreOp::DeleteRegistration(id) => {
                 self.registrations.remove(&id.0);
+                self.former.retain(|(registration, _), _| registration != id);
                 self.rows.retain(|_, row| row.message.registration != *id);
                 self.by_id.retain(|(registration, _), _| *registration != id.0);
             }
@@ -160,6 +168,18 @@ impl Store {
             }
             StoreOp::PutUpstream { upstream, key, value } => {
                 self.upstreams.insert((upstream.clone(), key.clone()), value.clone());
+            }
+            StoreOp::PutFormer(route) => {
+                self.former.insert((route.registration, route.upstream.clone()), route.clone());
+            }
+            StoreOp::DeleteFormer(registration, upstream) => {
+                self.former.remove(&(*registration, upstream.clone()));
+            }
+            StoreOp::PutPreference(preference) => {
+                self.preferences.insert((preference.bus, preference.service.clone()), preference.clone());
+            }
+            StoreOp::DeletePreference(bus, service) => {
+                self.preferences.remove(&(*bus, service.clone()));
             }
             StoreOp::PutApp(record) => {
                 self.apps.insert(record.app.clone(), record.clone());

@@ -8,7 +8,7 @@ use std::{
 
 use nightporter::{
     action::{Action, Reply, StoreOp},
-    config::{Credentials, Limits, Settings, UpstreamKind, UpstreamSettings},
+    config::{Limits, Settings, UpstreamKind, UpstreamSettings},
     core::Core,
     event::{BusEvent, CallId, Caller, Event, LinkError, LinkEvent, LinkId, Query, Request},
     model::{AppKey, Bus, LifecycleTimes, Owner, Profile, TargetId},
@@ -326,7 +326,7 @@ impl World {
 
     fn perform(&mut self, action: Action) {
         match action {
-            Action::Connect { link, upstream, path } => self.connect(link, &upstream, path),
+            Action::Connect { link, upstream, path, .. } => self.connect(link, &upstream, path),
             Action::Send(link, text) => self.send(link, text),
             Action::Ping(link) => {
                 let key = (self.life, link.0);
@@ -347,6 +347,10 @@ impl World {
                 }
             }
             Action::Fetch { .. } => panic!("nothing has an attachment here"),
+            Action::SendBytes(..) | Action::Http { .. } | Action::Configure(_) => {
+                panic!("no server here needs {action:?}")
+            }
+            Action::StayAwake(_) | Action::AllowSleep | Action::PanelChanged(_) => {}
             Action::Store(op, ticket) => {
                 let rules = self.plan.rules;
                 self.reference.ordered(&op, self.at, rules, &self.store);
@@ -634,12 +638,14 @@ impl World {
             match kind {
                 UpstreamKind::Autopush => self.autopush.connected(key),
                 UpstreamKind::Ntfy => self.ntfy.connected(key, &path),
+                UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => unreachable!(),
             }
         }
         self.send_down(key, LinkEvent::Open, None);
         let ping = match kind {
             UpstreamKind::Autopush => 300 * SEC,
             UpstreamKind::Ntfy => 45 * SEC,
+            UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => unreachable!(),
         };
         self.agenda.add(self.at + ping, Due::ServerPing(key));
         if kind == UpstreamKind::Ntfy {
@@ -669,6 +675,7 @@ impl World {
         let every = match link.kind {
             UpstreamKind::Autopush => 300 * SEC,
             UpstreamKind::Ntfy => 45 * SEC,
+            UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => unreachable!(),
         };
         if link.dead {
             // No pong.
@@ -904,22 +911,14 @@ pub(crate) fn tool() -> Caller {
 }
 
 fn settings(plan: &Plan) -> Settings {
-    let upstream = |name: &str, kind, url: &str| UpstreamSettings {
-        name: name.into(),
-        kind,
-        url: url.into(),
-        require_vapid: false,
-        credentials: Credentials::None,
-        ca_file: None,
-    };
     let mut upstreams = vec![
-        upstream("push", UpstreamKind::Autopush, "wss://push.sim/"),
-        upstream("ntfy", UpstreamKind::Ntfy, "https://ntfy.sim/"),
+        UpstreamSettings::new("push", UpstreamKind::Autopush, "wss://push.sim/"),
+        UpstreamSettings::new("ntfy", UpstreamKind::Ntfy, "https://ntfy.sim/"),
     ];
     if plan.first == UpstreamKind::Ntfy {
         upstreams.reverse();
     }
     let limits =
         Limits { messages_per_app: plan.rules.most_waiting, attempts: plan.rules.attempts, ..Limits::default() };
-    Settings { profile: plan.profile, upstreams, lifecycle: plan.times, limits }
+    Settings { profile: plan.profile, upstreams, lifecycle: plan.times, limits, ..Settings::default() }
 }

@@ -300,6 +300,7 @@ impl<const N: usize> Table<N> {
 
 fn link_state(upstream: &Upstream) -> String {
     match (upstream.state, upstream.retry_in_secs) {
+        (LinkState::Off, _) => "off while roaming".into(),
         (LinkState::Idle, _) => "idle (no registrations)".into(),
         (LinkState::Connecting, _) => "connecting".into(),
         (LinkState::Online, _) => "online".into(),

@@ -169,7 +169,7 @@ fn properties(own: &[&str], member: &str, body: &Body) -> Result<Answer, Fault> 
 fn distributor1(member: &str, body: &Body) -> Result<Call, Fault> {
     if member == "Register" {
         let (service, token, description) = arguments::<(&str, &str, &str)>(body)?;
-        return register(service, token, description, None, ConnectorVersion::V1);
+        return register(service, token, description, None, ConnectorVersion::V1, None);
     }
     unregister(arguments::<&str>(body)?, ConnectorVersion::V1)
 }
@@ -185,7 +185,8 @@ fn distributor2(member: &str, body: &Body) -> Result<Call, Fault> {
     if member == "Register" {
         let (service, token) = (needed("service")?, needed("token")?);
         let description = text("description")?.unwrap_or_default();
-        return register(service, token, description, text("vapid")?, ConnectorVersion::V2);
+        let upstream = text("org.nightporter.upstream")?;
+        return register(service, token, description, text("vapid")?, ConnectorVersion::V2, upstream);
     }
     unregister(needed("token")?, ConnectorVersion::V2)
 }
@@ -196,6 +197,7 @@ fn register(
     description: &str,
     vapid: Option<&str>,
     version: ConnectorVersion,
+    upstream: Option<&str>,
 ) -> Result<Call, Fault> {
     check_service(service)?;
     check_token(token)?;
@@ -218,6 +220,7 @@ fn register(
             description: description.into(),
             vapid: vapid.map(Into::into),
             version,
+            upstream: upstream.map(Into::into),
         },
     })
 }

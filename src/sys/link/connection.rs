@@ -301,7 +301,7 @@ fn frames(
     for _ in 0..budget {
         let event = match socket.read() {
             Ok(Message::Text(text)) => LinkEvent::Text(text.as_str().to_owned()),
-            Ok(Message::Binary(_)) => LinkEvent::Binary,
+            Ok(Message::Binary(bytes)) => LinkEvent::Bytes(bytes.to_vec()),
             Ok(Message::Ping(_)) => {
                 // autopush waits four seconds for the pong that tungstenite has queued.
                 if let Err(event) = flush(socket, unflushed) {

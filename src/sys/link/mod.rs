@@ -440,7 +440,7 @@ impl Preparation {
             .map_err(|error| LinkError::Connect(error.to_string()))?;
         let protocol = match self.settings.kind {
             UpstreamKind::Autopush => Some("push-notification"),
-            UpstreamKind::Ntfy => None,
+            UpstreamKind::Ntfy | UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => None,
         };
         let request = Request::new(&self.target.authority, &self.target.path, protocol, secret.as_ref());
         Ok(Prepared { request, tls })

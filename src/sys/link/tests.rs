@@ -101,14 +101,7 @@ impl World {
 }
 
 fn settings(url: &str) -> UpstreamSettings {
-    UpstreamSettings {
-        name: "up".into(),
-        kind: UpstreamKind::Autopush,
-        url: url.into(),
-        require_vapid: false,
-        credentials: Credentials::None,
-        ca_file: None,
-    }
+    UpstreamSettings::new("up", UpstreamKind::Autopush, url)
 }
 
 /// A listener and a thread that serves its first connection.
@@ -182,7 +175,7 @@ fn text_goes_both_ways_and_the_request_is_right() {
     world.until("ping", |events| events.contains(&(LINK, LinkEvent::Ping)));
     world.links.ping(LINK);
     assert_eq!(world.until_over(), LinkEvent::Closed { code: Some(4774), reason: "SM".into() });
-    let expected = [LinkEvent::Open, LinkEvent::Text("world é".into()), LinkEvent::Binary, LinkEvent::Ping];
+    let expected = [LinkEvent::Open, LinkEvent::Text("world é".into()), LinkEvent::Bytes(vec![1, 2]), LinkEvent::Ping];
     assert_eq!(
         world.events[..4].iter().map(|(_, event)| event).collect::<Vec<_>>(),
         expected.iter().collect::<Vec<_>>()

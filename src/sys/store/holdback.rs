@@ -68,8 +68,16 @@ impl Holdback {
                 self.due = earliest(lazy, waiting);
             }
             // They have nothing to do with messages.
-            StoreOp::PutUpstream { .. } | StoreOp::PutApp(_) | StoreOp::DeleteApp(_) => self.store.apply(op, ticket),
-            StoreOp::PutRegistration(_) | StoreOp::DeleteRegistration(_) | StoreOp::LoadBody(_) => {
+            StoreOp::PutUpstream { .. }
+            | StoreOp::PutPreference(_)
+            | StoreOp::DeletePreference(..)
+            | StoreOp::PutApp(_)
+            | StoreOp::DeleteApp(_) => self.store.apply(op, ticket),
+            StoreOp::PutRegistration(_)
+            | StoreOp::DeleteRegistration(_)
+            | StoreOp::PutFormer(_)
+            | StoreOp::DeleteFormer(..)
+            | StoreOp::LoadBody(_) => {
                 self.flush();
                 self.store.apply(op, ticket);
             }

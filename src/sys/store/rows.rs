@@ -7,6 +7,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, Result, Row, params};
 
+use super::routes;
 use crate::{
     action::StoreOp,
     model::{
@@ -80,7 +81,7 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
             numbers.tidied.remove(&signed(id.0));
             db.prepare_cached("DELETE FROM messages WHERE registration = ?1")?.execute([signed(id.0)])?;
             db.prepare_cached("DELETE FROM registrations WHERE id = ?1")?.execute([signed(id.0)])?;
-            Ok(())
+            routes::delete_all_former(db, *id)
         }
         StoreOp::PutMessage(message) => {
             numbers.message = numbers.message.max(signed(message.seq.0).saturating_add(1));
@@ -97,6 +98,10 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
                 .execute([upstream, key, value])?;
             Ok(())
         }
+        StoreOp::PutFormer(route) => routes::put_former(db, route),
+        StoreOp::DeleteFormer(registration, upstream) => routes::delete_former(db, *registration, upstream),
+        StoreOp::PutPreference(preference) => routes::put_preference(db, preference),
+        StoreOp::DeletePreference(bus, service) => routes::delete_preference(db, *bus, service.as_deref()),
         StoreOp::PutApp(record) => put_app(db, record),
         StoreOp::DeleteApp(app) => {
             db.prepare_cached("DELETE FROM apps WHERE bus = ?1 AND service = ?2")?
@@ -189,6 +194,8 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
         })?,
         apps: rows(db, "SELECT bus, service, declares, pss, uss, swap, measured FROM apps", app)?,
+        former: routes::former(db)?,
+        preferences: routes::preferences(db)?,
         next_registration: numbers.registration.unsigned_abs(),
         next_message: numbers.message.unsigned_abs(),
         damaged: None,
@@ -309,7 +316,7 @@ fn seen(db: &Connection) -> Result<Vec<(RegistrationId, Arc<str>)>> {
 }
 
 /// Reads rows. SQLite's own errors end it; a row that cannot be understood does not.
-fn rows<T>(db: &Connection, sql: &str, read: impl Fn(&Row<'_>) -> Result<T, RowError>) -> Result<Vec<T>> {
+pub(super) fn rows<T>(db: &Connection, sql: &str, read: impl Fn(&Row<'_>) -> Result<T, RowError>) -> Result<Vec<T>> {
     let mut statement = db.prepare(sql)?;
     let mut cursor = statement.query([])?;
     let mut all = Vec::new();
@@ -322,7 +329,7 @@ fn rows<T>(db: &Connection, sql: &str, read: impl Fn(&Row<'_>) -> Result<T, RowE
     Ok(all)
 }
 
-struct RowError(String);
+pub(super) struct RowError(pub(super) String);
 
 impl From<rusqlite::Error> for RowError {
     fn from(error: rusqlite::Error) -> Self {
@@ -386,17 +393,17 @@ fn app_key(row: &Row<'_>, column: usize) -> Result<AppKey, RowError> {
     Ok(AppKey::new(bus, row.get::<_, Arc<str>>(column + 1)?))
 }
 
-fn known<T>(number: i64, what: &str, find: impl Fn(i64) -> Option<T>) -> Result<T, RowError> {
+pub(super) fn known<T>(number: i64, what: &str, find: impl Fn(i64) -> Option<T>) -> Result<T, RowError> {
     find(number).ok_or_else(|| RowError(format!("unknown {what} {number}")))
 }
 
-fn unsigned(row: &Row<'_>, column: usize) -> Result<u64, RowError> {
+pub(super) fn unsigned(row: &Row<'_>, column: usize) -> Result<u64, RowError> {
     let number: i64 = row.get(column)?;
     u64::try_from(number).map_err(|_| RowError(format!("negative number {number}")))
 }
 
 /// SQLite's integers are signed. No clock or counter of ours reaches the half that does not fit.
-fn signed(number: u64) -> i64 {
+pub(super) fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 

@@ -103,7 +103,7 @@ impl Session {
             body,
             expires: notification.ttl.map(|secs| now.wall + Duration::from_secs(secs)),
             topic: notification.topic.filter(|topic| !topic.is_empty()).map(Arc::from),
-            urgency: notification.urgency.as_deref().and_then(Urgency::parse).unwrap_or_default(),
+            urgency: notification.urgency.as_deref().and_then(Urgency::parse),
         }));
     }
 
@@ -138,6 +138,9 @@ impl Session {
             LinkError::Resolve(_)
             | LinkError::Connect(_)
             | LinkError::Tls(_)
+            | LinkError::Clock(_)
+            | LinkError::Portal(_)
+            | LinkError::Proxy(_)
             | LinkError::Timeout
             | LinkError::Protocol(_)
             | LinkError::Io(_) => self.backoff.failed(None, now, &mut self.rng),
@@ -231,7 +234,7 @@ impl Session {
                 self.backoff.clear();
                 let id = self.links.take();
                 self.link = Link::Greeting { id, asked: now };
-                self.outputs.push_back(Output::Connect { link: id, path: String::new() });
+                self.outputs.push_back(Output::Connect { link: id, path: String::new(), headers: Vec::new() });
                 if self.state != LinkState::Connecting {
                     self.state = LinkState::Connecting;
                     self.since = now;

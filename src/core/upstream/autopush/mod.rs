@@ -194,8 +194,8 @@ impl Session {
                 self.outputs.push_back(Output::Send(link, hello.to_text()));
             }
             LinkEvent::Text(text) => self.frame(link, &text, now),
-            LinkEvent::Binary => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
-            LinkEvent::Ping | LinkEvent::Pong => {}
+            LinkEvent::Bytes(_) => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
+            LinkEvent::Ping | LinkEvent::Pong | LinkEvent::Login(_) => {}
             LinkEvent::Closed { code, reason } => self.closed(code, &reason, now.boot),
             LinkEvent::Failed(error) => self.failed(&error, now.boot),
         }
@@ -242,6 +242,9 @@ impl Session {
         }
         self.settle(now);
     }
+
+    /// Whether there may be a link at all.
+    pub fn set_allowed(&mut self, _allowed: bool, _now: Now) {}
 
     /// Messages were turned away that the server still has: it sends them again on a new link.
     pub fn restart(&mut self, now: Now) {
@@ -356,6 +359,7 @@ impl Session {
             last_error: self.last_error.clone(),
             trouble: self.trouble.clone(),
             registrations: self.channels.len(),
+            heartbeat: None,
         }
     }
 }

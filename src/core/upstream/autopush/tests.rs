@@ -20,7 +20,7 @@ struct World {
 impl World {
     fn new(uaid: Option<&str>, channels: Vec<Channel>) -> Self {
         let now = Now { boot: Instant::from_nanos(5_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
-        let session = Session::new(uaid.map(Arc::from), channels, [7; 32], LinkIds::new(0, 1), now);
+        let session = Session::new(uaid.map(Arc::from), channels, [7; 32], LinkIds::new(0), now);
         let mut world = Self { session, now, seen: Vec::new() };
         world.drain();
         world
@@ -79,7 +79,7 @@ impl World {
         for _ in 0..1000 {
             let asked = self.seen.iter().rposition(|output| matches!(output, Output::Connect { .. }));
             if let Some(at) = asked {
-                let Output::Connect { link, path } = self.seen.remove(at) else { unreachable!() };
+                let Output::Connect { link, path, .. } = self.seen.remove(at) else { unreachable!() };
                 assert_eq!(path, "");
                 return link;
             }
@@ -369,7 +369,7 @@ fn a_message_is_acknowledged_when_it_is_safe_and_not_before() {
             body: IncomingBody::Bytes(b"hi"[..].into()),
             expires: Some(UnixTime::from_secs(1_000_060)),
             topic: Some("t".into()),
-            urgency: Urgency::High,
+            urgency: Some(Urgency::High),
         })
     );
     let Output::Message(last) = &outputs[2] else { panic!() };
@@ -587,7 +587,7 @@ fn events_of_links_given_up_are_ignored() {
 fn a_seed_decides_everything() {
     let run = |seed| {
         let now = Now::default();
-        let mut session = Session::new(None, vec![], [seed; 32], LinkIds::new(0, 1), now);
+        let mut session = Session::new(None, vec![], [seed; 32], LinkIds::new(0), now);
         session.register(RegistrationId(1), None, now);
         session.names.keys().next().unwrap().clone()
     };

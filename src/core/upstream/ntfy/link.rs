@@ -131,7 +131,7 @@ impl Session {
                 }
             }
             LinkEvent::Closed { .. } | LinkEvent::Failed(_) => self.old = None,
-            LinkEvent::Open | LinkEvent::Binary | LinkEvent::Ping => {}
+            LinkEvent::Open | LinkEvent::Login(_) | LinkEvent::Bytes(_) | LinkEvent::Ping => {}
         }
     }
 
@@ -201,6 +201,9 @@ impl Session {
             LinkError::Resolve(_)
             | LinkError::Connect(_)
             | LinkError::Tls(_)
+            | LinkError::Clock(_)
+            | LinkError::Portal(_)
+            | LinkError::Proxy(_)
             | LinkError::Timeout
             | LinkError::Protocol(_)
             | LinkError::Io(_) => self.backoff.failed(None, now, &mut self.rng),
@@ -309,7 +312,7 @@ impl Session {
         let since = self.tracker.cursor().map_or("all", |id| id);
         let path = format!("{}/ws?since={since}", list.join(","));
         let id = self.links.take();
-        self.outputs.push_back(Output::Connect { link: id, path });
+        self.outputs.push_back(Output::Connect { link: id, path, headers: Vec::new() });
         self.next = Some(Box::new(Stream {
             id,
             topics,

@@ -70,6 +70,7 @@ const WORDLESS_REFUSAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Session {
     base: String,
+    short_topics: bool,
     rng: ChaCha12Rng,
     links: LinkIds,
     tracker: Tracker,
@@ -123,6 +124,7 @@ impl Session {
     /// are any.
     pub fn new(
         http_url: String,
+        short_topics: bool,
         cursor: Option<Arc<str>>,
         channels: Vec<Channel>,
         seed: [u8; 32],
@@ -130,6 +132,7 @@ impl Session {
         now: Now,
     ) -> Self {
         let mut session = Self {
+            short_topics: short_topics || SHORT_TOPIC_SERVERS.contains(&http_url.as_str()),
             base: http_url,
             rng: ChaCha12Rng::from_seed(seed),
             links,
@@ -196,8 +199,8 @@ impl Session {
                 self.drop_surplus(link, now.boot);
             }
             LinkEvent::Pong => stream.pings = stream.pings.saturating_sub(1),
-            LinkEvent::Open => {}
-            LinkEvent::Binary => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
+            LinkEvent::Open | LinkEvent::Login(_) => {}
+            LinkEvent::Bytes(_) => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
             LinkEvent::Closed { code, reason } => {
                 let reason: String = reason.chars().filter(|c| !c.is_control()).take(80).collect();
                 let text = match code {
@@ -249,6 +252,9 @@ impl Session {
         }
         self.settle(now);
     }
+
+    /// Whether there may be a link at all.
+    pub fn set_allowed(&mut self, _allowed: bool, _now: Now) {}
 
     /// Messages were turned away that the server still has: it sends them again on a new link, from the cursor on.
     pub fn restart(&mut self, now: Now) {
@@ -339,6 +345,7 @@ impl Session {
             last_error: self.last_error.clone(),
             trouble: self.trouble.clone(),
             registrations: self.topics.len(),
+            heartbeat: None,
         }
     }
 }

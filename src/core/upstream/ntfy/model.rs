@@ -246,7 +246,8 @@ impl World {
     fn drain(&mut self) {
         while let Some(output) = self.session.poll_output() {
             match output {
-                Output::Connect { link, path } => {
+                Output::SendBytes(..) | Output::Http(..) => unreachable!("ntfy has no use for {output:?}"),
+                Output::Connect { link, path, .. } => {
                     self.connects += 1;
                     self.asked.push((self.now.boot + WAY, link, path));
                 }
@@ -301,7 +302,7 @@ fn session(life: u8, cursor: Option<Arc<str>>, channels: &BTreeMap<u64, Arc<str>
         endpoint: format!("{BASE}{topic}?up=1").into(),
     };
     let channels = channels.iter().map(channel).collect();
-    Session::new(BASE.into(), cursor, channels, [life; 32], LinkIds::new(u64::from(life) << 32, 1), now)
+    Session::new(BASE.into(), false, cursor, channels, [life; 32], LinkIds::new(u32::from(life)), now)
 }
 
 proptest! {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use rand_chacha::rand_core::Rng;
 
-use super::{Entry, SHORT_TOPIC_BYTES, SHORT_TOPIC_SERVERS, Session, TOPIC_BYTES};
+use super::{Entry, SHORT_TOPIC_BYTES, Session, TOPIC_BYTES};
 use crate::{
     core::upstream::Output,
     model::{FailureReason, RegistrationId},
@@ -55,7 +55,7 @@ impl Session {
     }
 
     pub(super) fn new_topic(&mut self) -> Arc<str> {
-        let length = match SHORT_TOPIC_SERVERS.contains(&self.base.as_str()) {
+        let length = match self.short_topics {
             true => SHORT_TOPIC_BYTES,
             false => TOPIC_BYTES,
         };

@@ -22,7 +22,7 @@ struct World {
 impl World {
     fn new(cursor: Option<&str>, channels: Vec<Channel>) -> Self {
         let now = Now { boot: Instant::from_nanos(5_000_000_000_000), ..Now::default() };
-        let session = Session::new(BASE.into(), cursor.map(Arc::from), channels, [7; 32], LinkIds::new(0, 1), now);
+        let session = Session::new(BASE.into(), false, cursor.map(Arc::from), channels, [7; 32], LinkIds::new(0), now);
         let mut world = Self { session, now, seen: Vec::new() };
         world.drain();
         world
@@ -108,7 +108,7 @@ impl World {
         for _ in 0..1000 {
             let asked = self.seen.iter().rposition(|output| matches!(output, Output::Connect { .. }));
             if let Some(at) = asked {
-                let Output::Connect { link, path } = self.seen.remove(at) else { unreachable!() };
+                let Output::Connect { link, path, .. } = self.seen.remove(at) else { unreachable!() };
                 return (link, path);
             }
             let at = self.session.poll_timeout().expect("nothing is due");
@@ -224,7 +224,7 @@ fn a_registration_is_made_when_the_server_says_open() {
 #[test]
 fn where_nothing_else_works_topics_have_ntfys_own_form() {
     let now = Now::default();
-    let mut session = Session::new("https://ntfy.sh/".into(), None, vec![], [1; 32], LinkIds::new(0, 1), now);
+    let mut session = Session::new("https://ntfy.sh/".into(), false, None, vec![], [1; 32], LinkIds::new(0), now);
     session.register(RegistrationId(1), now);
     let topic = session.names.keys().next().unwrap();
     assert!(topic.len() == 14 && topic.starts_with("up") && wire::is_topic(topic), "{topic}");
@@ -549,7 +549,7 @@ fn messages_carry_what_the_server_says() {
             body: IncomingBody::Bytes([0, 255, 200][..].into()),
             expires: None,
             topic: None,
-            urgency: Urgency::High,
+            urgency: Some(Urgency::High),
         })]
     );
     for event in ["keepalive", "poll_request", "message_clear"] {
@@ -790,7 +790,7 @@ proptest! {
             }
             for output in world.take() {
                 match output {
-                    Output::Connect { link, path } => {
+                    Output::Connect { link, path, .. } => {
                         prop_assert!(path.is_ascii() && !path.contains([' ', '\n', '#', '&']), "{path}");
                         newest = link.0;
                     }

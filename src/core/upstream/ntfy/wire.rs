@@ -41,7 +41,7 @@ pub(super) struct Message {
     /// In seconds of the server's clock.
     pub(super) time: u64,
     pub(super) body: IncomingBody,
-    pub(super) urgency: Urgency,
+    pub(super) urgency: Option<Urgency>,
 }
 
 /// Reads an event; the error says what is wrong with it, without quoting it.
@@ -131,12 +131,12 @@ impl Event {
     }
 
     /// ntfy's priority is meant for the display; senders in UnifiedPush mode leave it alone.
-    fn urgency(&self) -> Urgency {
-        match self.priority {
-            Some(1) => Urgency::VeryLow,
-            Some(2) => Urgency::Low,
-            Some(4..) => Urgency::High,
-            Some(0 | 3) | None => Urgency::Normal,
+    fn urgency(&self) -> Option<Urgency> {
+        match self.priority? {
+            1 => Some(Urgency::VeryLow),
+            2 => Some(Urgency::Low),
+            4.. => Some(Urgency::High),
+            0 | 3 => None,
         }
     }
 }

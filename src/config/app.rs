@@ -1,0 +1,95 @@
+//! `[[app]]` and `[urgency]`: what one app is allowed that others are not, and which messages may wake any of them when.
+
+use std::{sync::Arc, time::Duration};
+
+use serde::Deserialize;
+
+use super::{ConfigError, values};
+use crate::model::Urgency;
+
+/// One `[[app]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppSettings {
+    /// The bus name it registers.
+    pub name: Arc<str>,
+    /// Name of the upstream its registrations use, unless the user has said otherwise.
+    pub upstream: Option<Arc<str>>,
+    /// What its messages count as where the protocol does not carry an urgency.
+    pub urgency: Urgency,
+    /// The least urgency that may wake it, instead of what power and network would have; `VeryLow` lets all pass.
+    pub min_urgency: Option<Urgency>,
+}
+
+/// `[urgency]`: RFC 8030 §5.3 and the table of the UnifiedPush specification (push.md §0.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UrgencySettings {
+    /// Whether messages are held at all.
+    pub enabled: bool,
+    /// Charge in percent up to which the battery is low.
+    pub low_battery: u8,
+    /// Longest a message is held for want of power or network; its TTL may be shorter.
+    pub hold_at_most: Duration,
+}
+
+impl Default for UrgencySettings {
+    fn default() -> Self {
+        Self { enabled: true, low_battery: 15, hold_at_most: Duration::from_secs(24 * 3600) }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct RawApp {
+    name: String,
+    upstream: Option<String>,
+    urgency: Option<Urgency>,
+    min_urgency: Option<Urgency>,
+}
+
+impl RawApp {
+    pub(super) fn check(self, index: usize, upstreams: &[Arc<str>]) -> Result<AppSettings, ConfigError> {
+        let key = |name: &str| format!("app[{index}].{name}");
+        if !self.name.contains('.') || self.name.len() > 255 || self.name.contains(char::is_whitespace) {
+            return Err(values::wrong(key("name"), format!("\"{}\" is not a D-Bus name", self.name)));
+        }
+        let known = |name: &String| upstreams.iter().find(|known| ***known == **name).cloned();
+        let upstream = match &self.upstream {
+            None => None,
+            Some(name) => Some(
+                known(name)
+                    .ok_or_else(|| values::wrong(key("upstream"), format!("no [[upstream]] is called \"{name}\"")))?,
+            ),
+        };
+        Ok(AppSettings {
+            name: self.name.into(),
+            upstream,
+            urgency: self.urgency.unwrap_or_default(),
+            min_urgency: self.min_urgency,
+        })
+    }
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub(super) struct RawUrgency {
+    enabled: Option<bool>,
+    low_battery: Option<u8>,
+    hold_at_most: Option<String>,
+}
+
+impl RawUrgency {
+    pub(super) fn check(self) -> Result<UrgencySettings, ConfigError> {
+        let default = UrgencySettings::default();
+        let low_battery = self.low_battery.unwrap_or(default.low_battery);
+        if low_battery > 100 {
+            return Err(values::wrong("urgency.low-battery".into(), format!("{low_battery} is more than 100 percent")));
+        }
+        let hold_at_most = values::duration(
+            "urgency.hold-at-most",
+            self.hold_at_most,
+            default.hold_at_most,
+            Duration::from_secs(60)..=Duration::from_secs(28 * 24 * 3600),
+        )?;
+        Ok(UrgencySettings { enabled: self.enabled.unwrap_or(default.enabled), low_battery, hold_at_most })
+    }
+}

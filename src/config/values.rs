@@ -1,0 +1,42 @@
+//! Reading single values.
+
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
+
+use super::ConfigError;
+
+pub(super) const fn wrong(key: String, problem: String) -> ConfigError {
+    ConfigError::Value { key, problem }
+}
+
+pub(super) fn absolute(key: &str, path: String) -> Result<PathBuf, ConfigError> {
+    let path = PathBuf::from(path);
+    if path.is_absolute() {
+        Ok(path)
+    } else {
+        Err(wrong(key.into(), format!("\"{}\" must be an absolute path", path.display())))
+    }
+}
+
+pub(super) fn duration(
+    key: &str,
+    text: Option<String>,
+    default: Duration,
+    range: RangeInclusive<Duration>,
+) -> Result<Duration, ConfigError> {
+    let Some(text) = text else { return Ok(default) };
+    let parsed = humantime::parse_duration(&text)
+        .map_err(|e| wrong(key.into(), format!("\"{text}\" is not a duration such as \"10s\" or \"10min\": {e}")))?;
+    if range.contains(&parsed) {
+        return Ok(parsed);
+    }
+    let (from, to) = (humantime::format_duration(*range.start()), humantime::format_duration(*range.end()));
+    Err(wrong(key.into(), format!("\"{text}\" is out of range; {from} to {to} are possible")))
+}
+
+pub(super) fn count(key: &str, given: Option<usize>, default: usize, most: usize) -> Result<usize, ConfigError> {
+    match given {
+        None => Ok(default),
+        Some(n) if (1..=most).contains(&n) => Ok(n),
+        Some(n) => Err(wrong(key.into(), format!("{n} is out of range; 1 to {most} are possible"))),
+    }
+}
