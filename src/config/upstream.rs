@@ -206,6 +206,12 @@ impl RawUpstream {
         if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
             return Err(values::wrong(key("name"), "must be 1 to 64 bytes without control characters".into()));
         }
+        if self.name.starts_with("panel-") {
+            return Err(values::wrong(
+                key("name"),
+                "\"panel-…\" is what servers set up on a settings panel are called".into(),
+            ));
+        }
         let url = base_url(&self.url, self.kind.schemes()).map_err(|problem| values::wrong(key("url"), problem))?;
         let token = secret(&key("token"), self.token_file, self.token_credential)?;
         let password = secret(&key("password"), self.password_file, self.password_credential)?;

@@ -8,27 +8,27 @@
 //! one another; `wiring` passes on what they want.
 
 mod access;
+mod beginning;
 mod control;
 pub mod delivery;
 pub mod ledger;
 pub mod lifecycle;
+mod panel;
 mod queries;
 mod registering;
 mod registry;
+mod routes;
 mod unsaved;
 pub mod upstream;
 mod wiring;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
-use rand_chacha::{
-    ChaCha12Rng,
-    rand_core::{Rng, SeedableRng},
-};
+use rand_chacha::ChaCha12Rng;
 
 use self::{
     control::Commands,
@@ -38,14 +38,15 @@ use self::{
     queries::ReportRun,
     registering::Farewell,
     registry::Registry,
+    routes::Routes,
     unsaved::Unsaved,
-    upstream::{Beginning, Channel, LinkIds, Session},
+    upstream::{LinkIds, Session},
 };
 use crate::{
     action::{Action, Reply, StoreOp},
-    config::{NetworkSettings, Settings, UpstreamSettings},
+    config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
+    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, TargetId},
     time::{Instant, Now, earliest},
     view::Messages,
 };
@@ -75,6 +76,9 @@ pub struct Core {
     stores: BTreeMap<StoreTicket, Stored>,
     next_store: u64,
     unsaved: Unsaved,
+    routes: Routes,
+    /// Feeds the sessions made from now on.
+    seeds: ChaCha12Rng,
     messages: Messages,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
@@ -87,6 +91,8 @@ pub struct Core {
 #[derive(Debug)]
 struct Upstream {
     settings: UpstreamSettings,
+    /// Whose it is, where a user has set it up on a panel: for apps on that bus alone.
+    owner: Option<Bus>,
     session: Session,
 }
 
@@ -113,88 +119,12 @@ enum Purpose {
 enum Stored {
     Message(MessageSeq),
     Registration(RegistrationId),
-    /// Of an upstream's registration.
-    Deletion(usize, RegistrationId),
+    Deletion(RegistrationId),
     /// Of an upstream, by key.
     Value(usize, &'static str),
 }
 
 impl Core {
-    /// A daemon that has `snapshot` in its store. `seed` feeds channel names and jitter and must be unpredictable.
-    pub fn new(settings: Settings, seed: [u8; 32], mut snapshot: Snapshot, now: Now) -> Self {
-        adopt_orphans(&settings, &mut snapshot);
-        let replaced = take_replaced(&mut snapshot);
-        let mut seeds = ChaCha12Rng::from_seed(seed);
-        let upstreams = settings
-            .upstreams
-            .iter()
-            .zip(0..)
-            .map(|(upstream, index)| Upstream {
-                settings: upstream.clone(),
-                session: new_session(upstream, &settings.network, &snapshot, &mut seeds, LinkIds::new(index), now),
-            })
-            .collect();
-        let mut core = Self {
-            upstreams,
-            delivery: Delivery::new(settings.limits, snapshot.next_message),
-            lifecycle: Lifecycle::new(settings.profile, settings.lifecycle, &snapshot.apps),
-            ledger: Ledger::new(&snapshot.apps),
-            apps: BTreeMap::new(),
-            buses: Vec::new(),
-            commands: Commands::default(),
-            farewells: Vec::new(),
-            report: None,
-            samples: BTreeMap::new(),
-            stores: BTreeMap::new(),
-            next_store: 1,
-            unsaved: Unsaved::default(),
-            messages: Messages::default(),
-            damaged: snapshot.damaged,
-            store_trouble: None,
-            swept: now.boot,
-            ending: None,
-            exited: false,
-            actions: VecDeque::new(),
-            registry: Registry::new(snapshot.next_registration, snapshot.registrations),
-            settings,
-        };
-        for id in replaced {
-            core.store(StoreOp::DeleteRegistration(id), None);
-        }
-        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, now);
-        core
-    }
-
-    fn restore(
-        &mut self,
-        messages: Vec<StoredMessage>,
-        seen: &[(RegistrationId, Arc<str>)],
-        records: &[AppRecord],
-        now: Now,
-    ) {
-        for registration in self.registry.iter() {
-            self.delivery.add(registration);
-            self.lifecycle.add_app(&registration.app, now);
-            self.apps.entry(registration.app.clone()).or_default();
-            if !registration.told && !registration.endpoint.is_empty() {
-                self.delivery.endpoint_due(registration.id, &registration.endpoint, now);
-            }
-        }
-        for record in records {
-            if let Some(presence) = self.apps.get_mut(&record.app) {
-                presence.declares = record.declares;
-            }
-        }
-        for (registration, id) in seen {
-            self.delivery.restore_seen(*registration, id);
-        }
-        for message in messages {
-            self.delivery.restore(message);
-        }
-        self.delivery.sweep(now);
-        self.pump(now);
-    }
-
     /// Takes in one event.
     pub fn handle(&mut self, event: Event, now: Now) {
         // What was due before the event comes before it, or a decision of time would mix with those of the event.
@@ -256,7 +186,7 @@ impl Core {
         let starting = self.apps.values().filter_map(|presence| presence.starting);
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
-        let own = earliest(own, self.unsaved.deadline());
+        let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -291,6 +221,7 @@ impl Core {
         if now.boot.since(self.swept) >= SWEEP_EVERY {
             self.swept = now.boot;
             self.delivery.sweep(now);
+            self.sweep_routes(now);
         }
         if due(self.ending) {
             self.exit();
@@ -308,14 +239,15 @@ impl Core {
             }
             BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
             BusEvent::Call { call, caller, request } => match request {
-                Request::Register { service, token, description, vapid, version, upstream: _ } => {
-                    let wish = registering::Wish { service, token, description, vapid, version };
+                Request::Register { service, token, description, vapid, version, upstream } => {
+                    let wish = registering::Wish { service, token, description, vapid, version, upstream };
                     self.register(call, &caller, wish, now);
                 }
                 Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
                 Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
                 Request::Query(query) => self.query(call, &caller, query, now),
-                Request::Move { .. } | Request::Panel(_) => {}
+                Request::Move { service, upstream } => self.move_apps(call, &caller, service, &upstream),
+                Request::Panel(request) => self.panel(call, &caller, request, now),
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
@@ -387,7 +319,7 @@ impl Core {
                 }
             }
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
-            Some(Stored::Deletion(index, id)) => self.deletion_stored(index, id, result.is_ok(), now),
+            Some(Stored::Deletion(id)) => self.deletion_stored(id, result.is_ok(), now),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }
@@ -509,64 +441,4 @@ impl Core {
             self.actions.push_back(Action::Exit);
         }
     }
-}
-
-/// Registrations of an upstream that is not configured any more go to the default one, which makes them anew: without a
-/// channel there, and told to the app when it has an endpoint again.
-fn adopt_orphans(settings: &Settings, snapshot: &mut Snapshot) {
-    let Some(default) = settings.upstreams.first() else { return };
-    for registration in &mut snapshot.registrations {
-        if !settings.upstreams.iter().any(|upstream| upstream.name == registration.upstream) {
-            log::warn!(
-                "{}: upstream \"{}\" is not configured any more; it moves to \"{}\"",
-                registration.app,
-                registration.upstream,
-                default.name
-            );
-            registration.upstream = Arc::clone(&default.name);
-            registration.channel = "".into();
-            registration.endpoint = "".into();
-        }
-    }
-}
-
-/// A registration made anew is written before the one it replaces is deleted; a crash between the two leaves both.
-fn take_replaced(snapshot: &mut Snapshot) -> Vec<RegistrationId> {
-    let mut latest: BTreeMap<(&AppKey, &str), RegistrationId> = BTreeMap::new();
-    for registration in &snapshot.registrations {
-        let latest = latest.entry((&registration.app, &registration.token)).or_insert(registration.id);
-        *latest = registration.id.max(*latest);
-    }
-    let kept: BTreeSet<RegistrationId> = latest.into_values().collect();
-    snapshot.registrations.extract_if(.., |registration| !kept.contains(&registration.id)).map(|r| r.id).collect()
-}
-
-fn new_session(
-    settings: &UpstreamSettings,
-    network: &NetworkSettings,
-    snapshot: &Snapshot,
-    seeds: &mut ChaCha12Rng,
-    links: LinkIds,
-    now: Now,
-) -> Session {
-    let remembered = snapshot
-        .upstreams
-        .iter()
-        .filter(|(upstream, _, value)| *upstream == settings.name && !value.is_empty())
-        .map(|(_, key, value)| (Arc::clone(key), Arc::clone(value)))
-        .collect();
-    let channels = snapshot
-        .registrations
-        .iter()
-        .filter(|registration| registration.upstream == settings.name)
-        .map(|registration| Channel {
-            registration: registration.id,
-            channel: Arc::clone(&registration.channel),
-            vapid: registration.vapid.clone(),
-            endpoint: Arc::clone(&registration.endpoint),
-        })
-        .collect();
-    let mut seed = [0; 32];
-    seeds.fill_bytes(&mut seed);
-    Session::new(Beginning { settings, network, remembered, channels, seed, links }, now)
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
-use super::{Core, Purpose};
+use super::{Core, Purpose, Upstream};
 use crate::{
     action::{Action, ErrorKind, Reply},
     event::{CallId, Caller, Query},
@@ -79,7 +79,9 @@ impl Core {
         if let Some(error) = &self.store_trouble {
             troubles.push(format!("the state directory cannot be written: {error}"));
         }
-        let upstreams = self.upstreams.iter().map(|upstream| {
+        let all_upstreams = caller.bus == Bus::System && caller.uid == 0;
+        let shown = |upstream: &&Upstream| all_upstreams || upstream.owner.is_none_or(|owner| owner == caller.bus);
+        let upstreams = self.upstreams.iter().filter(shown).map(|upstream| {
             let standing = upstream.session.standing();
             troubles.extend(standing.trouble.as_deref().map(str::to_owned));
             view::Upstream {
@@ -255,7 +257,7 @@ fn json(document: &impl Serialize) -> Reply {
     }
 }
 
-fn not_authorized() -> Reply {
+pub(super) fn not_authorized() -> Reply {
     Reply::Error(ErrorKind::NotAuthorized, "only root or the user's own unconfined programs may read this".into())
 }
 

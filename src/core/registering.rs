@@ -41,6 +41,8 @@ pub(super) struct Wish {
     pub(super) description: Arc<str>,
     pub(super) vapid: Option<Arc<str>>,
     pub(super) version: ConnectorVersion,
+    /// The upstream it asks for, by name.
+    pub(super) upstream: Option<Arc<str>>,
 }
 
 impl Core {
@@ -49,6 +51,13 @@ impl Core {
             log::warn!("{} may not register {}: it does not own that name", describe(caller), wish.service);
             let text = format!("{} is not a name this caller owns", wish.service);
             self.fail(call, FailureReason::Unauthorized, text);
+            return;
+        }
+        if let Some(name) = &wish.upstream
+            && self.upstream_named(name, caller.bus).is_none()
+        {
+            let text = format!("no upstream is called \"{}\"; `nightporter status` lists them", name.escape_debug());
+            self.fail(call, FailureReason::ActionRequired, text);
             return;
         }
         let app = AppKey::new(caller.bus, Arc::clone(&wish.service));
@@ -77,6 +86,7 @@ impl Core {
             self.delivery.version_changed(id, wish.version);
             self.store(op, None);
         }
+        self.wish_upstream(id, wish.upstream);
         self.reply(call, Reply::Registered);
         if self.is_unsaved(id) {
             // It is told as soon as a crash cannot take the endpoint back.
@@ -102,7 +112,8 @@ impl Core {
             self.fail(call, FailureReason::ActionRequired, text);
             return;
         }
-        let Some(upstream) = self.upstreams.first_mut() else { return };
+        let index = self.upstream_for(&app, wish.upstream.as_ref());
+        let Some(upstream) = self.upstreams.get(index) else { return };
         if upstream.settings.require_vapid && wish.vapid.is_none() {
             let text = format!("the server \"{}\" takes registrations with a VAPID key only", upstream.settings.name);
             self.fail(call, FailureReason::VapidRequired, text);
@@ -121,7 +132,8 @@ impl Core {
             calls: vec![call],
             replaces,
         });
-        if let Some(upstream) = self.upstreams.first_mut() {
+        self.wish_upstream(id, wish.upstream);
+        if let Some(upstream) = self.upstreams.get_mut(index) {
             upstream.session.register(id, vapid, now);
         }
     }
@@ -136,8 +148,18 @@ impl Core {
     }
 
     /// An upstream made a registration, or moved one.
-    pub(super) fn registered(&mut self, id: RegistrationId, channel: Arc<str>, endpoint: Arc<str>, now: Now) {
-        self.identity_first(id);
+    pub(super) fn registered(
+        &mut self,
+        index: usize,
+        id: RegistrationId,
+        channel: Arc<str>,
+        endpoint: Arc<str>,
+        now: Now,
+    ) {
+        if self.moved(index, id, &channel, &endpoint, now) || self.former_route_lost(index, id, now) {
+            return;
+        }
+        self.identity_first(index);
         if let Some(pending) = self.registry.pending(id) {
             let registration = Registration {
                 id,
@@ -204,6 +226,7 @@ impl Core {
                     self.reply(call, Reply::Registered);
                 }
                 log::info!("{}: registered with \"{}\"", pending.app, pending.upstream);
+                self.routes.look_again();
             }
             (Some(pending), Err(error)) => {
                 for call in pending.calls {
@@ -229,7 +252,18 @@ impl Core {
         }
     }
 
-    pub(super) fn register_failed(&mut self, id: RegistrationId, reason: FailureReason, text: String, now: Now) {
+    pub(super) fn register_failed(
+        &mut self,
+        index: usize,
+        id: RegistrationId,
+        reason: FailureReason,
+        text: String,
+        now: Now,
+    ) {
+        if self.move_refused(index, id, reason, &text, now) {
+            return;
+        }
+        self.routes.forget(id);
         let Some(pending) = self.registry.take_pending(id) else { return };
         log::warn!("{}: not registered ({}): {text}", pending.app, reason.as_str());
         for call in pending.calls {
@@ -239,7 +273,10 @@ impl Core {
     }
 
     /// The server has dropped a registration for good: the app is told, so that it can register again.
-    pub(super) fn registration_lost(&mut self, id: RegistrationId, text: &str, now: Now) {
+    pub(super) fn registration_lost(&mut self, index: usize, id: RegistrationId, text: &str, now: Now) {
+        if self.former_route_lost(index, id, now) {
+            return;
+        }
         let Some(registration) = self.registry.get(id).cloned() else { return };
         log::warn!("{}: its registration is lost: {text}", registration.app);
         self.tell_unregistered(&registration, Arc::clone(&registration.token), now);
@@ -261,7 +298,7 @@ impl Core {
         let pending = pending.map(|(id, _)| id);
         self.reply(call, Reply::Done);
         if let Some(id) = pending
-            && let index = self.upstream_of(id)
+            && let upstreams = self.upstreams_of(id)
             && let Some(pending) = self.registry.take_pending(id)
         {
             for call in pending.calls {
@@ -270,7 +307,10 @@ impl Core {
             if self.registry.get(id).is_some() {
                 self.drop_registration(id, now);
             } else {
-                self.unregister_at_server(index, id, now);
+                for index in upstreams {
+                    self.unregister_at_server(index, id, now);
+                }
+                self.routes.forget(id);
             }
             self.forget_if_unused(&pending.app, now);
         }
@@ -287,7 +327,7 @@ impl Core {
     }
 
     /// Only a running app is told: any other finds out when it registers at its next start.
-    fn tell_unregistered(&mut self, registration: &Registration, token: Arc<str>, now: Now) {
+    pub(super) fn tell_unregistered(&mut self, registration: &Registration, token: Arc<str>, now: Now) {
         let app = &registration.app;
         let Some(owner) = self.apps.get(app).and_then(|presence| presence.owner.clone()) else { return };
         if self.lifecycle.wanted(app, now) != Readiness::Ending && self.farewells.len() < FAREWELLS {
@@ -317,21 +357,21 @@ impl Core {
 
     /// Removes a registration everywhere: at its server last, when it cannot come back any more. One that came back to a
     /// server that had forgotten it would be told to its app as good.
-    fn drop_registration(&mut self, id: RegistrationId, now: Now) {
-        let index = self.upstream_of(id);
+    pub(super) fn drop_registration(&mut self, id: RegistrationId, now: Now) {
+        let upstreams = self.upstreams_of(id);
         self.delivery.remove(id, now);
         let Some(registration) = self.registry.remove(id) else { return };
-        match index {
-            Some(index) => self.delete_registration(index, id),
-            None => self.store(StoreOp::DeleteRegistration(id), None),
-        }
+        self.delete_registration(id, upstreams);
+        self.routes.forget(id);
         self.forget_if_unused(&registration.app, now);
     }
 
     /// Removes a registration that never was durable.
     fn drop_unstored(&mut self, id: RegistrationId, now: Now) {
-        let index = self.upstream_of(id);
-        self.unregister_at_server(index, id, now);
+        for index in self.upstreams_of(id) {
+            self.unregister_at_server(index, id, now);
+        }
+        self.routes.forget(id);
         self.delivery.remove(id, now);
         if let Some(registration) = self.registry.remove(id) {
             self.store(StoreOp::DeleteRegistration(id), None);
@@ -339,8 +379,8 @@ impl Core {
         }
     }
 
-    pub(super) fn unregister_at_server(&mut self, index: Option<usize>, id: RegistrationId, now: Now) {
-        if let Some(upstream) = index.and_then(|index| self.upstreams.get_mut(index)) {
+    pub(super) fn unregister_at_server(&mut self, index: usize, id: RegistrationId, now: Now) {
+        if let Some(upstream) = self.upstreams.get_mut(index) {
             upstream.session.unregister(id, now);
         }
     }
@@ -348,6 +388,7 @@ impl Core {
     /// An app that is gone for good: its unique name will never come back.
     pub(super) fn forget_app(&mut self, app: &AppKey, now: Now) {
         for (id, pending) in self.registry.drop_pending_of(app) {
+            self.routes.forget(id);
             if let Some(upstream) = self.upstreams.iter_mut().find(|u| u.settings.name == pending.upstream) {
                 upstream.session.unregister(id, now);
             }

@@ -29,8 +29,8 @@ pub(super) struct Unsaved {
     /// By upstream and key.
     values: BTreeMap<(usize, &'static str), Value>,
     registrations: BTreeSet<RegistrationId>,
-    /// Registrations that are gone but for their row, and the upstream of each. Each was durable, so they are as bounded.
-    deletions: BTreeMap<RegistrationId, usize>,
+    /// Registrations that are gone but for their row. Each was durable, so they are as bounded.
+    deletions: BTreeMap<RegistrationId, Deletion>,
     /// Values that wait for registrations to be durable.
     held: BTreeMap<(usize, &'static str), Arc<str>>,
     again_at: Option<Instant>,
@@ -42,6 +42,14 @@ struct Value {
     /// The first attempt since the key was last as it should be in the store.
     since: StoreTicket,
     latest: StoreTicket,
+    refused: bool,
+}
+
+/// A row on its way out.
+#[derive(Debug)]
+struct Deletion {
+    /// Which upstreams know the registration.
+    upstreams: Vec<usize>,
     refused: bool,
 }
 
@@ -84,7 +92,7 @@ impl Core {
     fn writes_registrations_of(&self, index: usize) -> bool {
         let under_way = self.stores.values().filter_map(|waiting| match waiting {
             Stored::Registration(id) => Some(id),
-            Stored::Message(_) | Stored::Deletion(..) | Stored::Value(..) => None,
+            Stored::Message(_) | Stored::Deletion(_) | Stored::Value(..) => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }
@@ -115,8 +123,7 @@ impl Core {
 
     /// Before a registration is written: what it needs and was refused goes first, into the same transaction, so that no
     /// row outlives a crash with an endpoint this device cannot be found at.
-    pub(super) fn identity_first(&mut self, id: RegistrationId) {
-        let Some(index) = self.upstream_of(id) else { return };
+    pub(super) fn identity_first(&mut self, index: usize) {
         if self.unsaved.values.get(&(index, IDENTITY)).is_some_and(|value| value.refused) {
             self.save_again();
         }
@@ -134,17 +141,22 @@ impl Core {
         waits
     }
 
-    /// Deletes a registration's row; its server hears of it when that is done.
-    pub(super) fn delete_registration(&mut self, index: usize, id: RegistrationId) {
-        self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(index, id));
+    /// Deletes a registration's row; the servers that know it hear of it when that is done.
+    pub(super) fn delete_registration(&mut self, id: RegistrationId, upstreams: Vec<usize>) {
+        self.unsaved.deletions.insert(id, Deletion { upstreams, refused: false });
+        self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(id));
     }
 
-    pub(super) fn deletion_stored(&mut self, index: usize, id: RegistrationId, ok: bool, now: Now) {
-        if ok {
-            self.unregister_at_server(Some(index), id, now);
-        } else {
-            self.unsaved.deletions.insert(id, index);
-            self.unsaved.again_at = Some(now.boot + AGAIN);
+    pub(super) fn deletion_stored(&mut self, id: RegistrationId, ok: bool, now: Now) {
+        if !ok {
+            if let Some(deletion) = self.unsaved.deletions.get_mut(&id) {
+                deletion.refused = true;
+                self.unsaved.again_at = Some(now.boot + AGAIN);
+            }
+            return;
+        }
+        for index in self.unsaved.deletions.remove(&id).map(|deletion| deletion.upstreams).unwrap_or_default() {
+            self.unregister_at_server(index, id, now);
         }
     }
 
@@ -156,8 +168,11 @@ impl Core {
         for (index, key, value) in refused {
             self.remember(index, key, value);
         }
-        for (id, index) in std::mem::take(&mut self.unsaved.deletions) {
-            self.delete_registration(index, id);
+        let refused = self.unsaved.deletions.iter_mut();
+        let refused = refused.filter_map(|(id, deletion)| std::mem::take(&mut deletion.refused).then_some(*id));
+        let refused: Vec<RegistrationId> = refused.collect();
+        for id in refused {
+            self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(id));
         }
         for id in std::mem::take(&mut self.unsaved.registrations) {
             if let Some(registration) = self.registry.get(id) {

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Ending, TargetId},
+    model::{AppKey, Ending, RegistrationId, TargetId},
     time::Now,
     view::LinkState,
 };
@@ -32,7 +32,7 @@ impl Core {
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
-            } else {
+            } else if !self.settle_moves(now) {
                 break;
             }
         }
@@ -58,24 +58,27 @@ impl Core {
             upstream::Output::Ping(link) => self.actions.push_back(Action::Ping(link)),
             upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
             upstream::Output::Registered { registration, channel, endpoint } => {
-                self.registered(registration, channel, endpoint, now);
+                self.registered(index, registration, channel, endpoint, now);
             }
             upstream::Output::RegisterFailed { registration, reason, text } => {
-                self.register_failed(registration, reason, text, now);
+                self.register_failed(index, registration, reason, text, now);
             }
-            upstream::Output::Lost { registration, text } => self.registration_lost(registration, &text, now),
+            upstream::Output::Lost { registration, text } => self.registration_lost(index, registration, &text, now),
             upstream::Output::Message(message) => self.on_message(index, message, now),
             upstream::Output::Remember { key, value } => {
                 self.remember(index, key, value.into());
             }
             upstream::Output::RememberBehind { key, value } => self.remember_behind(index, key, value.into()),
-            upstream::Output::StateChanged(state) => match state {
-                LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
-                LinkState::Connecting => log::debug!("upstream {name}: connecting"),
-                LinkState::Online => log::info!("upstream {name}: online"),
-                LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
-                LinkState::Off => log::info!("upstream {name}: kept from connecting while roaming"),
-            },
+            upstream::Output::StateChanged(state) => {
+                self.panels_changed(index);
+                match state {
+                    LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
+                    LinkState::Connecting => log::debug!("upstream {name}: connecting"),
+                    LinkState::Online => log::info!("upstream {name}: online"),
+                    LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
+                    LinkState::Off => log::info!("upstream {name}: kept from connecting while roaming"),
+                }
+            }
         }
     }
 
@@ -118,17 +121,17 @@ impl Core {
             }
             delivery::Output::LoadBody(seq) => self.store(StoreOp::LoadBody(seq), None),
             delivery::Output::Fetch { ticket, registration, url } => {
-                if let Some(registration) = self.registry.get(registration) {
-                    let upstream = Arc::clone(&registration.upstream);
+                if let Some(upstream) = self.upstream_behind(registration, &url) {
                     let limit = u32::try_from(delivery::MESSAGE_MAX).unwrap_or(u32::MAX);
                     self.actions.push_back(Action::Fetch { ticket, upstream, url, limit });
                 }
             }
             delivery::Output::Safe(registration, id) => {
-                if let Some(index) = self.upstream_of(registration)
-                    && let Some(upstream) = self.upstreams.get_mut(index)
-                {
-                    upstream.session.safe(registration, &id, now);
+                // Which of them it came from is known to that one alone.
+                for index in self.upstreams_of(registration) {
+                    if let Some(upstream) = self.upstreams.get_mut(index) {
+                        upstream.session.safe(registration, &id, now);
+                    }
                 }
             }
             delivery::Output::Wake(app) => self.wake(&app, now),
@@ -143,8 +146,10 @@ impl Core {
                 if let Some(registration) = self.registry.get_mut(registration)
                     && !std::mem::replace(&mut registration.told, true)
                 {
+                    let id = registration.id;
                     let op = StoreOp::PutRegistration(registration.clone());
                     self.store(op, None);
+                    self.former_routes_fade(id, now);
                 }
             }
             delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
@@ -153,6 +158,14 @@ impl Core {
                 self.lifecycle.note(&app, verdict, reason, now);
             }
         }
+    }
+
+    /// The upstream of the registration whose server the URL is on: its credentials are for that server alone.
+    fn upstream_behind(&self, registration: RegistrationId, url: &str) -> Option<Arc<str>> {
+        let known = self.upstreams_of(registration);
+        let known = || known.iter().filter_map(|index| self.upstreams.get(*index));
+        let found = known().find(|upstream| url.starts_with(&upstream.settings.http_url()));
+        found.or_else(|| known().next()).map(|upstream| Arc::clone(&upstream.settings.name))
     }
 
     /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
