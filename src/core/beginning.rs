@@ -83,7 +83,7 @@ impl Core {
             core.store(StoreOp::DeleteRegistration(id), None);
         }
         for FormerRoute { registration, upstream, .. } in lost {
-            core.store(StoreOp::DeleteFormer(registration, upstream), None);
+            core.store_surely(StoreOp::DeleteFormer(registration, upstream));
         }
         for (upstream, key) in given_up {
             core.store(StoreOp::PutUpstream { upstream, key, value: "".into() }, None);

@@ -120,6 +120,8 @@ enum Stored {
     Message(MessageSeq),
     Registration(RegistrationId),
     Deletion(RegistrationId),
+    /// A former route or a preference, by number.
+    Row(u64),
     /// Of an upstream, by key.
     Value(usize, &'static str),
 }
@@ -157,6 +159,7 @@ impl Core {
                 self.report_daemon_sampled(now);
             }
             Event::NetworkReturned | Event::Resumed => {
+                self.routes.try_again(now);
                 for upstream in &mut self.upstreams {
                     upstream.session.handle_network(now);
                 }
@@ -320,6 +323,7 @@ impl Core {
             }
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
             Some(Stored::Deletion(id)) => self.deletion_stored(id, result.is_ok(), now),
+            Some(Stored::Row(number)) => self.row_stored(number, result.is_ok(), now),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }

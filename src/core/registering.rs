@@ -226,7 +226,6 @@ impl Core {
                     self.reply(call, Reply::Registered);
                 }
                 log::info!("{}: registered with \"{}\"", pending.app, pending.upstream);
-                self.routes.look_again();
             }
             (Some(pending), Err(error)) => {
                 for call in pending.calls {
@@ -244,6 +243,7 @@ impl Core {
             }
             (None, Ok(())) => {}
         }
+        self.routes.look_again();
         if let Some(registration) = self.registry.get(id)
             && !registration.told
         {

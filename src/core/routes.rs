@@ -82,6 +82,13 @@ impl Routes {
         self.preferences.get(&(bus, None))
     }
 
+    /// The network is back, or a server: what failed for want of it is tried at once.
+    pub(super) fn try_again(&mut self, now: Now) {
+        for failed in self.failed.values_mut().filter(|failed| failed.retry_at.is_some()) {
+            failed.retry_at = Some(now.boot);
+        }
+    }
+
     /// Looks at all registrations again at the next occasion.
     pub(super) const fn look_again(&mut self) {
         self.due = true;
@@ -149,11 +156,11 @@ impl Core {
             let single: Vec<_> = self.routes.preferences.keys().filter(|key| single(key)).cloned().collect();
             for key in single {
                 self.routes.preferences.remove(&key);
-                self.store(StoreOp::DeletePreference(key.0, key.1), None);
+                self.store_surely(StoreOp::DeletePreference(key.0, key.1));
             }
         }
         self.routes.preferences.insert(key.clone(), Arc::clone(&upstream));
-        self.store(StoreOp::PutPreference(Preference { bus: key.0, service: key.1, upstream }), None);
+        self.store_surely(StoreOp::PutPreference(Preference { bus: key.0, service: key.1, upstream }));
         self.routes.failed.clear();
         self.routes.look_again();
         true
@@ -206,7 +213,7 @@ impl Core {
         let name = Arc::clone(&upstream.settings.name);
         if let Some(route) = self.routes.take_former(id, &name) {
             // It is still listened to there.
-            self.store(StoreOp::DeleteFormer(id, name), None);
+            self.store_surely(StoreOp::DeleteFormer(id, name));
             self.change_route(id, target, route.channel, route.endpoint, now);
             return;
         }
@@ -254,7 +261,7 @@ impl Core {
         let op = StoreOp::PutRegistration(registration.clone());
         self.identity_first(index);
         if !former.endpoint.is_empty() {
-            self.store(StoreOp::PutFormer(former.clone()), None);
+            self.store_surely(StoreOp::PutFormer(former.clone()));
             let routes = self.routes.former.entry(id).or_default();
             routes.push(former);
             if routes.len() > FORMER {
@@ -316,7 +323,7 @@ impl Core {
             changed.push(route.clone());
         }
         for route in changed {
-            self.store(StoreOp::PutFormer(route), None);
+            self.store_surely(StoreOp::PutFormer(route));
         }
     }
 
@@ -337,7 +344,7 @@ impl Core {
     }
 
     fn give_up_route(&mut self, route: &FormerRoute, now: Now) {
-        self.store(StoreOp::DeleteFormer(route.registration, Arc::clone(&route.upstream)), None);
+        self.store_surely(StoreOp::DeleteFormer(route.registration, Arc::clone(&route.upstream)));
         let index = self.upstreams.iter().position(|upstream| upstream.settings.name == route.upstream);
         if let Some(index) = index {
             self.unregister_at_server(index, route.registration, now);

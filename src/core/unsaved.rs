@@ -14,7 +14,7 @@ use super::{Core, Stored};
 use crate::{
     action::StoreOp,
     event::StoreTicket,
-    model::RegistrationId,
+    model::{Bus, RegistrationId},
     time::{Instant, Now},
 };
 
@@ -31,6 +31,9 @@ pub(super) struct Unsaved {
     registrations: BTreeSet<RegistrationId>,
     /// Registrations that are gone but for their row. Each was durable, so they are as bounded.
     deletions: BTreeMap<RegistrationId, Deletion>,
+    /// Other rows on their way, by number: the latest for each.
+    rows: BTreeMap<u64, Row>,
+    next_row: u64,
     /// Values that wait for registrations to be durable.
     held: BTreeMap<(usize, &'static str), Arc<str>>,
     again_at: Option<Instant>,
@@ -42,6 +45,13 @@ struct Value {
     /// The first attempt since the key was last as it should be in the store.
     since: StoreTicket,
     latest: StoreTicket,
+    refused: bool,
+}
+
+/// A row that must be written some time.
+#[derive(Debug)]
+struct Row {
+    op: StoreOp,
     refused: bool,
 }
 
@@ -92,7 +102,7 @@ impl Core {
     fn writes_registrations_of(&self, index: usize) -> bool {
         let under_way = self.stores.values().filter_map(|waiting| match waiting {
             Stored::Registration(id) => Some(id),
-            Stored::Message(_) | Stored::Deletion(_) | Stored::Value(..) => None,
+            Stored::Message(_) | Stored::Deletion(_) | Stored::Value(..) | Stored::Row(_) => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }
@@ -111,6 +121,24 @@ impl Core {
             self.unsaved.values.remove(&(index, key));
         } else {
             value.refused = true;
+            self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+    }
+
+    /// Writes a former route or a preference, and again until it is there.
+    pub(super) fn store_surely(&mut self, op: StoreOp) {
+        self.unsaved.rows.retain(|_, row| !is_same_row(&row.op, &op));
+        let number = self.unsaved.next_row;
+        self.unsaved.next_row += 1;
+        self.unsaved.rows.insert(number, Row { op: op.clone(), refused: false });
+        self.store_with(op, Stored::Row(number));
+    }
+
+    pub(super) fn row_stored(&mut self, number: u64, ok: bool, now: Now) {
+        if ok {
+            self.unsaved.rows.remove(&number);
+        } else if let Some(row) = self.unsaved.rows.get_mut(&number) {
+            row.refused = true;
             self.unsaved.again_at = Some(now.boot + AGAIN);
         }
     }
@@ -143,6 +171,7 @@ impl Core {
 
     /// Deletes a registration's row; the servers that know it hear of it when that is done.
     pub(super) fn delete_registration(&mut self, id: RegistrationId, upstreams: Vec<usize>) {
+        self.unsaved.rows.retain(|_, row| !matches!(&row.op, StoreOp::PutFormer(route) if route.registration == id));
         self.unsaved.deletions.insert(id, Deletion { upstreams, refused: false });
         self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(id));
     }
@@ -174,6 +203,12 @@ impl Core {
         for id in refused {
             self.store_with(StoreOp::DeleteRegistration(id), Stored::Deletion(id));
         }
+        let refused = self.unsaved.rows.iter_mut();
+        let refused = refused.filter_map(|(n, row)| std::mem::take(&mut row.refused).then(|| (*n, row.op.clone())));
+        let refused: Vec<(u64, StoreOp)> = refused.collect();
+        for (number, op) in refused {
+            self.store_with(op, Stored::Row(number));
+        }
         for id in std::mem::take(&mut self.unsaved.registrations) {
             if let Some(registration) = self.registry.get(id) {
                 let op = StoreOp::PutRegistration(registration.clone());
@@ -181,4 +216,24 @@ impl Core {
             }
         }
     }
+}
+
+/// Whether two operations are about the same former route or the same preference.
+fn is_same_row(one: &StoreOp, other: &StoreOp) -> bool {
+    fn former(op: &StoreOp) -> Option<(RegistrationId, &str)> {
+        match op {
+            StoreOp::PutFormer(route) => Some((route.registration, &route.upstream)),
+            StoreOp::DeleteFormer(registration, upstream) => Some((*registration, upstream)),
+            _ => None,
+        }
+    }
+    fn preference(op: &StoreOp) -> Option<(Bus, Option<&str>)> {
+        match op {
+            StoreOp::PutPreference(preference) => Some((preference.bus, preference.service.as_deref())),
+            StoreOp::DeletePreference(bus, service) => Some((*bus, service.as_deref())),
+            _ => None,
+        }
+    }
+    (former(one).is_some() && former(one) == former(other))
+        || (preference(one).is_some() && preference(one) == preference(other))
 }

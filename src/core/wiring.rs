@@ -74,7 +74,10 @@ impl Core {
                 match state {
                     LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
                     LinkState::Connecting => log::debug!("upstream {name}: connecting"),
-                    LinkState::Online => log::info!("upstream {name}: online"),
+                    LinkState::Online => {
+                        log::info!("upstream {name}: online");
+                        self.routes.try_again(now);
+                    }
                     LinkState::Waiting => log::info!("upstream {name}: waiting to reconnect"),
                     LinkState::Off => log::info!("upstream {name}: kept from connecting while roaming"),
                 }

@@ -179,6 +179,7 @@ impl World {
                 };
                 self.call(tool(), Request::Query(query), What::Json);
             }
+            960..985 => self.user_moves(),
             _ => {}
         }
         self.check_answers();
@@ -277,6 +278,16 @@ impl World {
         self.count("commands");
         let service = Arc::clone(&self.apps[app].key.service);
         self.call(tool(), Request::Command { service, command }, What::Other);
+    }
+
+    /// One app, or all of them, to another upstream.
+    fn user_moves(&mut self) {
+        let app = self.rng.below(self.apps.len() as u64) as usize;
+        let service = (!self.rng.chance(2000)).then(|| Arc::clone(&self.apps[app].key.service));
+        let upstream: Arc<str> = (*self.rng.pick(&["push", "ntfy"]).expect("two")).into();
+        self.count("moves asked for");
+        self.note(|| format!("the user moves {service:?} to {upstream}"));
+        self.call(tool(), Request::Move { service, upstream }, What::Other);
     }
 
     /// The cache loses its old end: only what nobody waits for, so that a loss is never the server's.

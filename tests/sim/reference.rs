@@ -8,7 +8,7 @@ use std::{
 
 use nightporter::{
     action::StoreOp,
-    model::{AppKey, Ending, Registration, RegistrationId},
+    model::{AppKey, Ending, FormerRoute, Registration, RegistrationId},
 };
 
 use crate::{
@@ -26,6 +26,8 @@ pub(crate) struct Reference {
     /// Registrations as the running daemon has them.
     alive: BTreeMap<RegistrationId, Registration>,
     by_channel: BTreeMap<Arc<str>, RegistrationId>,
+    /// Channels left behind by moves, still listened to.
+    former: BTreeMap<(RegistrationId, Arc<str>), Arc<str>>,
     /// What the core's own numbers stand for.
     seqs: BTreeMap<u64, (RegistrationId, Arc<str>)>,
     /// Registrations that may go: the app or the server said so.
@@ -105,10 +107,14 @@ impl Reference {
     pub(crate) fn begin(&mut self, life: u32, store: &Store) {
         self.alive.clear();
         self.by_channel.clear();
+        self.former.clear();
         self.seqs.clear();
         self.failures.clear();
         for registration in store.registrations.values() {
             self.know(registration);
+        }
+        for route in store.former() {
+            self.know_former(route);
         }
         let waiting: Vec<_> = store.waiting().map(|m| (m.seq.0, m.registration, Arc::clone(&m.id))).collect();
         for (seq, registration, id) in waiting {
@@ -118,6 +124,11 @@ impl Reference {
             }
             self.seqs.insert(seq, (registration, id));
         }
+    }
+
+    fn know_former(&mut self, route: &FormerRoute) {
+        self.by_channel.insert(Arc::clone(&route.channel), route.registration);
+        self.former.insert((route.registration, Arc::clone(&route.upstream)), Arc::clone(&route.channel));
     }
 
     fn know(&mut self, registration: &Registration) {
@@ -143,11 +154,12 @@ impl Reference {
             StoreOp::PutRegistration(registration) => self.know(registration),
             StoreOp::DeleteRegistration(id) => {
                 if let Some(gone) = self.alive.remove(id) {
-                    self.by_channel.remove(&gone.channel);
                     // Should the deletion be lost and the registration come back, these stay gone.
-                    for sent in self.sent.iter_mut().filter(|sent| sent.channel == gone.channel) {
+                    let of_it = |sent: &&mut Sent| self.by_channel.get(&sent.channel) == Some(id);
+                    for sent in self.sent.iter_mut().filter(of_it) {
                         sent.ended.get_or_insert(Ending::Unregistered);
                     }
+                    self.by_channel.retain(|_, registration| registration != id);
                     let asked = self.may_go.contains(&(gone.app.clone(), Arc::clone(&gone.token)));
                     let never_was = !store.registrations.contains_key(&id.0);
                     let another = self.alive.values().any(|r| r.app == gone.app && r.token == gone.token);
@@ -166,10 +178,14 @@ impl Reference {
                 self.seqs.insert(message.seq.0, (message.registration, Arc::clone(&message.id)));
             }
             StoreOp::EndMessage(seq, ending) => self.ended(seq.0, *ending, now, rules),
+            StoreOp::PutFormer(route) => self.know_former(route),
+            StoreOp::DeleteFormer(id, upstream) => {
+                if let Some(channel) = self.former.remove(&(*id, Arc::clone(upstream))) {
+                    self.by_channel.remove(&channel);
+                }
+            }
             StoreOp::LoadBody(_)
             | StoreOp::PutUpstream { .. }
-            | StoreOp::PutFormer(_)
-            | StoreOp::DeleteFormer(..)
             | StoreOp::PutPreference(_)
             | StoreOp::DeletePreference(..)
             | StoreOp::PutApp(_)

@@ -208,6 +208,13 @@ fn unsettled(world: &World) -> Option<String> {
             return Some(format!("{} has two registrations for {}", registration.app, registration.token));
         }
     }
+    for registration in world.reference.registrations() {
+        if let Some(wanted) =
+            world.store.preferred(&registration.app).filter(|wanted| **wanted != registration.upstream)
+        {
+            return Some(format!("{} {} did not move to {wanted}", registration.app, registration.token));
+        }
+    }
     let wishes = world.apps.iter().flat_map(|app| app.wishes.iter().map(move |wish| (app, wish)));
     wishes.filter(|(_, wish)| wish.wanted).find_map(|(app, wish)| {
         let (key, token) = (&app.key, &wish.token);

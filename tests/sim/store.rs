@@ -137,6 +137,16 @@ impl Store {
         }
     }
 
+    pub(crate) fn former(&self) -> impl Iterator<Item = &FormerRoute> {
+        self.former.values()
+    }
+
+    /// The upstream the user wants for the app, by what is durable.
+    pub(crate) fn preferred(&self, app: &AppKey) -> Option<&Arc<str>> {
+        let own = self.preferences.get(&(app.bus, Some(Arc::clone(&app.service))));
+        own.or_else(|| self.preferences.get(&(app.bus, None))).map(|preference| &preference.upstream)
+    }
+
     fn body(&self, seq: MessageSeq) -> Option<Arc<[u8]>> {
         self.rows.get(&seq.0).filter(|row| row.ended.is_none()).map(|row| Arc::clone(&row.message.body))
     }
