@@ -91,6 +91,13 @@ pub enum LinkEvent {
     Failed(LinkError),
 }
 
+impl LinkEvent {
+    /// Whether it is the last of its link.
+    pub const fn is_last(&self) -> bool {
+        matches!(self, Self::Closed { .. } | Self::Failed(_))
+    }
+}
+
 /// What a protocol of its own logs in with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Login {

@@ -1,6 +1,8 @@
 //! Several upstreams, from the core's two doors: who may use which, what wins, what a restart brings back. What faults do to
 //! moves is the simulation's subject (tests/sim).
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use nightporter::{
@@ -152,10 +154,8 @@ fn a_server_from_the_panel_is_its_users_alone_and_outlives_a_restart() {
     world.register(CHAT, None);
     let own = |password: &str| {
         let mut settings = UpstreamSettings::new("kde", UpstreamKind::Autopush, "wss://own.example/");
-        settings.credentials = Credentials::Password {
-            username: "u".into(),
-            password: SecretSource::Given(Secret::new(password)),
-        };
+        settings.credentials =
+            Credentials::Password { username: "u".into(), password: SecretSource::Given(Secret::new(password)) };
         Request::Panel(PanelRequest::SetProvider(Box::new(settings)))
     };
     assert_eq!(world.ask(user(), own("old")), Reply::Done);
@@ -521,5 +521,8 @@ impl World {
 }
 
 fn at(secs: u64) -> Now {
-    Now { boot: Instant::from_nanos(secs * 1_000_000_000), wall: UnixTime::from_millis(1_795_000_000_000 + secs * 1000) }
+    Now {
+        boot: Instant::from_nanos(secs * 1_000_000_000),
+        wall: UnixTime::from_millis(1_795_000_000_000 + secs * 1000),
+    }
 }

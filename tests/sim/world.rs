@@ -594,7 +594,7 @@ impl World {
         assert!(self.links.insert(key, link).is_none(), "link {} is used twice", key.1);
         let open = self.links.values().filter(|link| link.kind == kind).count();
         // ntfy's: the one in use, the next one, and the one before, which is kept for what is on its way.
-        let most = if kind == UpstreamKind::Ntfy { 3 } else { 1 };
+        let most = if kind == UpstreamKind::Ntfy { 3 } else { 2 };
         assert!(open <= most, "{open} links to one upstream");
         self.count("connects");
         let at = self.soon(5 * MS, 300 * MS);

@@ -36,6 +36,11 @@ impl Backoff {
         self.retry_at
     }
 
+    /// Whether the server has said nothing against an attempt now.
+    pub fn allows(&self, now: Instant) -> bool {
+        self.not_before <= now
+    }
+
     /// An attempt begins, or none is wanted any more: nothing is due.
     pub const fn clear(&mut self) {
         self.retry_at = None;

@@ -184,6 +184,9 @@ pub const REGISTER_TIMEOUT: Duration = Duration::from_secs(10);
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the peer may take to answer a ping that is to prove the path.
 pub const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
+/// After so much of that another link is begun beside the one in doubt, which may still answer: a server that sent into a
+/// gap of half a minute repeats itself only after another, however soon the path is back.
+pub const DOUBT: Duration = Duration::from_secs(1);
 
 /// What a session begins with.
 #[derive(Debug)]

@@ -3,12 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    ACKS_PER_FRAME, Link, NAME_LIMIT, Online, PROVEN, REMAKING, Session, Step, TOO_MANY_REQUESTS, UNSAFE_LIMIT,
+    ACKS_PER_FRAME, Challenger, Link, NAME_LIMIT, Online, PROVEN, REMAKING, Session, Step, TOO_MANY_REQUESTS,
+    UNSAFE_LIMIT,
     wire::{self, Ack, Incoming, Notification, Outgoing},
 };
 use crate::{
-    core::upstream::{IncomingBody, IncomingMessage, Output, PROOF_TIMEOUT, backoff::between, quiet::hint},
-    event::{LinkError, LinkId},
+    core::upstream::{DOUBT, IncomingBody, IncomingMessage, Output, PROOF_TIMEOUT, backoff::between, quiet::hint},
+    event::{LinkError, LinkEvent, LinkId},
     model::{FailureReason, Urgency},
     time::{Instant, Now},
     view::LinkState,
@@ -46,8 +47,9 @@ impl Session {
     }
 
     fn greeted(&mut self, id: LinkId, uaid: String, now: Instant) {
-        self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None });
+        self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None, doubt_at: None });
         self.trouble = None;
+        self.backoff.clear();
         if self.uaid.as_deref() != Some(uaid.as_str()) {
             if self.uaid.is_some() {
                 log::warn!("the server has forgotten this device: every registration is made anew");
@@ -164,7 +166,10 @@ impl Session {
     }
 
     fn link_gone(&mut self, now: Instant) {
-        self.link = Link::Down;
+        self.link = match self.challenger.take() {
+            Some(Challenger { id, asked }) => Link::Greeting { id, asked },
+            None => Link::Down,
+        };
         self.acks.clear();
         self.unsafe_messages.clear();
         for entry in self.channels.values_mut() {
@@ -179,9 +184,50 @@ impl Session {
         if let Link::Online(online) = &mut self.link
             && online.proof_by.is_none()
         {
-            online.proof_by = Some(now + PROOF_TIMEOUT);
+            (online.proof_by, online.doubt_at) = (Some(now + PROOF_TIMEOUT), Some(now + DOUBT));
             self.outputs.push_back(Output::Ping(online.id));
         }
+    }
+
+    /// The link has not answered yet: another is begun.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        let Link::Online(online) = &mut self.link else { return };
+        online.doubt_at = None;
+        if self.challenger.is_none() && self.backoff.allows(now) {
+            let id = self.links.take();
+            self.challenger = Some(Challenger { id, asked: now });
+            self.outputs.push_back(Output::Connect { link: id, path: String::new(), headers: Vec::new() });
+        }
+    }
+
+    pub(super) fn handle_challenger(&mut self, event: &LinkEvent, now: Instant) {
+        match event {
+            LinkEvent::Open => {
+                let doubted = match &self.link {
+                    Link::Online(online) => Some(online.id),
+                    Link::Down | Link::Greeting { .. } => None,
+                };
+                let link = self.challenger.as_ref().map(|challenger| challenger.id);
+                if let (Some(doubted), Some(link)) = (doubted, link) {
+                    self.drop_link(doubted, "replaced: it did not answer after the network changed", now);
+                    self.greet(link);
+                }
+            }
+            LinkEvent::Closed { .. } | LinkEvent::Failed(_) => self.challenger = None,
+            LinkEvent::Login(_) | LinkEvent::Text(_) | LinkEvent::Bytes(_) | LinkEvent::Ping | LinkEvent::Pong => {}
+        }
+    }
+
+    /// The link in doubt has answered.
+    pub(super) fn dismiss_challenger(&mut self) {
+        if let Some(Challenger { id, .. }) = self.challenger.take() {
+            self.outputs.push_back(Output::Close(id));
+        }
+    }
+
+    pub(super) fn greet(&mut self, link: LinkId) {
+        let hello = Outgoing::Hello { uaid: self.uaid.as_deref(), use_webpush: true };
+        self.outputs.push_back(Output::Send(link, hello.to_text()));
     }
 
     /// Does whatever has become due; every door ends here.
@@ -212,6 +258,7 @@ impl Session {
     fn retire(&mut self, now: Instant) {
         self.bury_dead();
         self.flush_acks();
+        self.dismiss_challenger();
         let id = match &self.link {
             Link::Down => None,
             Link::Greeting { id, .. } => Some(*id),

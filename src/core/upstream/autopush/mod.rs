@@ -16,7 +16,6 @@ use std::{
 
 use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
-use self::wire::Outgoing;
 use super::{CONNECT_TIMEOUT, Channel, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet};
 use crate::{
     event::{LinkEvent, LinkId},
@@ -73,6 +72,8 @@ pub struct Session {
     /// Registrations not [`Step::Done`].
     open: usize,
     link: Link,
+    /// Made beside a link in doubt, to take its place.
+    challenger: Option<Challenger>,
     backoff: Backoff,
     acks: Vec<(Arc<str>, Arc<str>)>,
     unsafe_messages: HashSet<(RegistrationId, Arc<str>)>,
@@ -116,6 +117,13 @@ enum Link {
     Online(Online),
 }
 
+/// A link that says nothing before the one in doubt is given up: the server knows a device on one link only.
+#[derive(Debug)]
+struct Challenger {
+    id: LinkId,
+    asked: Instant,
+}
+
 #[derive(Debug)]
 struct Online {
     id: LinkId,
@@ -123,6 +131,7 @@ struct Online {
     heard: Instant,
     pinged: bool,
     proof_by: Option<Instant>,
+    doubt_at: Option<Instant>,
 }
 
 impl Online {
@@ -145,6 +154,7 @@ impl Session {
             names: HashMap::new(),
             open: 0,
             link: Link::Down,
+            challenger: None,
             backoff: Backoff::default(),
             acks: Vec::new(),
             unsafe_messages: HashSet::new(),
@@ -174,6 +184,11 @@ impl Session {
 
     /// An event on a link.
     pub fn handle_link(&mut self, link: LinkId, event: LinkEvent, now: Now) {
+        if self.challenger.as_ref().is_some_and(|challenger| challenger.id == link) {
+            self.handle_challenger(&event, now.boot);
+            self.settle(now.boot);
+            return;
+        }
         let current = match &self.link {
             Link::Down => None,
             Link::Greeting { id, .. } => Some(*id),
@@ -182,17 +197,17 @@ impl Session {
         if current != Some(link) {
             return;
         }
-        if let Link::Online(online) = &mut self.link {
+        if let Link::Online(online) = &mut self.link
+            && !event.is_last()
+        {
             online.heard = now.boot;
-            online.proof_by = None;
+            (online.proof_by, online.doubt_at) = (None, None);
             online.pinged |= event == LinkEvent::Ping;
+            self.dismiss_challenger();
         }
         match event {
             LinkEvent::Open if matches!(self.link, Link::Online(_)) => {}
-            LinkEvent::Open => {
-                let hello = Outgoing::Hello { uaid: self.uaid.as_deref(), use_webpush: true };
-                self.outputs.push_back(Output::Send(link, hello.to_text()));
-            }
+            LinkEvent::Open => self.greet(link),
             LinkEvent::Text(text) => self.frame(link, &text, now),
             LinkEvent::Bytes(_) => self.quiet_frames.warn("the server sent a binary frame; ignored", now.boot),
             LinkEvent::Ping | LinkEvent::Pong | LinkEvent::Login(_) => {}
@@ -216,6 +231,7 @@ impl Session {
                 self.drop_link(id, "the link was dead: the server did not answer", now);
                 self.backoff.at_once(now);
             }
+            Link::Online(online) if online.doubt_at.is_some_and(|at| at <= now) => self.doubt(now),
             Link::Online(online) if online.silence_ends() <= now => {
                 let id = online.id;
                 self.drop_link(id, "the server fell silent", now);
@@ -333,7 +349,7 @@ impl Session {
         let link = match &self.link {
             Link::Down => self.backoff.retry_at(),
             Link::Greeting { asked, .. } => Some(*asked + CONNECT_TIMEOUT),
-            Link::Online(online) => earliest(Some(online.silence_ends()), online.proof_by),
+            Link::Online(online) => earliest(Some(online.silence_ends()), earliest(online.proof_by, online.doubt_at)),
         };
         if self.open == 0 {
             return link;

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    super::{IncomingBody, IncomingMessage, PROOF_TIMEOUT},
+    super::{DOUBT, IncomingBody, IncomingMessage, PROOF_TIMEOUT},
     *,
 };
 use crate::{event::LinkError, model::Urgency, time::UnixTime};
@@ -453,7 +453,61 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
     world.pass(PROOF_TIMEOUT);
     let outputs = world.take();
     assert!(outputs.contains(&Output::Close(link)));
-    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "at once: {outputs:?}");
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
+fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    let link = world.online();
+    world.take();
+    for _ in 0..2 {
+        world.session.handle_network(world.now);
+        world.pass(DOUBT);
+        let other = world.connect();
+        assert_eq!(world.take(), [Output::Ping(link)]);
+        assert_eq!(world.state(), LinkState::Online);
+        world.link(link, LinkEvent::Pong);
+        assert_eq!(world.take(), [Output::Close(other)]);
+        world.pass(60 * SECOND);
+        assert_eq!(world.take(), []);
+    }
+    // A challenger that fails changes nothing.
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let other = world.connect();
+    world.link(other, LinkEvent::Failed(LinkError::Timeout));
+    world.link(link, LinkEvent::Pong);
+    assert_eq!(world.take(), [Output::Ping(link)]);
+    assert_eq!(world.state(), LinkState::Online);
+}
+
+#[test]
+fn a_challenger_takes_the_place_of_a_link_that_does_not_answer() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    let link = world.online();
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let other = world.connect();
+    world.take();
+    world.link(other, LinkEvent::Open);
+    let outputs = world.take();
+    assert_eq!(outputs.first(), Some(&Output::Close(link)), "the server knows a device on one link only");
+    let greets = |output: &&Output| matches!(output, Output::Send(at, text) if *at == other && text.contains("hello"));
+    assert_eq!(outputs.iter().filter(greets).count(), 1, "{outputs:?}");
+    world.say(other, hello("u1"));
+    assert_eq!(world.state(), LinkState::Online);
+    // The old one breaks while the challenger is on its way.
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let third = world.connect();
+    world.link(other, LinkEvent::Failed(LinkError::Io("reset".into())));
+    world.link(third, LinkEvent::Open);
+    world.say(third, hello("u1"));
+    assert_eq!(world.state(), LinkState::Online);
+    world.take();
+    world.pass(60 * SECOND);
+    assert_eq!(world.take(), []);
 }
 
 #[test]

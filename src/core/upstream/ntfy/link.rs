@@ -320,9 +320,23 @@ impl Session {
             since: now,
             heard: now,
             proof_by: None,
+            doubt_at: None,
+            challenges: false,
             pings: 0,
             watermark: Watermark::default(),
         }));
+    }
+
+    /// The link has not answered yet: another is begun.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        let Some(main) = &mut self.main else { return };
+        main.doubt_at = None;
+        if self.next.is_none() && self.backoff.allows(now) {
+            self.connect(now);
+            if let Some(next) = &mut self.next {
+                next.challenges = true;
+            }
+        }
     }
 
     /// Topics nobody reads any more leave with a new link, made right after a ping: then the radio is awake anyway.

@@ -24,7 +24,7 @@ use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
 use self::cursor::{Tracker, Watermark};
 use super::{
-    CONNECT_TIMEOUT, Channel, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
+    CONNECT_TIMEOUT, Channel, DOUBT, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
     quiet::Quiet,
 };
 use crate::{
@@ -114,6 +114,10 @@ struct Stream {
     since: Instant,
     heard: Instant,
     proof_by: Option<Instant>,
+    /// While it is to be proved: when another is begun beside it.
+    doubt_at: Option<Instant>,
+    /// Begun beside one in doubt.
+    challenges: bool,
     /// Pings not answered yet.
     pings: u32,
     watermark: Watermark,
@@ -189,7 +193,17 @@ impl Session {
             return;
         };
         stream.heard = now.boot;
-        stream.proof_by = None;
+        (stream.proof_by, stream.doubt_at) = (None, None);
+        if self.main.as_ref().is_some_and(|main| main.id == link)
+            && !event.is_last()
+            && let Some(next) = self.next.take_if(|next| next.challenges)
+        {
+            self.outputs.push_back(Output::Close(next.id));
+        }
+        let Some(stream) = [&mut self.main, &mut self.next].into_iter().flatten().find(|stream| stream.id == link)
+        else {
+            return;
+        };
         match event {
             LinkEvent::Text(text) => self.frame(link, &text, now),
             LinkEvent::Ping => {
@@ -227,6 +241,8 @@ impl Session {
             if main.proof_by.is_some_and(|by| by <= now) {
                 self.drop_link(id, "the link was dead after the network changed", now);
                 self.backoff.at_once(now);
+            } else if main.doubt_at.is_some_and(|at| at <= now) {
+                self.doubt(now);
             } else if main.heard + SILENCE <= now {
                 self.drop_link(id, "the server fell silent", now);
                 self.backoff.failed(None, now, &mut self.rng);
@@ -243,7 +259,7 @@ impl Session {
             self.drop_link(next.id, "tried again because the network changed", now);
         }
         if let Some(main) = self.main.as_mut().filter(|main| main.proof_by.is_none()) {
-            main.proof_by = Some(now + PROOF_TIMEOUT);
+            (main.proof_by, main.doubt_at) = (Some(now + PROOF_TIMEOUT), Some(now + DOUBT));
             main.pings += 1;
             self.outputs.push_back(Output::Ping(main.id));
         }
@@ -324,7 +340,10 @@ impl Session {
 
     /// When [`Session::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let main = self.main.as_ref().and_then(|main| earliest(Some(main.heard + SILENCE), main.proof_by));
+        let main = self
+            .main
+            .as_ref()
+            .and_then(|main| earliest(Some(main.heard + SILENCE), earliest(main.proof_by, main.doubt_at)));
         let next = match &self.next {
             Some(next) => Some(next.asked + CONNECT_TIMEOUT),
             None => self.attempt_at().or_else(|| self.look_at()),

@@ -658,6 +658,25 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
 }
 
 #[test]
+fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let link = world.online();
+    world.take();
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let (other, _) = world.connect();
+    world.link(link, LinkEvent::Pong);
+    assert_eq!(world.take(), [Output::Ping(link), Output::Close(other)]);
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let (other, _) = world.connect();
+    world.open(other);
+    assert_eq!(world.session.standing().state, LinkState::Online);
+    world.pass(PROOF_TIMEOUT + OVERLAP);
+    assert!(world.take().contains(&Output::Close(link)), "it has been replaced");
+}
+
+#[test]
 fn a_returning_network_ends_the_wait() {
     let mut world = World::new(None, vec![channel(1)]);
     for _ in 0..8 {
