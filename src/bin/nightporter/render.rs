@@ -298,7 +298,7 @@ fn upstream_lines(upstream: &Upstream, default: bool) -> Vec<String> {
     let since = duration(upstream.since_secs);
     let state = match (upstream.state, upstream.retry_in_secs) {
         (LinkState::Off, _) => format!("off while roaming, for {since}"),
-        (LinkState::Idle, _) => format!("idle for {since}: no registrations"),
+        (LinkState::Idle, _) => format!("idle for {since}"),
         (LinkState::Connecting, _) => format!("connecting for {since}"),
         (LinkState::Online, _) => format!("online for {since}"),
         (LinkState::Waiting, Some(secs)) => format!("waiting for {since}, next try in {}", duration(secs)),
@@ -307,6 +307,7 @@ fn upstream_lines(upstream: &Upstream, default: bool) -> Vec<String> {
     let default = if default { ", the default" } else { "" };
     let mut lines = vec![format!("{} ({}{default}): {state}", upstream.name, upstream.kind)];
     lines.push(match upstream.registrations {
+        0 => "no registrations".into(),
         1 => "1 registration".into(),
         count => format!("{count} registrations"),
     });
@@ -411,7 +412,7 @@ mod tests {
             upstream_lines(&upstream, false),
             [
                 "home (ntfy): waiting for 3 s, next try in 12 s",
-                "0 registrations",
+                "no registrations",
                 "heartbeat every 4 min 30 s, learned for this network",
                 "last error: cannot connect"
             ]

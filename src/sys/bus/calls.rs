@@ -200,7 +200,9 @@ impl Calls {
                 Reply::Error(kind, text)
             }
             (Wording::SetProvider, reply) => {
-                self.refusal.clear(&sender);
+                for signal in self.refusal.clear(&sender) {
+                    wire.send(signal);
+                }
                 reply
             }
             (Wording::Panel(_), Reply::Panel(mut state)) => {

@@ -90,11 +90,13 @@ impl Refusal {
         signals(Some(sender))
     }
 
-    /// `sender`'s configuration was taken.
-    pub(super) fn clear(&mut self, sender: &str) {
-        if self.of(sender).is_some() {
-            self.0 = None;
+    /// `sender`'s configuration was taken. Gives back what tells it that nothing is refused any more.
+    pub(super) fn clear(&mut self, sender: &str) -> Vec<Message> {
+        if self.of(sender).is_none() {
+            return Vec::new();
         }
+        self.0 = None;
+        signals(Some(sender))
     }
 
     fn of(&self, sender: &str) -> Option<&str> {
