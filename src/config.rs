@@ -43,6 +43,8 @@ pub struct Settings {
     pub lifecycle: LifecycleTimes,
     /// Bounds.
     pub limits: Limits,
+    /// Whether KDE's settings panel is served, and the name it looks for asked for, on session buses.
+    pub kde_panel: bool,
 }
 
 /// Bounds on what peers can make the daemon keep (design.md, invariant 8).
@@ -115,6 +117,13 @@ struct RawConfig {
     network: RawNetwork,
     lifecycle: RawLifecycle,
     limits: RawLimits,
+    kde: RawKde,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct RawKde {
+    panel: bool,
 }
 
 #[derive(Deserialize, Default)]
@@ -192,6 +201,7 @@ impl Settings {
             network: raw.network.check()?,
             lifecycle,
             limits: limits(raw.limits)?,
+            kde_panel: raw.kde.panel,
         })
     }
 }
@@ -206,6 +216,7 @@ impl Default for Settings {
             network: NetworkSettings::default(),
             lifecycle: LifecycleTimes::default(),
             limits: Limits::default(),
+            kde_panel: false,
         }
     }
 }
@@ -299,6 +310,8 @@ mod tests {
             upstream = "broker"
             urgency = "high"
             min-urgency = "very-low"
+            [kde]
+            panel = true
             "#,
         )
         .unwrap();
@@ -308,6 +321,7 @@ mod tests {
         assert_eq!(settings.lifecycle.tombstone_after, Duration::from_secs(3600));
         assert_eq!(settings.lifecycle.awake_window, Duration::from_millis(500));
         assert_eq!(settings.limits.messages_per_app, 7);
+        assert!(settings.kde_panel);
         assert_eq!(settings.limits.max_age, Duration::from_secs(2 * 86_400));
         assert_eq!(
             settings.urgency,
@@ -374,6 +388,7 @@ mod tests {
                 "upstream[0].token-file",
             ),
             ("[limits]\nattempts = 0", "limits.attempts"),
+            ("[kde]\npanels = true", "panels"),
             ("[urgency]\nlow-battery = 101", "urgency.low-battery"),
             ("[network]\nproxy = \"socks5://x\"", "network.proxy"),
             ("[network]\nheartbeat-min = \"5min\"\nheartbeat-max = \"4min\"", "network.heartbeat-max"),

@@ -66,10 +66,7 @@ fn registration_v2_round_trip() {
         request,
         Request::Register {
             service: "org.example.Chat".into(),
-            token: "{3f2504e0-4f89-11d3-9a0c-0305e82c3301
-            upstream: None,
-        }"
-            .into(),
+            token: "{3f2504e0-4f89-11d3-9a0c-0305e82c3301}".into(),
             description: "Chat messages".into(),
             vapid: Some(VAPID.into()),
             version: ConnectorVersion::V2,

@@ -133,6 +133,14 @@ impl Fake {
     fn kill(&self, app: &str) -> Result<(), Refusal> {
         Self::refusal(app)
     }
+
+    #[zbus(name = "Move")]
+    fn relocate(&self, app: &str, upstream: &str) -> zbus::fdo::Result<()> {
+        match (app, upstream) {
+            ("im.dino.Dino" | "", "home") => Ok(()),
+            _ => Err(zbus::fdo::Error::InvalidArgs(format!("\"{app}\" to \"{upstream}\""))),
+        }
+    }
 }
 
 /// A bus with the fake daemon on it.
@@ -192,7 +200,8 @@ fn status() -> Value {
     json!({
         "version": "0.1.0", "profile": "tombstone", "buses": ["user 1000"], "apps": 2, "registrations": 3,
         "upstreams": [{ "name": "mozilla", "kind": "autopush", "state": "waiting", "since_secs": 185,
-            "retry_in_secs": 12, "last_error": "cannot connect", "registrations": 3 }],
+            "retry_in_secs": 12, "last_error": "cannot connect", "registrations": 3, "heartbeat_secs": 300,
+            "heartbeat_by": "server" }],
         "messages_waiting": 1, "troubles": ["The disk is full."],
         "messages": { "received": 9, "duplicates": 1, "accepted": 7, "expired": 0, "replaced": 0, "given_up": 1,
             "overflowed": 0, "unregistered": 0, "unusable": 0 },
@@ -252,7 +261,7 @@ fn help_shows_the_commands_and_not_the_packagers_ones() {
     let output = run(NOWHERE, NOWHERE, &["--help"]);
     assert_eq!(output.status.code(), Some(0));
     let help = String::from_utf8(output.stdout).unwrap();
-    for command in ["status", "apps", "show", "why", "freeze", "thaw", "kill", "push", "report", "demo"] {
+    for command in ["status", "apps", "show", "why", "freeze", "thaw", "kill", "move", "push", "report", "demo"] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is missing:\n{help}");
     }
     assert!(!help.contains("completions"));
@@ -312,9 +321,15 @@ fn json_is_the_daemons_document_as_it_is() {
 fn text_is_aligned_and_says_what_matters() {
     let world = World::new(json!([]));
     let text = world.text(&["status"]);
-    for expected in
-        ["profile tombstone", "next try in 12 s", "3 min", "cannot connect", "1 given up", "! The disk is full."]
-    {
+    for expected in [
+        "profile tombstone",
+        "mozilla (autopush): waiting for 3 min, next try in 12 s",
+        "3 registrations\n",
+        "heartbeat every 5 min, set by the server",
+        "last error: cannot connect",
+        "1 given up",
+        "! The disk is full.",
+    ] {
         assert!(text.contains(expected), "{expected} is missing:\n{text}");
     }
     let text = world.text(&["apps"]);
@@ -333,6 +348,22 @@ fn text_is_aligned_and_says_what_matters() {
     }
     assert!(!text.contains('█'), "bars are for terminals only");
     assert_eq!(world.text(&["freeze", "dino"]), "im.dino.Dino: frozen\n");
+}
+
+#[test]
+fn apps_move_to_another_upstream() {
+    let world = World::new(json!([]));
+    let text = world.text(&["move", "dino", "home"]);
+    assert!(text.starts_with("im.dino.Dino: home from now on"), "{text}");
+    assert!(world.text(&["move", "--all", "home"]).starts_with("All apps: home from now on"));
+    let moved = json!({ "app": "im.dino.Dino", "upstream": "home", "done": true });
+    assert_eq!(world.json(&["move", "dino", "home", "--json"]), moved);
+    assert_eq!(world.json(&["move", "--all", "home", "--json"])["app"], Value::Null);
+    assert!(world.fails(64, &["move", "dino", "nowhere"]).contains("\"im.dino.Dino\" to \"nowhere\""));
+    world.fails(67, &["move", "dimo", "home"]);
+    for wrong in [&["move"][..], &["move", "home"], &["move", "--all"], &["move", "--all", "dino", "home"]] {
+        world.fails(64, wrong);
+    }
 }
 
 #[test]

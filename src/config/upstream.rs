@@ -138,7 +138,8 @@ impl UpstreamKind {
         }
     }
 
-    const fn schemes(self) -> &'static [&'static str] {
+    /// The schemes its base URL may have.
+    pub const fn schemes(self) -> &'static [&'static str] {
         match self {
             Self::Autopush | Self::Ntfy | Self::NextPush | Self::Gotify => &["wss", "ws", "https", "http"],
             Self::Mqtt => &["mqtts", "mqtt", "wss", "ws"],

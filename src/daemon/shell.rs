@@ -116,7 +116,8 @@ impl Shell {
         )
         .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
         let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), Jobs::default());
-        let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
+        let bus = BusThread::spawn(addresses(options)?, settings.kde_panel, sender.clone())
+            .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,
             events: Events::with_capacity(64),
@@ -200,7 +201,12 @@ impl Shell {
             Action::Forget(target) => self.targets.forget(target),
             Action::Sample(target) => self.targets.sample(target),
             Action::SampleSelf => self.targets.sample_self(),
-            Action::Reply(..) | Action::Watch(_) | Action::Unwatch(_) | Action::Call { .. } | Action::Start(_) => {
+            Action::Reply(..)
+            | Action::Watch(_)
+            | Action::Unwatch(_)
+            | Action::Call { .. }
+            | Action::Start(_)
+            | Action::PanelChanged(_) => {
                 self.bus.perform(action);
             }
             Action::SendBytes(..)
@@ -208,7 +214,6 @@ impl Shell {
             | Action::Configure(_)
             | Action::StayAwake(_)
             | Action::AllowSleep
-            | Action::PanelChanged(_)
             | Action::Exit => {}
         }
     }

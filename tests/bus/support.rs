@@ -125,9 +125,14 @@ pub(crate) struct Loop {
 
 impl Loop {
     pub(crate) fn on(addresses: Vec<BusAddress>) -> Self {
+        Self::with(addresses, false)
+    }
+
+    /// `panel`: with what KDE's settings panel needs.
+    pub(crate) fn with(addresses: Vec<BusAddress>, panel: bool) -> Self {
         let poll = Poll::new().unwrap();
         let (sender, inbox) = inbox::channel(poll.registry(), Token(0)).unwrap();
-        let bus = BusThread::spawn(addresses, sender).unwrap();
+        let bus = BusThread::spawn(addresses, panel, sender).unwrap();
         Self { poll, inbox, bus: Some(bus), waiting: VecDeque::new(), ticket: 0 }
     }
 

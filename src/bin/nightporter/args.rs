@@ -47,6 +47,11 @@ pub(crate) enum Command {
     Thaw(OneApp),
     /// End an app now; the next push starts it again
     Kill(OneApp),
+    /// Have an app, or all apps, reached through another push server from now on
+    ///
+    /// The app is told its new endpoint, and what is on its way along the old one still arrives. `nightporter status`
+    /// lists the upstreams by name.
+    Move(Move),
     /// Send a test message to an app through its real push server
     ///
     /// The text is not encrypted. Apps that decrypt what they get (RFC 8291) will ignore it; that the daemon woke them
@@ -78,6 +83,21 @@ pub(crate) struct Output {
 pub(crate) struct OneApp {
     /// The app's bus name, or the end of it
     pub(crate) app: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Args, Debug)]
+#[command(allow_missing_positional = true, override_usage = "nightporter move [OPTIONS] <APP|--all> <UPSTREAM>")]
+pub(crate) struct Move {
+    /// The app's bus name, or the end of it
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) app: Option<String>,
+    /// The upstream's name, as in the configuration
+    pub(crate) upstream: String,
+    /// Move all apps, and those to come
+    #[arg(long)]
+    pub(crate) all: bool,
     #[command(flatten)]
     pub(crate) output: Output,
 }
@@ -148,5 +168,19 @@ mod tests {
         let cli = Cli::try_parse_from(["nightporter", "show", "--user", "dino"]).unwrap();
         assert!(cli.bus.user);
         assert!(Cli::try_parse_from(["nightporter", "--user", "--system", "apps"]).is_err());
+    }
+
+    #[test]
+    fn one_app_moves_or_all_of_them() {
+        let parse = |args: &[&str]| match Cli::try_parse_from(["nightporter", "move"].iter().chain(args)) {
+            Ok(Cli { command: Command::Move(args), .. }) => Some((args.app, args.upstream, args.all)),
+            _ => None,
+        };
+        assert_eq!(parse(&["dino", "home"]), Some((Some("dino".into()), "home".into(), false)));
+        assert_eq!(parse(&["--all", "home"]), Some((None, "home".into(), true)));
+        assert_eq!(parse(&["home", "--all"]), Some((None, "home".into(), true)));
+        for wrong in [&[][..], &["--all"], &["home"], &["dino", "home", "--all"]] {
+            assert_eq!(parse(wrong), None, "{wrong:?}");
+        }
     }
 }

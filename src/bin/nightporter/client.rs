@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
-use zbus::{Connection, Message, block_on, connection::Builder, fdo, message::Flags};
+use serde::{Serialize, de::DeserializeOwned};
+use zbus::{Connection, DynamicType, Message, block_on, connection::Builder, fdo, message::Flags};
 
 use crate::{
     args::BusChoice,
@@ -82,7 +82,10 @@ impl Daemon {
 
     /// Calls a method that answers with a JSON text.
     pub(crate) fn ask(&self, method: &str, app: Option<&str>) -> Result<String, Failure> {
-        let reply = self.call(method, app)?;
+        let reply = match app {
+            Some(app) => self.call(method, &app)?,
+            None => self.call(method, &())?,
+        };
         reply.body().deserialize::<String>().map_err(|error| {
             Failure::new(Exit::Protocol, format!("the daemon's answer to {method} cannot be read: {error}"))
         })
@@ -90,17 +93,17 @@ impl Daemon {
 
     /// Calls a method that does something to an app.
     pub(crate) fn act(&self, method: &str, app: &str) -> Result<(), Failure> {
-        self.call(method, Some(app)).map(drop)
+        self.call(method, &app).map(drop)
     }
 
-    fn call(&self, method: &str, app: Option<&str>) -> Result<Message, Failure> {
-        let result = block_on(async {
-            match app {
-                Some(app) => self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, &(app,)).await,
-                None => self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, &()).await,
-            }
-        });
-        result.map_err(|error| failure(&error))
+    /// Has an app, or all of them, use an upstream.
+    pub(crate) fn relocate(&self, app: Option<&str>, upstream: &str) -> Result<(), Failure> {
+        self.call("Move", &(app.unwrap_or_default(), upstream)).map(drop)
+    }
+
+    fn call<B: Serialize + DynamicType>(&self, method: &str, body: &B) -> Result<Message, Failure> {
+        let reply = self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, body);
+        block_on(reply).map_err(|error| failure(&error))
     }
 }
 

@@ -18,7 +18,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 use nightporter::view;
 
 use crate::{
-    args::{Cli, Command, OneApp},
+    args::{Cli, Command, Move, OneApp},
     client::Daemon,
     exit::{Exit, Failure},
     render::Style,
@@ -71,6 +71,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Freeze(app) => act(&daemon()?, "Freeze", "frozen", &app),
         Command::Thaw(app) => act(&daemon()?, "Thaw", "thawed", &app),
         Command::Kill(app) => act(&daemon()?, "Kill", "ended; the next push starts it again", &app),
+        Command::Move(args) => relocate(&daemon()?, &args),
         Command::Push(args) => push::run(&daemon()?, &args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => {
@@ -92,6 +93,17 @@ fn act(daemon: &Daemon, method: &str, done: &str, args: &OneApp) -> Result<Strin
     Ok(match args.output.json {
         true => line(serde_json::json!({ "app": app, "done": true }).to_string()),
         false => format!("{app}: {done}\n"),
+    })
+}
+
+fn relocate(daemon: &Daemon, args: &Move) -> Result<String, Failure> {
+    let app = args.app.as_deref().map(|app| resolve::app(daemon, app)).transpose()?;
+    daemon.relocate(app.as_deref(), &args.upstream)?;
+    let Move { upstream, .. } = args;
+    Ok(match (args.output.json, app) {
+        (true, app) => line(serde_json::json!({ "app": app, "upstream": upstream, "done": true }).to_string()),
+        (false, Some(app)) => format!("{app}: {upstream} from now on; it is told its new endpoint\n"),
+        (false, None) => format!("All apps: {upstream} from now on; they are told their new endpoints\n"),
     })
 }
 

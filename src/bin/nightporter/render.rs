@@ -31,20 +31,16 @@ pub(crate) fn status(status: &Status) -> String {
         text.push_str(" (decides and measures, touches nothing)");
     }
     text.push_str("\n\n");
-    let mut table = Table::new(["UPSTREAM", "KIND", "STATE", "SINCE", "REGISTRATIONS", "LAST ERROR"]).right(&[4]);
-    for upstream in &status.upstreams {
-        table.row([
-            upstream.name.clone(),
-            upstream.kind.clone(),
-            link_state(upstream),
-            duration(upstream.since_secs),
-            upstream.registrations.to_string(),
-            upstream.last_error.clone().unwrap_or_default(),
-        ]);
-    }
-    text.push_str(&table.to_text());
-    let counts = &status.messages;
     let mut table = Table::new(["", ""]);
+    for (index, upstream) in status.upstreams.iter().enumerate() {
+        let default = index == 0 && status.upstreams.len() > 1;
+        let [first, rest @ ..] = &upstream_lines(upstream, default)[..] else { continue };
+        table.row(["Upstream".into(), first.clone()]);
+        for line in rest {
+            table.row([String::new(), line.clone()]);
+        }
+    }
+    let counts = &status.messages;
     table.row(["Buses".into(), if status.buses.is_empty() { "none".into() } else { status.buses.join(", ") }]);
     table.row(["Apps".into(), format!("{}, {} registrations", status.apps, status.registrations)]);
     table.row([
@@ -67,7 +63,6 @@ pub(crate) fn status(status: &Status) -> String {
     if !ended.is_empty() {
         table.row([String::new(), ended.join(", ")]);
     }
-    text.push('\n');
     text.push_str(&table.body());
     for trouble in &status.troubles {
         let _ = write!(text, "\n! {}\n", clean(trouble));
@@ -298,15 +293,34 @@ impl<const N: usize> Table<N> {
     }
 }
 
-fn link_state(upstream: &Upstream) -> String {
-    match (upstream.state, upstream.retry_in_secs) {
-        (LinkState::Off, _) => "off while roaming".into(),
-        (LinkState::Idle, _) => "idle (no registrations)".into(),
-        (LinkState::Connecting, _) => "connecting".into(),
-        (LinkState::Online, _) => "online".into(),
-        (LinkState::Waiting, Some(secs)) => format!("waiting, next try in {}", duration(secs)),
-        (LinkState::Waiting, None) => "waiting".into(),
+/// One upstream, a fact a line: a phone's terminal is narrow.
+fn upstream_lines(upstream: &Upstream, default: bool) -> Vec<String> {
+    let since = duration(upstream.since_secs);
+    let state = match (upstream.state, upstream.retry_in_secs) {
+        (LinkState::Off, _) => format!("off while roaming, for {since}"),
+        (LinkState::Idle, _) => format!("idle for {since}"),
+        (LinkState::Connecting, _) => format!("connecting for {since}"),
+        (LinkState::Online, _) => format!("online for {since}"),
+        (LinkState::Waiting, Some(secs)) => format!("waiting for {since}, next try in {}", duration(secs)),
+        (LinkState::Waiting, None) => format!("waiting for {since}"),
+    };
+    let default = if default { ", the default" } else { "" };
+    let mut lines = vec![format!("{} ({}{default}): {state}", upstream.name, upstream.kind)];
+    lines.push(match upstream.registrations {
+        0 => "no registrations".into(),
+        1 => "1 registration".into(),
+        count => format!("{count} registrations"),
+    });
+    if let Some(secs) = upstream.heartbeat_secs {
+        let by = match upstream.heartbeat_by.as_deref() {
+            Some("server") => ", set by the server",
+            Some("client") => ", learned for this network",
+            _ => "",
+        };
+        lines.push(format!("heartbeat every {}{by}", interval(secs)));
     }
+    lines.extend(upstream.last_error.as_ref().map(|error| format!("last error: {error}")));
+    lines
 }
 
 const fn profile(profile: Profile) -> &'static str {
@@ -336,6 +350,15 @@ fn duration(secs: u64) -> String {
     }
 }
 
+/// A rhythm, exactly: 270 s is not 4 min.
+fn interval(secs: u64) -> String {
+    match (secs / 60, secs % 60) {
+        (0, secs) => format!("{secs} s"),
+        (min, 0) => format!("{min} min"),
+        (min, secs) => format!("{min} min {secs} s"),
+    }
+}
+
 fn bar(part: u64, whole: u64) -> String {
     const WIDTH: u64 = 30;
     let eighths = part.saturating_mul(WIDTH * 8).checked_div(whole).unwrap_or(0);
@@ -352,6 +375,49 @@ mod tests {
     fn durations_read_as_people_say_them() {
         let told: Vec<String> = [0, 59, 60, 185, 3600, 7500, 86_400, 90_000].map(duration).into();
         assert_eq!(told, ["0 s", "59 s", "1 min", "3 min", "1 h", "2 h 5 min", "1 d", "1 d 1 h"]);
+    }
+
+    #[test]
+    fn an_upstream_is_told_in_full() {
+        let mut upstream = Upstream {
+            name: "home".into(),
+            kind: "ntfy".into(),
+            state: LinkState::Online,
+            since_secs: 7500,
+            retry_in_secs: None,
+            last_error: None,
+            registrations: 1,
+            heartbeat_secs: Some(45),
+            heartbeat_by: Some("server".into()),
+        };
+        assert_eq!(
+            upstream_lines(&upstream, true),
+            [
+                "home (ntfy, the default): online for 2 h 5 min",
+                "1 registration",
+                "heartbeat every 45 s, set by the server"
+            ]
+        );
+        upstream = Upstream {
+            state: LinkState::Waiting,
+            since_secs: 3,
+            retry_in_secs: Some(12),
+            last_error: Some("cannot connect".into()),
+            registrations: 0,
+            heartbeat_secs: Some(270),
+            heartbeat_by: Some("client".into()),
+            ..upstream
+        };
+        assert_eq!(
+            upstream_lines(&upstream, false),
+            [
+                "home (ntfy): waiting for 3 s, next try in 12 s",
+                "no registrations",
+                "heartbeat every 4 min 30 s, learned for this network",
+                "last error: cannot connect"
+            ]
+        );
+        assert_eq!([interval(300), interval(59)], ["5 min", "59 s"]);
     }
 
     #[test]

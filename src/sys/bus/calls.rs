@@ -11,12 +11,13 @@ use serde::Serialize;
 use zbus::{DynamicType, Message, SerializeDict, Type, message::Flags};
 
 use super::{
+    panel::{self, Refusal, Shown},
     process::{self, Identity, Purpose},
     request::{self, About, Answer, Call, Fault, INVALID_ARGS, LIMITS_EXCEEDED, Wording},
     wire::{Pending, Response, Wire},
 };
 use crate::{
-    action::{ErrorKind, Reply},
+    action::{ErrorKind, PanelState, Reply},
     event::{BusEvent, CallId, Caller, Request},
     model::Owner,
     sys::inbox::Process,
@@ -39,6 +40,9 @@ pub(super) struct Calls {
     /// Calls waiting, wherever.
     waiting: usize,
     clock: u64,
+    /// Whether KDE's settings panel is served.
+    panel: bool,
+    refusal: Refusal,
 }
 
 /// One sender.
@@ -77,18 +81,28 @@ struct Asked {
 }
 
 impl Calls {
-    pub(super) fn new() -> Self {
-        Self { senders: HashMap::new(), asked: BTreeMap::new(), waiting: 0, clock: 0 }
+    pub(super) fn new(panel: bool) -> Self {
+        Self {
+            senders: HashMap::new(),
+            asked: BTreeMap::new(),
+            waiting: 0,
+            clock: 0,
+            panel,
+            refusal: Refusal::default(),
+        }
     }
 
     /// A method call came. `refuse` is set, with the reason, while we may not serve. `next` numbers calls.
     pub(super) fn incoming(&mut self, wire: &mut Wire, message: Message, refuse: Option<&str>, next: Option<&mut u64>) {
         let Some(sender) = message.header().sender().map(|sender| Arc::<str>::from(sender.as_str())) else { return };
-        let (request, wording, about) = match request::read(&message) {
+        let (request, wording, about) = match request::read(&message, self.panel) {
             Ok(Call::Answer(answer)) => return answer_now(wire, &message, &answer),
             Ok(Call::Ask { request, wording, about }) => (request, wording, about),
             Err(fault) => {
                 log::debug!("{sender}: {}", fault.text);
+                if fault.name == INVALID_ARGS && panel::sets_provider(&message) {
+                    self.refused(wire, &sender, &fault.text);
+                }
                 return reply_error(wire, &message, fault.name, &fault.text);
             }
         };
@@ -180,7 +194,31 @@ impl Calls {
             peer.asked -= 1;
         }
         self.forget_somebody();
+        let reply = match (wording, reply) {
+            (Wording::SetProvider, Reply::Error(kind, text)) => {
+                self.refused(wire, &sender, &text);
+                Reply::Error(kind, text)
+            }
+            (Wording::SetProvider, reply) => {
+                for signal in self.refusal.clear(&sender) {
+                    wire.send(signal);
+                }
+                reply
+            }
+            (Wording::Panel(_), Reply::Panel(mut state)) => {
+                self.refusal.apply(&sender, &mut state);
+                Reply::Panel(state)
+            }
+            (_, reply) => reply,
+        };
         word(wire, &message, wording, reply);
+    }
+
+    /// What the panel wants is refused: it is told, for it does not wait for a reply.
+    fn refused(&mut self, wire: &mut Wire, sender: &Arc<str>, reason: &str) {
+        for signal in self.refusal.note(sender, reason) {
+            wire.send(signal);
+        }
     }
 
     /// Gives the loop every call of `sender` that is ready, in order.
@@ -251,6 +289,7 @@ fn answer_now(wire: &mut Wire, call: &Message, answer: &Answer) {
     match answer {
         Answer::Empty => reply(wire, call, &()),
         Answer::Text(text) => reply(wire, call, &text.as_str()),
+        Answer::EmptyDict => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
         Answer::Property(text) => reply(wire, call, &zbus::Variant::from(*text)),
         Answer::Properties(all) => {
             let all: HashMap<_, _> = all.iter().map(|(name, value)| (*name, zbus::Variant::from(*value))).collect();
@@ -286,11 +325,30 @@ fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
             reply(wire, call, &RegisterResult { success: FAILED, reason: Some(reason.as_str()) });
         }
         (Reply::Json(text), Wording::Text) => reply(wire, call, &text.as_str()),
-        (Reply::Done, Wording::Empty) => reply(wire, call, &()),
+        (Reply::Panel(state), Wording::Panel(shown)) => show(wire, call, shown, *state),
+        (Reply::Done, Wording::Empty | Wording::SetProvider) => reply(wire, call, &()),
         (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
         (answer, wording) => {
             log::error!("a reply {answer:?} does not fit a call that wants {wording:?}");
             reply_error(wire, call, "org.freedesktop.DBus.Error.Failed", "this daemon made a mistake");
+        }
+    }
+}
+
+fn show(wire: &mut Wire, call: &Message, shown: Shown, state: PanelState) {
+    match shown {
+        Shown::Status => reply(wire, call, &state.status),
+        Shown::Error => reply(wire, call, &state.error.replace('\0', "").as_str()),
+        Shown::Provider => reply(wire, call, &panel::provider(state.upstream.kind)),
+        Shown::Configuration(kind) if kind == state.upstream.kind => {
+            reply(wire, call, &panel::configuration(&state.upstream));
+        }
+        // The settings of the others are not kept.
+        Shown::Configuration(_) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
+        Shown::Clients => {
+            let clients: Vec<_> =
+                state.clients.iter().map(|(token, service, text)| (&**token, &**service, &**text)).collect();
+            reply(wire, call, &clients);
         }
     }
 }

@@ -5,6 +5,8 @@
 pub(super) const DISTRIBUTOR_PATH: &str = "/org/unifiedpush/Distributor";
 /// Our own object.
 pub(super) const NIGHTPORTER_PATH: &str = "/org/nightporter1";
+/// What KDE's settings panel calls.
+pub(super) const MANAGEMENT_PATH: &str = "/Management";
 
 /// The names asked for, in this order.
 pub(super) const NAMES: [&str; 2] = ["org.unifiedpush.Distributor.nightporter", "org.nightporter1"];
@@ -13,6 +15,7 @@ pub(super) const DISTRIBUTOR1: &str = "org.unifiedpush.Distributor1";
 pub(super) const DISTRIBUTOR2: &str = "org.unifiedpush.Distributor2";
 pub(super) const APP: &str = "org.nightporter1.App";
 pub(super) const MANAGER: &str = "org.nightporter1.Manager";
+pub(super) const MANAGEMENT: &str = "org.kde.kunifiedpush.Management";
 pub(super) const INTROSPECTABLE: &str = "org.freedesktop.DBus.Introspectable";
 pub(super) const PEER: &str = "org.freedesktop.DBus.Peer";
 pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
@@ -20,11 +23,13 @@ pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 /// The value of `org.nightporter1.Manager.Version`.
 pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Our own interfaces at `path`; `None` when there is nothing at it. An inner node has none.
-pub(super) fn interfaces(path: &str) -> Option<&'static [&'static str]> {
+/// Our own interfaces at `path`; `None` when there is nothing at it. An inner node has none. `panel` says whether KDE's
+/// settings panel is served.
+pub(super) fn interfaces(path: &str, panel: bool) -> Option<&'static [&'static str]> {
     match path {
         DISTRIBUTOR_PATH => Some(&[DISTRIBUTOR1, DISTRIBUTOR2]),
         NIGHTPORTER_PATH => Some(&[APP, MANAGER]),
+        MANAGEMENT_PATH if panel => Some(&[MANAGEMENT]),
         "/" | "/org" | "/org/unifiedpush" => Some(&[]),
         _ => None,
     }
@@ -35,7 +40,16 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
         APP => &["SetState", "SetStateOf"],
-        MANAGER => &["Status", "Apps", "Show", "Why", "Report", "Endpoints", "Freeze", "Thaw", "Kill"],
+        MANAGER => &["Status", "Apps", "Show", "Why", "Report", "Endpoints", "Freeze", "Thaw", "Kill", "Move"],
+        MANAGEMENT => &[
+            "status",
+            "errorMessage",
+            "pushProviderId",
+            "pushProviderConfiguration",
+            "setPushProvider",
+            "registeredClients",
+            "forceUnregisterClient",
+        ],
         INTROSPECTABLE => &["Introspect"],
         PEER => &["Ping", "GetMachineId"],
         PROPERTIES => &["Get", "GetAll", "Set"],
@@ -44,10 +58,12 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
 }
 
 /// The introspection document of the object at `path`, which must be one of ours.
-pub(super) fn introspection(path: &str) -> String {
+pub(super) fn introspection(path: &str, panel: bool) -> String {
     let own = match path {
         DISTRIBUTOR_PATH => DISTRIBUTOR_XML,
         NIGHTPORTER_PATH => NIGHTPORTER_XML,
+        MANAGEMENT_PATH => MANAGEMENT_XML,
+        "/" if panel => "<node name=\"org\"/>\n<node name=\"Management\"/>\n",
         "/" => "<node name=\"org\"/>\n",
         "/org" => "<node name=\"unifiedpush\"/>\n<node name=\"nightporter1\"/>\n",
         "/org/unifiedpush" => "<node name=\"Distributor\"/>\n",
@@ -135,9 +151,43 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
   <method name="Freeze"><arg name="service" type="s" direction="in"/></method>
   <method name="Thaw"><arg name="service" type="s" direction="in"/></method>
   <method name="Kill"><arg name="service" type="s" direction="in"/></method>
+  <method name="Move">
+    <arg name="service" type="s" direction="in"/>
+    <arg name="upstream" type="s" direction="in"/>
+  </method>
   <property name="Version" type="s" access="read">
     <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>
+</interface>
+"#;
+
+const MANAGEMENT_XML: &str = r#"<interface name="org.kde.kunifiedpush.Management">
+  <method name="status"><arg name="status" type="i" direction="out"/></method>
+  <method name="errorMessage"><arg name="errorMessage" type="s" direction="out"/></method>
+  <method name="pushProviderId"><arg name="pushProviderId" type="s" direction="out"/></method>
+  <method name="pushProviderConfiguration">
+    <arg name="pushProviderId" type="s" direction="in"/>
+    <arg name="config" type="a{sv}" direction="out"/>
+    <annotation name="org.qtproject.QtDBus.QtTypeName.Out0" value="QVariantMap"/>
+  </method>
+  <method name="setPushProvider">
+    <arg name="pushProviderId" type="s" direction="in"/>
+    <arg name="config" type="a{sv}" direction="in"/>
+    <annotation name="org.qtproject.QtDBus.QtTypeName.In1" value="QVariantMap"/>
+    <annotation name="org.freedesktop.DBus.Method.NoReply" value="true"/>
+  </method>
+  <method name="registeredClients">
+    <arg name="clients" type="a(sss)" direction="out"/>
+    <annotation name="org.qtproject.QtDBus.QtTypeName.Out0" value="QList&lt;KUnifiedPush::ClientInfo&gt;"/>
+  </method>
+  <method name="forceUnregisterClient">
+    <arg name="token" type="s" direction="in"/>
+    <annotation name="org.freedesktop.DBus.Method.NoReply" value="true"/>
+  </method>
+  <signal name="statusChanged"/>
+  <signal name="errorMessageChanged"/>
+  <signal name="pushProviderChanged"/>
+  <signal name="registeredClientsChanged"/>
 </interface>
 "#;
 
@@ -147,9 +197,9 @@ mod tests {
 
     #[test]
     fn introspection_names_every_member() {
-        for path in [DISTRIBUTOR_PATH, NIGHTPORTER_PATH, "/", "/org", "/org/unifiedpush"] {
-            let xml = introspection(path);
-            let all = interfaces(path).unwrap().iter().chain(&[INTROSPECTABLE, PEER, PROPERTIES]);
+        for path in [DISTRIBUTOR_PATH, NIGHTPORTER_PATH, MANAGEMENT_PATH, "/", "/org", "/org/unifiedpush"] {
+            let xml = introspection(path, true);
+            let all = interfaces(path, true).unwrap().iter().chain(&[INTROSPECTABLE, PEER, PROPERTIES]);
             for interface in all {
                 assert!(xml.contains(&format!("<interface name=\"{interface}\">")), "{path} {interface}");
                 for member in members(interface) {
@@ -158,6 +208,8 @@ mod tests {
             }
             assert_eq!(xml.matches("<interface ").count(), xml.matches("</interface>").count());
         }
-        assert_eq!(interfaces("/org/unifiedpush/Other"), None);
+        assert_eq!(interfaces("/org/unifiedpush/Other", true), None);
+        assert_eq!(interfaces(MANAGEMENT_PATH, false), None);
+        assert!(!introspection("/", false).contains("Management"));
     }
 }

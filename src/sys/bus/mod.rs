@@ -2,6 +2,7 @@
 //!
 //! - `session`: one connection: names, orders, and everything the bus says, in order.
 //! - `interfaces`, `request`, `calls`: what we serve; arguments checked, callers identified, replies worded.
+//! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `wire`: what waits to be written and what waits for a reply.
@@ -10,6 +11,7 @@ mod activation;
 mod calls;
 mod deliver;
 mod interfaces;
+mod panel;
 mod process;
 mod request;
 mod sandbox;
@@ -62,22 +64,23 @@ const STOP_LIMIT: Duration = Duration::from_secs(2);
 const INDEX_SHIFT: u32 = 48;
 
 impl BusThread {
-    /// Starts serving `buses`; what happens on them goes to `sender`, beginning with `Up` or `Down` of each.
+    /// Starts serving `buses`; what happens on them goes to `sender`, beginning with `Up` or `Down` of each. `panel` says
+    /// whether the session buses among them get what KDE's settings panel needs (push.md §1.8).
     ///
     /// # Errors
     /// When no thread can be made.
-    pub fn spawn(buses: Vec<BusAddress>, sender: Sender) -> io::Result<Self> {
+    pub fn spawn(buses: Vec<BusAddress>, panel: bool, sender: Sender) -> io::Result<Self> {
         let (orders, receiver) = async_channel::unbounded();
         let (end, ended) = mpsc::channel::<()>();
         thread::Builder::new().name("bus".into()).spawn(move || {
             // Dropped with the thread's last word; `stop` waits for that.
             let _end = end;
-            zbus::block_on(route(buses, receiver, sender));
+            zbus::block_on(route(buses, panel, receiver, sender));
         })?;
         Ok(Self { orders, ended })
     }
 
-    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`. Never blocks.
+    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`. Never blocks.
     pub fn perform(&self, action: Action) {
         if self.orders.try_send(action).is_err() {
             log::error!("the bus thread is gone");
@@ -94,7 +97,7 @@ impl BusThread {
 }
 
 /// Hands every order to its bus.
-async fn route(buses: Vec<BusAddress>, orders: Receiver<Action>, inbox: Sender) {
+async fn route(buses: Vec<BusAddress>, panel: bool, orders: Receiver<Action>, inbox: Sender) {
     let mut routes: Vec<(async_channel::Sender<Action>, Task<(), Shared>)> = Vec::new();
     let mut indices = BTreeMap::new();
     for (index, address) in (0_u16..).zip(buses) {
@@ -102,7 +105,7 @@ async fn route(buses: Vec<BusAddress>, orders: Receiver<Action>, inbox: Sender) 
         let (sender, receiver) = async_channel::unbounded();
         indices.insert(address.bus, usize::from(index));
         let first_call = u64::from(index) << INDEX_SHIFT;
-        routes.push((sender, zruntime::spawn(session::serve(address, receiver, inbox.clone(), first_call))));
+        routes.push((sender, zruntime::spawn(session::serve(address, panel, receiver, inbox.clone(), first_call))));
     }
     while let Ok(order) = orders.recv().await {
         let index = match &order {
@@ -110,7 +113,8 @@ async fn route(buses: Vec<BusAddress>, orders: Receiver<Action>, inbox: Sender) 
             Action::Watch(AppKey { bus, .. })
             | Action::Unwatch(AppKey { bus, .. })
             | Action::Call { app: AppKey { bus, .. }, .. }
-            | Action::Start(AppKey { bus, .. }) => indices.get(bus).copied(),
+            | Action::Start(AppKey { bus, .. })
+            | Action::PanelChanged(bus) => indices.get(bus).copied(),
             other => {
                 log::error!("the bus thread was given {other:?}");
                 continue;

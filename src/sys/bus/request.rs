@@ -6,9 +6,12 @@ use std::{collections::HashMap, sync::Arc};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use zbus::{Message, Variant, message::Body, names::BusName};
 
-use super::interfaces::{
-    APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGER, PEER, PROPERTIES, VERSION, interfaces, introspection,
-    members,
+use super::{
+    interfaces::{
+        APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGEMENT, MANAGER, PEER, PROPERTIES, VERSION, interfaces,
+        introspection, members,
+    },
+    panel::{self, Shown},
 };
 use crate::{
     event::{Claim, Command, Query, Request},
@@ -42,6 +45,8 @@ pub(super) enum Answer {
     Property(&'static str),
     /// All properties of an interface.
     Properties(HashMap<&'static str, &'static str>),
+    /// An empty `a{sv}`.
+    EmptyDict,
 }
 
 /// How the loop's reply is worded on the wire.
@@ -57,6 +62,10 @@ pub(super) enum Wording {
     Text,
     /// Nothing.
     Empty,
+    /// Nothing; that it was refused the caller reads elsewhere (`panel`).
+    SetProvider,
+    /// A part of `Reply::Panel`.
+    Panel(Shown),
 }
 
 /// Whose service name a request is about.
@@ -87,11 +96,11 @@ const TEXT: usize = 100;
 /// Body of any call we serve at most, in bytes: far above what a valid one can need.
 const BODY: usize = 64 * 1024;
 
-/// Reads one method call.
-pub(super) fn read(message: &Message) -> Result<Call, Fault> {
+/// Reads one method call. `panel` says whether KDE's settings panel is served.
+pub(super) fn read(message: &Message, panel: bool) -> Result<Call, Fault> {
     let header = message.header();
     let path = header.path().map_or("", |path| path.as_str());
-    let Some(own) = interfaces(path) else {
+    let Some(own) = interfaces(path, panel) else {
         return Err(fault("org.freedesktop.DBus.Error.UnknownObject", format!("there is no object at {path}")));
     };
     let member = header.member().map_or("", |member| member.as_str());
@@ -114,13 +123,14 @@ pub(super) fn read(message: &Message) -> Result<Call, Fault> {
         return Err(fault("org.freedesktop.DBus.Error.UnknownMethod", text));
     }
     match interface {
-        INTROSPECTABLE => arguments::<()>(&body).map(|()| Call::Answer(Answer::Text(introspection(path)))),
+        INTROSPECTABLE => arguments::<()>(&body).map(|()| Call::Answer(Answer::Text(introspection(path, panel)))),
         PEER => arguments::<()>(&body).and_then(|()| peer(member)).map(Call::Answer),
         PROPERTIES => properties(own, member, &body).map(Call::Answer),
         DISTRIBUTOR1 => distributor1(member, &body),
         DISTRIBUTOR2 => distributor2(member, &body),
         APP => app(member, &body),
         MANAGER => manager(member, &body),
+        MANAGEMENT => panel::read(member, &body),
         _ => Err(fault("org.freedesktop.DBus.Error.UnknownInterface", format!("no interface {interface}"))),
     }
 }
@@ -207,6 +217,9 @@ fn register(
     if let Some(key) = vapid {
         check_vapid(key)?;
     }
+    if let Some(name) = upstream {
+        check_upstream(name)?;
+    }
     let service: Arc<str> = service.into();
     Ok(Call::Ask {
         about: About::Service(Arc::clone(&service)),
@@ -262,6 +275,15 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             };
             return Ok(Call::Ask { request: Request::Query(query), wording: Wording::Text, about: About::Nobody });
         }
+        "Move" => {
+            let (service, upstream) = arguments::<(&str, &str)>(body)?;
+            if !service.is_empty() {
+                check_service(service)?;
+            }
+            check_upstream(upstream)?;
+            let service = (!service.is_empty()).then(|| service.into());
+            (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
+        }
         _ => {
             let service = arguments::<&str>(body)?;
             check_service(service)?;
@@ -278,6 +300,7 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
     };
     let about = match &request {
         Request::Query(Query::Show(service) | Query::Why(service) | Query::Endpoints(service))
+        | Request::Move { service: Some(service), .. }
         | Request::Command { service, .. } => About::Service(Arc::clone(service)),
         _ => About::Nobody,
     };
@@ -291,11 +314,19 @@ fn check_service(service: &str) -> Result<(), Fault> {
         .map_err(|_| invalid(format!("\"{}\" is not a D-Bus name", start_of(service))))
 }
 
-fn check_token(token: &str) -> Result<(), Fault> {
+pub(super) fn check_token(token: &str) -> Result<(), Fault> {
     match token.len() {
         0 => Err(invalid("the token is empty".into())),
         len if len > TEXT => Err(invalid(format!("the token has {len} bytes; at most {TEXT} are allowed"))),
         _ => Ok(()),
+    }
+}
+
+/// What `config` lets an upstream be called.
+fn check_upstream(name: &str) -> Result<(), Fault> {
+    match (1..=64).contains(&name.len()) && !name.chars().any(char::is_control) {
+        true => Ok(()),
+        false => Err(invalid("the upstream's name must be 1 to 64 bytes without control characters".into())),
     }
 }
 
@@ -310,11 +341,11 @@ fn check_vapid(key: &str) -> Result<(), Fault> {
     }
 }
 
-fn arguments<'b, T: zbus::wire::DynamicDeserialize<'b>>(body: &'b Body) -> Result<T, Fault> {
+pub(super) fn arguments<'b, T: zbus::wire::DynamicDeserialize<'b>>(body: &'b Body) -> Result<T, Fault> {
     body.deserialize().map_err(|error| invalid(format!("wrong arguments: {error}")))
 }
 
-fn invalid(text: String) -> Fault {
+pub(super) fn invalid(text: String) -> Fault {
     fault(INVALID_ARGS, text)
 }
 
@@ -347,7 +378,7 @@ mod tests {
         if let Some(interface) = interface {
             message = message.interface(interface);
         }
-        read(&message.build(body).unwrap())
+        read(&message.build(body).unwrap(), false)
     }
 
     fn asked(result: Result<Call, Fault>) -> (Request, Wording, About) {
@@ -399,6 +430,15 @@ mod tests {
         for (member, command) in [("Freeze", Command::Freeze), ("Thaw", Command::Thaw), ("Kill", Command::Kill)] {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &"org.a.B"));
             assert_eq!((request, wording), (Request::Command { service: "org.a.B".into(), command }, Wording::Empty));
+        }
+        for (service, meant) in [("org.a.B", Some("org.a.B")), ("", None)] {
+            let (request, wording, about) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), "Move", &(service, "home")));
+            let meant = meant.map(Arc::<str>::from);
+            assert_eq!(about, meant.clone().map_or(About::Nobody, About::Service));
+            assert_eq!((request, wording), (Request::Move { service: meant, upstream: "home".into() }, Wording::Empty));
+        }
+        for wrong in [("no name", "home"), ("org.a.B", ""), ("", "\n"), ("", &*"x".repeat(65))] {
+            assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), "Move", &wrong).unwrap_err().name, INVALID_ARGS);
         }
         let (request, ..) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), "Endpoints", &":1.5"));
         assert_eq!(request, Request::Query(Query::Endpoints(":1.5".into())));

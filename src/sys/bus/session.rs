@@ -19,9 +19,10 @@ use super::{
     calls::Calls,
     deliver::Deliveries,
     interfaces::NAMES,
+    panel::{self, KDE_NAME},
     process::{self, Purpose},
     start,
-    watch::Watches,
+    watch::{self, Watches},
     wire::{BUS_NAME, Pending, Response, Wire},
 };
 use crate::{
@@ -40,9 +41,13 @@ const BATCH: usize = 64;
 /// RequestName without flags: nobody may take the names from us, and if somebody has them we wait in line, so that the
 /// bus tells when they are free and nothing need be tried again.
 const WAIT_IN_LINE: u32 = 0;
+/// RequestName with DBUS_NAME_FLAG_DO_NOT_QUEUE, as KDE's own distributor asks: "it has an owner" is an answer, not a place
+/// in line, and that owner's end is seen by watching the name.
+const NOT_IN_LINE: u32 = 4;
 
 /// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
-pub(super) async fn serve(address: BusAddress, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+pub(super) async fn serve(address: BusAddress, panel: bool, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+    let panel = panel && matches!(address.bus, Bus::Session(_));
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,
         Err(error) => return log::error!("no runtime for the {} bus: {error}", address.bus),
@@ -55,7 +60,7 @@ pub(super) async fn serve(address: BusAddress, orders: Receiver<Action>, inbox: 
         let ended = match lasting.while_down(orders.as_mut(), attempt).await {
             None => return,
             Some(Ok(Ok(connection))) => {
-                let ended = Session::new(&mut lasting, connection).run(orders.as_mut()).await;
+                let ended = Session::new(&mut lasting, connection, panel).run(orders.as_mut()).await;
                 match ended {
                     Ended::Stopped => return,
                     Ended::Lost { text, was_up } => {
@@ -185,11 +190,24 @@ struct Session<'a> {
     deliveries: Deliveries,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     names: [bool; NAMES.len()],
+    panel: Panel,
     was_up: bool,
     /// Why the names are not ours, once that is known.
     taken: Option<String>,
     /// Set when the connection is of no use.
     useless: Option<String>,
+}
+
+/// What there is for KDE's settings panel.
+struct Panel {
+    /// Whether it is served on this bus.
+    served: bool,
+    /// Whether the name it looks for is ours.
+    named: bool,
+    /// Whether it was said already that the name is not.
+    told: bool,
+    /// Whether what it shows has changed since it was told.
+    changed: bool,
 }
 
 enum Input {
@@ -200,16 +218,17 @@ enum Input {
 }
 
 impl<'a> Session<'a> {
-    fn new(lasting: &'a mut Lasting, connection: Connection) -> Self {
+    fn new(lasting: &'a mut Lasting, connection: Connection, panel: bool) -> Self {
         Self {
             wire: Wire::new(lasting.bus, lasting.inbox.clone()),
             lasting,
             connection,
-            calls: Calls::new(),
+            calls: Calls::new(panel),
             watches: Watches::default(),
             deliveries: Deliveries::default(),
             starts: HashMap::new(),
             names: [false; NAMES.len()],
+            panel: Panel { served: panel, named: false, told: false, changed: false },
             was_up: false,
             taken: None,
             useless: None,
@@ -223,6 +242,7 @@ impl<'a> Session<'a> {
         }
         let mut orders_first = false;
         loop {
+            self.tell_panel();
             let out = self.wire.drain();
             if !out.is_empty()
                 && let Err(error) = self.connection.send_all(&out).await
@@ -288,6 +308,7 @@ impl<'a> Session<'a> {
                 self.deliveries.call(&mut self.wire, ticket, app, owner, version, call);
             }
             Action::Start(app) => self.start(app),
+            Action::PanelChanged(_) => self.panel.changed = true,
             other => log::error!("the bus thread was given {other:?}"),
         }
     }
@@ -333,6 +354,7 @@ impl<'a> Session<'a> {
     fn response(&mut self, pending: Pending, response: Response) {
         match pending {
             Pending::Name(index) => self.name_requested(index, response),
+            Pending::PanelName => self.panel_name_requested(response),
             Pending::Holder(index) => {
                 let holder = response.ok().and_then(|message| message.body().deserialize::<u32>().ok());
                 let holder = holder.map_or_else(|| "another process".into(), |pid| format!("process {pid}"));
@@ -379,6 +401,9 @@ impl<'a> Session<'a> {
         match header.member().map(|member| member.as_str()) {
             Some("NameOwnerChanged") => {
                 if let Ok((name, _, new)) = body.deserialize::<(&str, &str, &str)>() {
+                    if name == KDE_NAME {
+                        self.panel_name_changed(new);
+                    }
                     self.watches.changed(&mut self.wire, name, new);
                     if !new.is_empty() {
                         self.started(name);
@@ -430,6 +455,52 @@ impl<'a> Session<'a> {
             self.watches.add(&mut self.wire, app);
         }
         self.calls.pump_all(&mut self.wire, &mut self.lasting.next_call);
+        if self.panel.served {
+            // First of all the watch: then the name cannot become free between the refusal and it.
+            self.wire.tell_bus("AddMatch", &watch::rule(KDE_NAME).as_str());
+            self.ask_for_panel_name();
+        }
+    }
+
+    fn ask_for_panel_name(&mut self) {
+        self.wire.ask_bus("RequestName", &(KDE_NAME, NOT_IN_LINE), Pending::PanelName);
+    }
+
+    fn panel_name_requested(&mut self, response: Response) {
+        const OWNER: u32 = 1;
+        const EXISTS: u32 = 3;
+        const OWNER_ALREADY: u32 = 4;
+        let told = std::mem::replace(&mut self.panel.told, true);
+        match response.map(|message| message.body().deserialize::<u32>()) {
+            Ok(Ok(OWNER | OWNER_ALREADY)) => {
+                self.panel.named = true;
+                log::info!("{} bus: KDE's settings panel finds this daemon now", self.lasting.bus);
+            }
+            Ok(Ok(EXISTS)) if !told => log::info!(
+                "{} bus: another program owns {KDE_NAME}, KDE's own distributor it seems; its settings panel shows that \
+                 one until it ends",
+                self.lasting.bus
+            ),
+            Ok(Ok(EXISTS)) => {}
+            Ok(other) => log::warn!("the bus does not give us the name {KDE_NAME}: {other:?}"),
+            Err(failure) => log::warn!("the bus refuses us the name {KDE_NAME}: {failure}"),
+        }
+    }
+
+    fn panel_name_changed(&mut self, new: &str) {
+        self.panel.named = self.connection.unique_name().is_some_and(|own| own.as_str() == new);
+        if new.is_empty() && self.panel.served {
+            self.ask_for_panel_name();
+        }
+    }
+
+    /// Once for all that has changed.
+    fn tell_panel(&mut self) {
+        if std::mem::take(&mut self.panel.changed) && self.panel.named {
+            for signal in panel::signals(None) {
+                self.wire.send(signal);
+            }
+        }
     }
 
     fn refuse_service(&mut self, reason: String) {

@@ -95,7 +95,8 @@ impl Watches {
     }
 }
 
-fn rule(name: &str) -> String {
+/// The match rule for the owner of `name`.
+pub(super) fn rule(name: &str) -> String {
     // Bus names contain neither quotes nor commas: they were checked when the app registered, and the bus checks again.
     format!("type='signal',sender='{BUS_NAME}',interface='{BUS_NAME}',member='NameOwnerChanged',arg0='{name}'")
 }

@@ -32,6 +32,8 @@ pub(super) struct Wire {
 pub(super) enum Pending {
     /// RequestName of the name with this index.
     Name(usize),
+    /// RequestName of the name KDE's panel looks for.
+    PanelName,
     /// GetConnectionUnixProcessID of whoever has the name with this index.
     Holder(usize),
     /// AddMatch for this name.
