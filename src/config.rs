@@ -16,7 +16,6 @@ pub use self::{
     network::{NetworkSettings, Proxy, Roaming},
     upstream::{
         ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
-        base_url,
     },
 };
 use self::{
@@ -395,6 +394,7 @@ mod tests {
             ("[[app]]\nname = \"a.b\"\nupstream = \"nowhere\"", "app[0].upstream"),
             ("[[app]]\nname = \"a.b\"\n[[app]]\nname = \"a.b\"", "app[1].name"),
             ("[[upstream]]\nname = \"a\"\nkind = \"mqtt\"\nurl = \"https://x\"", "upstream[0].url"),
+            ("[[upstream]]\nname = \"panel-1\"\nkind = \"ntfy\"\nurl = \"https://x\"", "upstream[0].name"),
             (
                 "[[upstream]]\nname = \"a\"\nkind = \"ntfy\"\nurl = \"https://x\"\ntopic-prefix = \"a\"",
                 "upstream[0].topic",
@@ -411,6 +411,17 @@ mod tests {
         for (text, key) in cases {
             let error = Settings::parse(text).unwrap_err().to_string();
             assert!(error.contains(key), "{text:?} gave {error:?}");
+        }
+    }
+
+    #[test]
+    fn the_address_of_a_nextcloud_suffices() {
+        for (given, made) in [
+            ("https://cloud.example", "https://cloud.example/index.php/apps/uppush/"),
+            ("https://x.example/nc/", "https://x.example/nc/index.php/apps/uppush/"),
+            ("https://x.example/apps/uppush", "https://x.example/apps/uppush/"),
+        ] {
+            assert_eq!(UpstreamKind::NextPush.base_url(given).as_deref(), Ok(made));
         }
     }
 

@@ -138,8 +138,20 @@ impl UpstreamKind {
         }
     }
 
-    /// The schemes its base URL may have.
-    pub const fn schemes(self) -> &'static [&'static str] {
+    /// Checks a base URL of a server of this kind and completes it: with the slash at its end, and for NextPush, where it
+    /// is only the address of the Nextcloud, with the app's own path.
+    ///
+    /// # Errors
+    /// What is wrong with it, as a sentence part.
+    pub fn base_url(self, text: &str) -> Result<String, String> {
+        let url = base_url(text, self.schemes())?;
+        Ok(match self {
+            Self::NextPush if !url.contains("/apps/uppush/") => format!("{url}index.php/apps/uppush/"),
+            _ => url,
+        })
+    }
+
+    const fn schemes(self) -> &'static [&'static str] {
         match self {
             Self::Autopush | Self::Ntfy | Self::NextPush | Self::Gotify => &["wss", "ws", "https", "http"],
             Self::Mqtt => &["mqtts", "mqtt", "wss", "ws"],
@@ -213,7 +225,7 @@ impl RawUpstream {
                 "\"panel-…\" is what servers set up on a settings panel are called".into(),
             ));
         }
-        let url = base_url(&self.url, self.kind.schemes()).map_err(|problem| values::wrong(key("url"), problem))?;
+        let url = self.kind.base_url(&self.url).map_err(|problem| values::wrong(key("url"), problem))?;
         let token = secret(&key("token"), self.token_file, self.token_credential)?;
         let password = secret(&key("password"), self.password_file, self.password_credential)?;
         let credentials = match (token, self.username, password) {
@@ -277,11 +289,8 @@ impl RawUpstream {
     }
 }
 
-/// Checks a base URL and gives it the slash at its end.
-///
-/// # Errors
-/// What is wrong with it, as a sentence part.
-pub fn base_url(text: &str, schemes: &[&str]) -> Result<String, String> {
+/// Checks a base URL and gives it the slash at its end. The error is a sentence part.
+pub(super) fn base_url(text: &str, schemes: &[&str]) -> Result<String, String> {
     let uri: http::Uri = text.parse().map_err(|e| format!("\"{text}\" is not a URL: {e}"))?;
     if !uri.scheme_str().is_some_and(|scheme| schemes.contains(&scheme)) {
         let schemes: Vec<String> = schemes.iter().map(|scheme| format!("{scheme}://")).collect();

@@ -9,7 +9,7 @@ use rand_chacha::rand_core::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Core, Upstream,
+    Core, Upstream, access,
     queries::not_authorized,
     upstream::{Beginning, LinkIds, Session},
 };
@@ -60,7 +60,9 @@ impl Core {
 
     /// A request of KDE's panel.
     pub(super) fn panel(&mut self, call: CallId, caller: &Caller, request: PanelRequest, now: Now) {
-        if !self.may_control(caller) {
+        // The panel's own self test registers the panel's unique name; it is no app by that.
+        let is_app = self.app_of_caller(caller).is_some_and(|app| !app.is_unique_name());
+        if !access::may_control(caller, is_app) {
             self.reply(call, not_authorized());
             return;
         }
@@ -147,6 +149,14 @@ impl Core {
         // One's own comes before the administrator's.
         let own = |upstream: &Upstream| upstream.owner.is_some() && same(upstream);
         let found = self.upstreams.iter().position(own).or_else(|| self.upstreams.iter().position(same));
+        let in_force = |index: usize| {
+            let upstream = self.upstreams.get(index).filter(|_| self.default_upstream(bus) == Some(index));
+            upstream.is_some_and(|upstream| upstream.settings.credentials == settings.credentials)
+        };
+        if found.is_some_and(in_force) {
+            // Saved without a change; apps the user has moved elsewhere stay there.
+            return Ok(());
+        }
         let name = match found.and_then(|index| self.upstreams.get_mut(index).map(|upstream| (index, upstream))) {
             // The administrator's server, and nothing of one's own to log in with.
             Some((_, upstream)) if upstream.owner.is_none() && settings.credentials == Credentials::None => {

@@ -79,9 +79,9 @@ type Config = Vec<(&'static str, &'static str)>;
 pub(crate) fn providers() -> Vec<(&'static str, UpstreamSettings, Config)> {
     let given = |text: &str| SecretSource::Given(Secret::new(text));
     let login = || Credentials::Password { username: "phone".into(), password: given("pass word") };
-    let with = |kind, credentials| UpstreamSettings {
-        credentials,
-        ..UpstreamSettings::new("kde", kind, "https://push.example/sub/")
+    let with = |kind: UpstreamKind, credentials| {
+        let url = kind.base_url("https://push.example/sub/").unwrap();
+        UpstreamSettings { credentials, ..UpstreamSettings::new("kde", kind, url) }
     };
     let url = ("Url", "https://push.example/sub/");
     let all = [

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     action::PanelState,
-    config::{Credentials, SecretSource, UpstreamKind, UpstreamSettings, base_url},
+    config::{Credentials, SecretSource, UpstreamKind, UpstreamSettings},
     event::{PanelRequest, Request},
     model::Secret,
 };
@@ -140,7 +140,13 @@ pub(super) const fn provider(kind: UpstreamKind) -> &'static str {
 /// The settings of an upstream as the panel keeps them. It sends back all of them with what was changed, so a login
 /// that is in a file is left out as a whole: it must not come back as one without its secret.
 pub(super) fn configuration(settings: &UpstreamSettings) -> HashMap<&'static str, Variant<'static>> {
-    let mut all = vec![("Url", settings.http_url())];
+    // KDE's panel knows a NextPush server by its Nextcloud's address, and logs in there.
+    let url = settings.http_url();
+    let url = match settings.kind {
+        UpstreamKind::NextPush => url.strip_suffix("index.php/apps/uppush/").unwrap_or(&url).to_owned(),
+        _ => url,
+    };
+    let mut all = vec![("Url", url)];
     let given = |source: &SecretSource| match source {
         SecretSource::Given(secret) => Some(secret.reveal().to_owned()),
         SecretSource::File(_) | SecretSource::Credential(_) => None,
@@ -242,5 +248,5 @@ fn url(kind: UpstreamKind, typed: &str) -> Result<String, Fault> {
         return Err(invalid(format!("\"Url\" must be at most {URL} bytes")));
     }
     let url = if typed.contains("://") { typed.to_owned() } else { format!("https://{typed}") };
-    base_url(&url, kind.schemes()).map_err(|problem| invalid(format!("\"Url\": {problem}")))
+    kind.base_url(&url).map_err(|problem| invalid(format!("\"Url\": {problem}")))
 }
