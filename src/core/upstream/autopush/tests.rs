@@ -457,6 +457,22 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
 }
 
 #[test]
+fn an_attempt_that_the_network_overtook_is_followed_soon() {
+    let unreachable = || LinkEvent::Failed(LinkError::Connect("unreachable".into()));
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    for _ in 0..8 {
+        let link = world.connect();
+        world.link(link, unreachable());
+    }
+    let link = world.connect();
+    world.session.handle_network(world.now);
+    world.link(link, unreachable());
+    world.take();
+    world.pass(crate::core::upstream::backoff::BASE);
+    assert!(world.take().iter().any(|output| matches!(output, Output::Connect { .. })));
+}
+
+#[test]
 fn silence_ends_a_link() {
     for (pinged, limit) in [(false, FIRST_SILENCE), (true, SILENCE)] {
         let mut world = World::new(Some("u1"), vec![channel(1)]);
