@@ -65,7 +65,8 @@ impl Crowd {
 }
 
 /// `core::upstream::backoff` before this simulation.
-const FORMER: Policy = Policy::Doubling { first: Duration::from_secs(2), ceiling: Duration::from_secs(600), over: 0.1 };
+const FORMER: Policy =
+    Policy::Doubling { first: Duration::from_secs(2), ceiling: Duration::from_secs(600), from: 0.0, over: 0.1 };
 
 /// What every phone has configured and stored.
 pub(crate) struct Upstream {

@@ -12,7 +12,7 @@ use crate::{
 
 const WIDTH: f64 = 1280.0;
 const HEIGHT: f64 = 690.0;
-const LEFT: f64 = 66.0;
+const LEFT: f64 = 74.0;
 const RIGHT: f64 = 24.0;
 const GAP: f64 = 26.0;
 /// Top and bottom of the two rows.
@@ -107,7 +107,7 @@ impl Panel<'_> {
             Some(rate) => format!("takes {} handshakes/s", thousands(rate as u64)),
             None => "takes whatever comes".to_owned(),
         };
-        writeln!(out, "<text x=\"{left:.1}\" y=\"134\">back after {}, {capacity}</text>", time(Some(down)))?;
+        writeln!(out, "<text x=\"{left:.1}\" y=\"134\">back after {}, {capacity}</text>", time(down))?;
         for (top, bottom) in [ATTEMPTS, CONNECTED] {
             let height = bottom - top;
             writeln!(
@@ -139,8 +139,10 @@ impl Panel<'_> {
     fn grid(&self, out: &mut String) -> std::fmt::Result {
         let (left, right) = (self.left, self.left + self.width);
         if self.first {
-            writeln!(out, "<text class=\"row\" x=\"{left:.1}\" y=\"{}\">attempts per second</text>", ATTEMPTS.0 - 8.0)?;
-            writeln!(out, "<text class=\"row\" x=\"{left:.1}\" y=\"{}\">phones connected</text>", CONNECTED.0 - 8.0)?;
+            for ((top, bottom), name) in [(ATTEMPTS, "attempts per second"), (CONNECTED, "phones connected")] {
+                let y = (top + bottom) / 2.0;
+                writeln!(out, "<text class=\"row middle\" transform=\"translate(16 {y}) rotate(-90)\">{name}</text>")?;
+            }
         }
         for decade in 0..=self.top as u32 {
             let y = self.y_attempts(10_f64.powi(decade as i32));
@@ -163,17 +165,21 @@ impl Panel<'_> {
         }
         let window = self.window();
         let (step, unit, name) = match window {
-            ..=90.0 => (15.0, 1.0, "s"),
-            ..=360.0 => (60.0, 60.0, "min"),
-            _ => (180.0, 60.0, "min"),
+            ..=90.0 => (15.0, 1.0, " s"),
+            ..=360.0 => (60.0, 60.0, " min"),
+            _ => (300.0, 60.0, " min"),
         };
         for tick in 0..=(window / step) as u32 {
             let at = f64::from(tick) * step;
             let x = self.x(at);
-            let anchor = if tick == 0 { "" } else { " class=\"middle\"" };
-            let label = if tick == 0 { "0".to_owned() } else { format!("{} {name}", at / unit) };
+            let (class, unit_name) = match tick {
+                0 => ("", ""),
+                _ if at + step > window => (" class=\"end\"", name),
+                _ => (" class=\"middle\"", ""),
+            };
             writeln!(out, "<path class=\"grid\" d=\"M{x:.1} {}v5\"/>", CONNECTED.1)?;
-            writeln!(out, "<text{anchor} x=\"{x:.1}\" y=\"{}\">{label}</text>", CONNECTED.1 + 20.0)?;
+            let y = CONNECTED.1 + 20.0;
+            writeln!(out, "<text{class} x=\"{x:.1}\" y=\"{y}\">{}{unit_name}</text>", at / unit)?;
         }
         Ok(())
     }
@@ -189,14 +195,27 @@ impl Panel<'_> {
         writeln!(out, "<path class=\"ideal\" d=\"M{from:.1} {zero:.1}L{to:.1} {full:.1}H{right:.1}\"/>")
     }
 
-    /// When nearly everybody is back.
+    /// The two figures that count, above their rows.
     fn told(&self, out: &mut String) -> std::fmt::Result {
-        let Some(seconds) = self.chapter.of(Crowd::NightPorter).seconds(0.99) else { return Ok(()) };
-        let x = self.x(self.chapter.scenario.down.as_secs_f64() + seconds).min(self.left + self.width);
+        let ours = self.chapter.of(Crowd::NightPorter);
+        let right = self.left + self.width;
+        let peak = thousands(self.chapter.peak_after(ours).into());
+        writeln!(
+            out,
+            "<text class=\"told end\" x=\"{right:.1}\" y=\"{}\">peak {peak}/s once back</text>",
+            ATTEMPTS.0 - 8.0
+        )?;
+        let Some(seconds) = ours.seconds(0.99) else { return Ok(()) };
+        let x = self.x(self.chapter.scenario.down.as_secs_f64() + seconds).min(right);
         writeln!(out, "<circle class=\"dot\" cx=\"{x:.1}\" cy=\"{:.1}\" r=\"4.5\"/>", y_connected(0.99))?;
-        let text = format!("99 % after {}", time(Some(seconds)));
-        let x = (x + 40.0).min(self.left + self.width - 6.0);
-        writeln!(out, "<text class=\"told end\" x=\"{x:.1}\" y=\"{:.1}\">{text}</text>", y_connected(0.99) + 24.0)
+        let ideal = self.chapter.ideal().map(|ideal| format!(", ideal {}", time(ideal.seconds(0.99))));
+        writeln!(
+            out,
+            "<text class=\"told end\" x=\"{right:.1}\" y=\"{}\">99 % after {}{}</text>",
+            CONNECTED.0 - 8.0,
+            time(seconds),
+            ideal.unwrap_or_default()
+        )
     }
 
     /// Where a step has several seconds its point is the worst of them.

@@ -21,8 +21,9 @@ pub(crate) enum Policy {
     Fixed(Duration),
     /// The first one by chance from a range, each further one longer by a factor, without end (kunifiedpush's Wait).
     Growing { from: Duration, to: Duration, factor: f64 },
-    /// By chance from half a second to a limit that doubles. A server's wish is obeyed, with a share of it as jitter.
-    Doubling { first: Duration, ceiling: Duration, over: f64 },
+    /// By chance from a share of a limit that doubles, but half a second at least, up to it. A server's wish is obeyed,
+    /// with a share of it as jitter.
+    Doubling { first: Duration, ceiling: Duration, from: f64, over: f64 },
 }
 
 /// A client that only has a link.
@@ -72,8 +73,9 @@ impl Model {
             Policy::Fixed(delay) => (delay, delay),
             Policy::Growing { from, to, .. } if self.failures == 0 => (from, to),
             Policy::Growing { factor, .. } => (self.delay.mul_f64(factor), self.delay.mul_f64(factor)),
-            Policy::Doubling { first, ceiling, .. } => {
-                (Duration::from_millis(500), ceiling.min(first * (1 << self.failures.min(16))))
+            Policy::Doubling { first, ceiling, from, .. } => {
+                let limit = ceiling.min(first * (1 << self.failures.min(16)));
+                (limit.mul_f64(from).max(Duration::from_millis(500)), limit)
             }
         };
         self.delay = self.between(low, high);

@@ -63,11 +63,11 @@ fn overview(out: &mut String, chapters: &[Chapter]) -> std::fmt::Result {
             "| **{}** | {} | {} | {} | {:.1} | {}/s, {}, {:.1} |",
             chapter.scenario.title,
             thousands(chapter.peak_after(ours).into()),
-            time(ours.seconds(0.99)),
-            chapter.ideal().map_or("at once".to_owned(), |ideal| time(Some(ideal.seconds(0.99)))),
+            time_or_never(ours.seconds(0.99)),
+            chapter.ideal().map_or("at once".to_owned(), |ideal| time(ideal.seconds(0.99))),
             ours.mean_tries(),
             thousands(chapter.peak_after(fixed).into()),
-            time(fixed.seconds(0.99)),
+            time_or_never(fixed.seconds(0.99)),
             fixed.mean_tries(),
         )?;
     }
@@ -83,16 +83,18 @@ fn backoff(out: &mut String) -> std::fmt::Result {
     writeln!(
         out,
         "- **A link that was good and ends** may have ended for everybody. The first attempt comes at a random moment from \
-         {} to {}; each failure doubles the limit, up to {}.",
-        time(Some(FLOOR.as_secs_f64())),
-        time(Some(CROWD_LIMIT.as_secs_f64())),
-        time(Some(CEILING.as_secs_f64()))
+         {} to {} after; each failure doubles both, up to {} to {}.",
+        time((CROWD_LIMIT / 4).as_secs_f64()),
+        time(CROWD_LIMIT.as_secs_f64()),
+        time((CEILING / 4).as_secs_f64()),
+        time(CEILING.as_secs_f64())
     )?;
     writeln!(
         out,
-        "- **The phone's own network returns, or it wakes up:** nobody else does at that moment. It tries at once, and the \
-         limit begins anew at {}.",
-        time(Some(BASE.as_secs_f64()))
+        "- **The phone's own network returns, or it wakes up:** nobody else does at that moment. It tries at once, and \
+         should that fail again after {} to {}.",
+        time(FLOOR.as_secs_f64()),
+        time(BASE.as_secs_f64())
     )?;
     writeln!(
         out,
@@ -120,10 +122,10 @@ fn table(out: &mut String, chapter: &Chapter) -> std::fmt::Result {
             out,
             "| {name} | {away} | {} | {} | {} | {} | {} | {:.1} | {} |",
             thousands(chapter.peak_after(outcome).into()),
-            time(outcome.seconds(0.5)),
-            time(outcome.seconds(0.9)),
-            time(outcome.seconds(0.99)),
-            time(outcome.seconds(1.0)),
+            time_or_never(outcome.seconds(0.5)),
+            time_or_never(outcome.seconds(0.9)),
+            time_or_never(outcome.seconds(0.99)),
+            time_or_never(outcome.seconds(1.0)),
             outcome.mean_tries(),
             outcome.most_tries(),
         )?;
@@ -133,10 +135,10 @@ fn table(out: &mut String, chapter: &Chapter) -> std::fmt::Result {
             out,
             "| *ideal* | 0 | {} | {} | {} | {} | {} | 1.0 | 1 |",
             thousands(ideal.rate as u64),
-            time(Some(ideal.seconds(0.5))),
-            time(Some(ideal.seconds(0.9))),
-            time(Some(ideal.seconds(0.99))),
-            time(Some(ideal.seconds(1.0))),
+            time(ideal.seconds(0.5)),
+            time(ideal.seconds(0.9)),
+            time(ideal.seconds(0.99)),
+            time(ideal.seconds(1.0)),
         )?;
     }
     writeln!(out)?;
@@ -178,10 +180,11 @@ fn reading(out: &mut String) -> std::fmt::Result {
   as its source has it; everything else (20 s to give up, silence noticed after 310 s) is ours, so that only the policies
   differ. *Its former backoff*: ours before this simulation, 0.5 to 2 s first, doubling to 10 min, a tenth of jitter over
   `Retry-After`.
-- **What the simulation changed.** A first delay of at most 2 s brings half of the fleet within a second when a server
-  restarts quickly; a tenth of jitter over `Retry-After` brings the refused wave back almost as narrow; a limit of 10 min made
-  a phone wait up to ten more minutes after an outage of ten. It also found that an attempt under way while the network
-  returned was not followed by another soon.
+- **What the simulation changed.** A first delay of at most 2 s brought most of the fleet within one second when the server
+  restarted quickly. A tenth of jitter over `Retry-After: 30` brought everybody refused in a second back within three. Delays
+  that could be next to nothing let some phones fail three times in a row and then wait for minutes. A limit of 10 min made
+  the last phones wait ten minutes more after an outage of ten. And an attempt that was under way when the phone's network
+  returned, and failed, was followed by another only after the old, long delay.
 - **Where others are better**, the table says so. Hammering every 5 s is quick as long as being refused costs the
   server nothing, and never recovers where it costs something. A first delay of 15 to 40 s is gentler to the server,
   and each phone that loses a link for a reason of its own waits as long.
@@ -209,14 +212,16 @@ crowds: `-- --phones 20000 --seed 7 --upstream ntfy --out /tmp`. A small fleet i
     )
 }
 
-/// Seconds as people say them.
-pub(crate) fn time(seconds: Option<f64>) -> String {
-    match seconds {
-        None => "never".to_owned(),
-        Some(seconds) if seconds < 9.95 => format!("{seconds:.1} s"),
-        Some(seconds) if seconds < 119.5 => format!("{seconds:.0} s"),
-        Some(seconds) => format!("{:.1} min", seconds / 60.0),
-    }
+/// Seconds as people say them: two digits, and a third where it says something.
+pub(crate) fn time(seconds: f64) -> String {
+    let (number, unit) = if seconds < 119.5 { (seconds, "s") } else { (seconds / 60.0, "min") };
+    let text = if number < 9.95 || unit == "min" { format!("{number:.1}") } else { format!("{number:.0}") };
+    format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text))
+}
+
+/// The same, of what may not have happened.
+fn time_or_never(seconds: Option<f64>) -> String {
+    seconds.map_or_else(|| "never".to_owned(), time)
 }
 
 /// Digits in groups of three.

@@ -72,7 +72,7 @@ pub(crate) const ALL: [Scenario; 8] = [
     Scenario {
         title: "Restart, 10 s",
         story: "the server's process ends and is back after 10 s; meanwhile its port is closed",
-        window: Duration::from_secs(60),
+        window: Duration::from_secs(45),
         cut: Cut::Closed,
         down: Duration::from_secs(10),
         away: Away::Refuses,
@@ -93,7 +93,7 @@ pub(crate) const ALL: [Scenario; 8] = [
         title: "Restart, server sheds load",
         story: "back after 10 s; it shakes hands with 1 % of the phones a second, and whoever would wait for more than \
                 2 s is told 503 with `Retry-After: 30`, at no cost",
-        window: Duration::from_secs(300),
+        window: Duration::from_secs(240),
         cut: Cut::Closed,
         down: Duration::from_secs(10),
         away: Away::Refuses,

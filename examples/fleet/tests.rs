@@ -111,7 +111,7 @@ fn a_phones_own_network_brings_its_link_within_two_seconds() {
 /// What is said of the models holds only if they are driven as the session is.
 #[test]
 fn a_model_with_the_sessions_own_figures_fares_as_the_session_does() {
-    let policy = model::Policy::Doubling { first: CROWD_LIMIT, ceiling: CEILING, over: 1.0 };
+    let policy = model::Policy::Doubling { first: CROWD_LIMIT, ceiling: CEILING, from: 0.25, over: 1.0 };
     for title in ["Restart, 10 s", "Outage, 10 min", "Restart, server drowns"] {
         let model = world::run(scenario(title), Dialect::Mute, PHONES, SEED, |_, seed, now| {
             model::Model::new(policy, u64::from(seed[0]) << 32 | u64::from(seed[9]) << 8 | u64::from(seed[17]), now)
@@ -128,5 +128,5 @@ fn a_model_with_the_sessions_own_figures_fares_as_the_session_does() {
 #[test]
 fn numbers_read_as_people_write_them() {
     assert_eq!([0, 999, 1000, 1_234_567].map(page::thousands), ["0", "999", "1,000", "1,234,567"]);
-    assert_eq!([Some(1.234), Some(59.6), Some(130.0), None].map(page::time), ["1.2 s", "60 s", "2.2 min", "never"]);
+    assert_eq!([1.234, 2.0, 59.6, 130.0, 600.0].map(page::time), ["1.2 s", "2 s", "60 s", "2.2 min", "10 min"]);
 }
