@@ -20,6 +20,8 @@ use crate::{
 pub(crate) const CUT: Instant = Instant::from_nanos(3600 * SEC);
 /// How long after it one looks.
 pub(crate) const HORIZON: Duration = Duration::from_secs(1800);
+/// Nothing happens before this: the first daemon starts later.
+const BEGINNING: Instant = Instant::from_nanos(3000 * SEC);
 /// The last phone's link is back: so much longer, for what a session does next.
 const AFTERMATH: u64 = 30 * SEC;
 
@@ -403,23 +405,28 @@ struct Event {
 
 /// Events in the order of their time: a calendar of short days, each sorted when it comes.
 struct Queue {
+    /// From [`BEGINNING`] on.
     days: Vec<Vec<Event>>,
     today: BinaryHeap<Event>,
     day: usize,
 }
 
 impl Queue {
-    /// 17 ms.
-    const DAY: u32 = 24;
+    /// A millisecond, as a power of two: what is sorted at a time fits the cache.
+    const DAY: u32 = 20;
 
     fn new(end: Instant) -> Self {
-        let days = (end.as_nanos() >> Self::DAY) as usize + 1;
+        let days = Self::day_of(end.as_nanos()) + 1;
         Self { days: std::iter::repeat_with(Vec::new).take(days).collect(), today: BinaryHeap::new(), day: 0 }
+    }
+
+    const fn day_of(at: u64) -> usize {
+        (at.saturating_sub(BEGINNING.as_nanos()) >> Self::DAY) as usize
     }
 
     /// What would be after the end is not kept.
     fn push(&mut self, at: u64, phone: u32, link: u32, what: What) {
-        let day = (at >> Self::DAY) as usize;
+        let day = Self::day_of(at);
         let event = Event { at, phone, link, what };
         if day <= self.day {
             self.today.push(event);
@@ -436,7 +443,7 @@ impl Queue {
                 Some(_) => return None,
                 None => {}
             }
-            if self.day as u64 >= end >> Self::DAY {
+            if self.day >= Self::day_of(end) {
                 return None;
             }
             self.day += 1;
