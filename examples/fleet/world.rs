@@ -303,7 +303,7 @@ impl<'a, D: Daemon> World<'a, D> {
                         *known = NONE;
                     }
                 }
-                Output::StateChanged(LinkState::Online) => {
+                Output::StateChanged(LinkState::Online) if phone.back == NONE => {
                     self.online += 1;
                     if let Some(since) = now.checked_sub(CUT.as_nanos()) {
                         phone.back = u32::try_from(since / MS).unwrap_or(NONE - 1);

@@ -61,16 +61,19 @@ impl Backoff {
 
     /// An attempt or a connection failed; `retry_after` is the server's wish, a minimum.
     pub fn failed(&mut self, retry_after: Option<Duration>, now: Instant, rng: &mut ChaCha12Rng) {
-        let limit = self.next_limit();
-        // A crowd told the same second must not come back in the same second, nor in as little time as it takes to tell.
-        let spread = retry_after.map(|wish| wish.min(CEILING).max(limit));
-        self.schedule(limit, retry_after.zip(spread), now, rng);
+        match retry_after {
+            // A crowd told the same second must not come back in the same second, nor as fast as it was told.
+            Some(wish) => self.pause(wish, 1, now, rng),
+            None => {
+                let (soonest, limit) = self.next_delays();
+                self.retry_at = Some((now + between(soonest, limit, rng)).max(self.not_before));
+            }
+        }
     }
 
     /// The same with a pause that the server has not asked for: what is known of its limits for a single phone.
     pub fn throttled(&mut self, pause: Duration, now: Instant, rng: &mut ChaCha12Rng) {
-        let limit = self.next_limit();
-        self.schedule(limit, Some((pause, pause / 10)), now, rng);
+        self.pause(pause, 10, now, rng);
     }
 
     /// Refused for a reason that only the user can mend: try slowly from now on.
@@ -98,24 +101,22 @@ impl Backoff {
         }
     }
 
-    fn next_limit(&mut self) -> Duration {
-        let limit = CEILING.min(BASE.saturating_mul(1 << self.doublings.min(16)));
-        self.doublings = self.doublings.saturating_add(1);
-        limit
+    /// Waits for at least `wish`, and up to the `part`th part of that longer.
+    fn pause(&mut self, wish: Duration, part: u32, now: Instant, rng: &mut ChaCha12Rng) {
+        let wish = wish.min(LONGEST_WISH);
+        self.not_before = self.not_before.max(now + wish);
+        // A wish too small for the crowd is outgrown.
+        let soonest = wish.max(self.next_delays().0);
+        let at = now + between(soonest, soonest + soonest.min(CEILING) / part, rng);
+        self.retry_at = Some(at.max(self.not_before));
     }
 
-    /// An attempt up to `limit` from now, and not before a pause and a share of its jitter are over.
-    fn schedule(&mut self, limit: Duration, pause: Option<(Duration, Duration)>, now: Instant, rng: &mut ChaCha12Rng) {
-        let soonest = match pause {
-            Some((pause, jitter)) => {
-                self.not_before = self.not_before.max(now + pause.min(LONGEST_WISH));
-                self.not_before + between(Duration::ZERO, jitter, rng)
-            }
-            None => self.not_before,
-        };
-        // From a quarter on: who draws next to nothing again and again fails thrice in the time of others' one attempt,
-        // and has then doubled to a wait of minutes.
-        self.retry_at = Some((now + between(FLOOR.max(limit / 4), limit, rng)).max(soonest));
+    /// The shortest and the longest delay of the next failure. Not from nothing on: who draws next to nothing again and
+    /// again fails thrice in the time of others' one attempt, and has then doubled to a wait of minutes.
+    fn next_delays(&mut self) -> (Duration, Duration) {
+        let limit = CEILING.min(BASE.saturating_mul(1 << self.doublings.min(16)));
+        self.doublings = self.doublings.saturating_add(1);
+        (FLOOR.max(limit / 4), limit)
     }
 
     /// When an attempt could be forced.
