@@ -252,7 +252,7 @@ impl Session {
                 self.drop_link(id, "tried again because the network changed", now);
                 self.backoff.at_once(now);
             }
-            Link::Greeting { .. } => {}
+            Link::Greeting { .. } => self.backoff.own_event(),
             Link::Down if self.channels.is_empty() => {}
             Link::Down => self.backoff.at_once(now),
         }

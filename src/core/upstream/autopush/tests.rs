@@ -511,6 +511,22 @@ fn a_challenger_takes_the_place_of_a_link_that_does_not_answer() {
 }
 
 #[test]
+fn an_attempt_that_the_network_overtook_is_followed_soon() {
+    let unreachable = || LinkEvent::Failed(LinkError::Connect("unreachable".into()));
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    for _ in 0..8 {
+        let link = world.connect();
+        world.link(link, unreachable());
+    }
+    let link = world.connect();
+    world.session.handle_network(world.now);
+    world.link(link, unreachable());
+    world.take();
+    world.pass(crate::core::upstream::backoff::BASE);
+    assert!(world.take().iter().any(|output| matches!(output, Output::Connect { .. })));
+}
+
+#[test]
 fn silence_ends_a_link() {
     for (pinged, limit) in [(false, FIRST_SILENCE), (true, SILENCE)] {
         let mut world = World::new(Some("u1"), vec![channel(1)]);

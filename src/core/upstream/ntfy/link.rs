@@ -176,7 +176,7 @@ impl Session {
             LinkError::Http { status: 200, .. } => {
                 self.refusals = self.refusals.saturating_add(1);
                 if self.refusals == 1 {
-                    self.backoff.failed(Some(WORDLESS_REFUSAL), now, &mut self.rng);
+                    self.backoff.throttled(WORDLESS_REFUSAL, now, &mut self.rng);
                 } else {
                     self.refused(
                         "the server refuses the subscription: check the credentials, that they may read the topics \

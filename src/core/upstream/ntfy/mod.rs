@@ -263,7 +263,9 @@ impl Session {
             main.pings += 1;
             self.outputs.push_back(Output::Ping(main.id));
         }
-        if self.next.is_none() && self.wants_link(now) {
+        if self.next.is_some() {
+            self.backoff.own_event();
+        } else if self.wants_link(now) {
             self.backoff.at_once(now);
         }
         self.settle(now);

@@ -688,6 +688,21 @@ fn a_returning_network_ends_the_wait() {
 }
 
 #[test]
+fn an_attempt_that_the_network_overtook_is_followed_soon() {
+    let mut world = World::new(None, vec![channel(1)]);
+    for _ in 0..8 {
+        let (link, _) = world.connect();
+        world.link(link, LinkEvent::Failed(LinkError::Connect("unreachable".into())));
+    }
+    let (link, _) = world.connect();
+    world.session.handle_network(world.now);
+    world.link(link, LinkEvent::Failed(LinkError::Connect("unreachable".into())));
+    world.take();
+    world.pass(super::super::backoff::BASE);
+    assert_eq!(connects(&world.take()), 1);
+}
+
+#[test]
 fn the_thousand_and_first_registration_is_refused() {
     let mut world = World::new(None, (0..TOPIC_LIMIT as u64).map(channel).collect());
     world.register(5000);
