@@ -115,7 +115,14 @@ impl Shell {
             process::Options::default(),
         )
         .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
-        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), Jobs::default());
+        let links = Links::new(
+            registry()?,
+            LINKS,
+            settings.upstreams.clone(),
+            settings.network.proxy.clone(),
+            sender.clone(),
+            Jobs::default(),
+        );
         let bus = BusThread::spawn(addresses(options)?, sender.clone()).map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,
@@ -183,8 +190,9 @@ impl Shell {
 
     fn perform(&mut self, action: Action) {
         match action {
-            Action::Connect { link, upstream, path, headers: _ } => self.links.connect(link, &upstream, &path),
+            Action::Connect { link, upstream, path, headers } => self.links.connect(link, &upstream, &path, headers),
             Action::Send(link, text) => self.links.send(link, text),
+            Action::SendBytes(link, bytes) => self.links.send_bytes(link, bytes),
             Action::Ping(link) => self.links.ping(link),
             Action::Close(link) => self.links.close(link),
             Action::Fetch { ticket, upstream, url, limit } => {
@@ -192,6 +200,7 @@ impl Shell {
                     fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
                 }
             }
+            Action::Configure(settings) => self.configure(*settings),
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
             Action::Freeze(target) => self.targets.freeze(target),
             Action::Thaw(target) => self.targets.thaw(target),
@@ -203,13 +212,19 @@ impl Shell {
             Action::Reply(..) | Action::Watch(_) | Action::Unwatch(_) | Action::Call { .. } | Action::Start(_) => {
                 self.bus.perform(action);
             }
-            Action::SendBytes(..)
-            | Action::Http { .. }
-            | Action::Configure(_)
+            Action::Http { .. }
             | Action::StayAwake(_)
             | Action::AllowSleep
             | Action::PanelChanged(_)
             | Action::Exit => {}
+        }
+    }
+
+    fn configure(&mut self, settings: UpstreamSettings) {
+        self.links.configure(settings.clone());
+        match self.upstreams.iter_mut().find(|one| one.name == settings.name) {
+            Some(place) => *place = settings,
+            None => self.upstreams.push(settings),
         }
     }
 

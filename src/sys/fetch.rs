@@ -2,7 +2,7 @@
 
 use std::{io::Read, path::Path, sync::Arc, time::Duration};
 
-use http::{StatusCode, Uri, header};
+use http::{StatusCode, Uri};
 use ureq::{Agent, Error, config::RedirectAuthHeaders};
 
 use crate::{
@@ -64,14 +64,15 @@ fn download(upstream: &UpstreamSettings, url: &str, limit: u32) -> Result<Arc<[u
     }
     // Certificates and credentials given for the upstream are for the upstream alone.
     let (ca_file, secret) = if at_home {
-        let secret = credentials::authorization(&upstream.credentials).map_err(|error| failed(error.to_string()))?;
+        let secret =
+            credentials::header(upstream.kind, &upstream.credentials).map_err(|error| failed(error.to_string()))?;
         (upstream.ca_file.as_deref(), secret)
     } else {
         (None, None)
     };
     let mut request = agent(ca_file, secure).map_err(|error| failed(error.to_string()))?.get(uri);
     if let Some(secret) = secret {
-        request = request.header(header::AUTHORIZATION, secret.expose());
+        request = request.header(secret.name, secret.value.expose());
     }
     let response = request.call().map_err(|error| failed(describe(error)))?;
     match response.status() {

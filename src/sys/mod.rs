@@ -11,6 +11,7 @@ pub mod logger;
 pub mod memory;
 pub mod network;
 pub mod process;
+pub mod proxy;
 pub mod signals;
 pub mod store;
 pub mod timer;
