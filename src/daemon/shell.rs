@@ -13,13 +13,13 @@ use mio::{Events, Interest, Poll, Token};
 use super::{DaemonError, Options};
 use crate::{
     action::Action,
-    config::{Settings, UpstreamSettings},
+    config::{Proxy, Settings, UpstreamSettings},
     core::Core,
-    event::{BusEvent, Event, LinkEvent, LinkId},
+    event::{BusEvent, Event, FetchError, HttpError, LinkEvent, LinkId},
     model::{Bus, Snapshot},
     sys::{
         bus::{BusAddress, BusThread},
-        clock, fetch,
+        clock, fetch, http,
         inbox::{self, Inbox, Incoming},
         jobs::Jobs,
         link::Links,
@@ -57,6 +57,8 @@ pub(super) struct Shell {
     inbox: Inbox,
     sender: inbox::Sender,
     downloads: Jobs,
+    /// Of their own: an answer must not wait for an attachment.
+    requests: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -66,6 +68,7 @@ pub(super) struct Shell {
     network: Option<Monitor>,
     signals: Signals,
     upstreams: Vec<UpstreamSettings>,
+    proxy: Proxy,
     pending: VecDeque<Event>,
     link_events: Vec<(LinkId, LinkEvent)>,
     more_on_links: bool,
@@ -130,6 +133,7 @@ impl Shell {
             inbox,
             sender,
             downloads: Jobs::new(1),
+            requests: Jobs::default(),
             links,
             targets,
             bus,
@@ -139,6 +143,7 @@ impl Shell {
             network,
             signals,
             upstreams: settings.upstreams.clone(),
+            proxy: settings.network.proxy.clone(),
             pending: VecDeque::new(),
             link_events: Vec::new(),
             more_on_links: false,
@@ -196,9 +201,23 @@ impl Shell {
             Action::Ping(link) => self.links.ping(link),
             Action::Close(link) => self.links.close(link),
             Action::Fetch { ticket, upstream, url, limit } => {
-                if let Some(upstream) = self.upstreams.iter().find(|settings| settings.name == upstream) {
-                    fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
-                }
+                let failed = match self.upstreams.iter().find(|settings| settings.name == upstream) {
+                    Some(upstream) => {
+                        let (jobs, proxy) = (&self.downloads, &self.proxy);
+                        fetch::fetch(jobs, &self.sender, ticket, upstream, proxy, url, limit)
+                    }
+                    None => Some(Event::Fetched(ticket, Err(FetchError::Failed(no_upstream(&upstream))))),
+                };
+                self.pending.extend(failed);
+            }
+            Action::Http { ticket, upstream, request } => {
+                let failed = match self.upstreams.iter().find(|settings| settings.name == upstream) {
+                    Some(upstream) => {
+                        http::request(&self.requests, &self.sender, ticket, upstream, &self.proxy, request)
+                    }
+                    None => Some(Event::Http(ticket, Err(HttpError::Failed(no_upstream(&upstream))))),
+                };
+                self.pending.extend(failed);
             }
             Action::Configure(settings) => self.configure(*settings),
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
@@ -212,11 +231,7 @@ impl Shell {
             Action::Reply(..) | Action::Watch(_) | Action::Unwatch(_) | Action::Call { .. } | Action::Start(_) => {
                 self.bus.perform(action);
             }
-            Action::Http { .. }
-            | Action::StayAwake(_)
-            | Action::AllowSleep
-            | Action::PanelChanged(_)
-            | Action::Exit => {}
+            Action::StayAwake(_) | Action::AllowSleep | Action::PanelChanged(_) | Action::Exit => {}
         }
     }
 
@@ -317,6 +332,10 @@ impl Shell {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
+}
+
+fn no_upstream(name: &str) -> String {
+    format!("no upstream is called \"{name}\"")
 }
 
 fn make_private_dir(dir: &Path) -> io::Result<()> {

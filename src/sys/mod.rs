@@ -4,6 +4,7 @@ pub mod bus;
 pub mod clock;
 pub mod credentials;
 pub mod fetch;
+pub mod http;
 pub mod inbox;
 pub mod jobs;
 pub mod link;

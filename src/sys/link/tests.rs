@@ -1,3 +1,7 @@
+mod carriers;
+mod proxies;
+mod tls_links;
+
 use std::{
     fs,
     io::{Read, Write},
@@ -9,12 +13,6 @@ use std::{
 };
 
 use mio::{Events, Poll};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::{
-    ServerConfig, ServerConnection, StreamOwned,
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
-};
-use tempfile::TempDir;
 use tungstenite::{
     Message, WebSocket,
     handshake::server::{Request as ServerRequest, Response as ServerResponse},
@@ -43,10 +41,13 @@ struct World {
 
 impl World {
     fn new(upstreams: Vec<UpstreamSettings>) -> Self {
+        Self::behind(Proxy::Direct, upstreams)
+    }
+
+    fn behind(proxy: Proxy, upstreams: Vec<UpstreamSettings>) -> Self {
         let poll = Poll::new().unwrap();
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).unwrap();
-        let links =
-            Links::new(poll.registry().try_clone().unwrap(), FIRST, upstreams, Proxy::Direct, sender, Jobs::default());
+        let links = Links::new(poll.registry().try_clone().unwrap(), FIRST, upstreams, proxy, sender, Jobs::default());
         Self { poll, inbox, links, events: Vec::new(), budget: 16, busy: false }
     }
 
@@ -675,192 +676,4 @@ fn there_is_a_bound_on_links_and_places_are_used_again() {
     world.until("all ends", |events| events.len() == LINKS + 1);
     assert_eq!(world.events.iter().filter(too_many).count(), 1);
     assert_eq!(world.links.links.len(), LINKS);
-}
-
-// TLS
-
-struct Authority {
-    dir: TempDir,
-    issuer: CertifiedIssuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let dir = tempfile::tempdir().unwrap();
-        // A name of its own, or another authority would seem to be this one with a wrong key.
-        params.distinguished_name.push(rcgen::DnType::CommonName, dir.path().display().to_string());
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
-        Self { dir, issuer }
-    }
-
-    fn ca_file(&self) -> PathBuf {
-        self.dir.path().join("ca.pem")
-    }
-
-    fn server(
-        &self,
-        name: &str,
-        expired: bool,
-        version: &'static rustls::SupportedProtocolVersion,
-    ) -> Arc<ServerConfig> {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        if expired {
-            params.not_before = rcgen::date_time_ymd(2001, 1, 1);
-            params.not_after = rcgen::date_time_ymd(2002, 1, 1);
-        }
-        let cert = params.signed_by(&key, &self.issuer).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[version])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![cert.der().clone()], key)
-            .unwrap();
-        Arc::new(config)
-    }
-}
-
-fn serve_tls<T: Send + 'static>(
-    config: Arc<ServerConfig>,
-    work: impl FnOnce(StreamOwned<ServerConnection, TcpStream>) -> T + Send + 'static,
-) -> (String, JoinHandle<T>) {
-    let (url, server) = serve(move |stream| work(StreamOwned::new(ServerConnection::new(config).unwrap(), stream)));
-    (url.replace("ws://", "wss://"), server)
-}
-
-fn tls_world(url: &str, authority: &Authority) -> World {
-    let mut upstream = settings(url);
-    upstream.ca_file = Some(authority.ca_file());
-    World::new(vec![upstream])
-}
-
-#[test]
-fn a_burst_over_tls_is_whole_and_the_trust_store_is_dropped() {
-    for version in [&rustls::version::TLS13, &rustls::version::TLS12] {
-        let authority = Authority::new();
-        let (url, server) = serve_tls(authority.server("127.0.0.1", false, version), send_burst);
-        let mut world = tls_world(&url, &authority);
-        burst(&mut world);
-        let trust = world.links.upstreams[0].tls.clone().unwrap();
-        assert!(!trust.roots_held());
-        drop(world);
-        server.join().unwrap();
-    }
-}
-
-#[test]
-fn text_ping_and_close_pass_through_tls() {
-    let authority = Authority::new();
-    let (url, server) = serve_tls(authority.server("localhost", false, &rustls::version::TLS13), |stream| {
-        let (mut socket, ..) = accept(stream);
-        let hello = socket.read().unwrap();
-        socket.send(Message::Ping("p".into())).unwrap();
-        let pong = socket.read().unwrap();
-        socket.close(Some(CloseFrame { code: CloseCode::Normal, reason: "SM".into() })).unwrap();
-        while socket.read().is_ok() {}
-        (hello, pong)
-    });
-    let mut world = tls_world(&url.replace("127.0.0.1", "localhost"), &authority);
-    world.open("");
-    world.links.send(LINK, "hello".into());
-    assert_eq!(world.until_over(), LinkEvent::Closed { code: Some(1000), reason: "SM".into() });
-    assert_eq!(server.join().unwrap(), (Message::text("hello"), Message::Pong("p".into())));
-}
-
-#[test]
-fn a_reconnect_resumes_the_tls_session() {
-    let authority = Authority::new();
-    let config = authority.server("127.0.0.1", false, &rustls::version::TLS13);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let url = format!("wss://{}/", listener.local_addr().unwrap());
-    let server = thread::spawn(move || {
-        [(); 2].map(|()| {
-            let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
-            let (mut socket, ..) = accept(StreamOwned::new(connection, listener.accept().unwrap().0));
-            socket.send(Message::text("with the tickets")).unwrap();
-            let _ = socket.read();
-            socket.get_ref().conn.handshake_kind()
-        })
-    });
-    let mut world = tls_world(&url, &authority);
-    for _ in 0..2 {
-        world.events.clear();
-        world.open("");
-        world.until("text", |events| events.len() == 2);
-        world.links.close(LINK);
-    }
-    let kinds = server.join().unwrap();
-    assert_eq!(kinds, [Some(rustls::HandshakeKind::Full), Some(rustls::HandshakeKind::Resumed)]);
-}
-
-#[test]
-fn a_long_request_waits_for_the_tls_handshake() {
-    let authority = Authority::new();
-    let (url, server) = serve_tls(authority.server("127.0.0.1", false, &rustls::version::TLS13), |mut stream| {
-        let mut request = Vec::new();
-        let mut buffer = [0; 4096];
-        while !request.ends_with(b"\r\n\r\n") {
-            let length = stream.read(&mut buffer).unwrap();
-            request.extend_from_slice(&buffer[..length]);
-        }
-        stream.write_all(b"HTTP/1.1 414 Long\r\nContent-Length: 0\r\n\r\n").unwrap();
-        request.len()
-    });
-    let mut world = tls_world(&url, &authority);
-    world.links.connect(LINK, "up", &"t".repeat(60_000), Vec::new());
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Http { status: 414, .. })));
-    assert!(server.join().unwrap() > 60_000);
-}
-
-#[test]
-fn a_certificate_that_proves_nothing_is_a_tls_error() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let version = &rustls::version::TLS13;
-    for (config, word) in [
-        (theirs.server("127.0.0.1", false, version), "trusts"),
-        (ours.server("elsewhere.example", false, version), "elsewhere.example"),
-    ] {
-        let (url, server) = serve_tls(config, |mut stream| stream.read(&mut [0; 16]));
-        let mut world = tls_world(&url, &ours);
-        world.links.connect(LINK, "up", "", Vec::new());
-        let event = world.until_over();
-        assert!(matches!(&event, LinkEvent::Failed(LinkError::Tls(text)) if text.contains(word)), "{event:?}");
-        // The alert reached the server.
-        assert!(server.join().unwrap().unwrap_err().to_string().contains("alert"));
-    }
-    let (url, _server) = serve(|mut stream| {
-        stream.read_exact(&mut [0; 64]).unwrap();
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-    });
-    let mut world = tls_world(&url.replace("ws://", "wss://"), &ours);
-    world.links.connect(LINK, "up", "", Vec::new());
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Tls(_))));
-}
-
-#[test]
-fn a_tls_peer_that_does_not_read_breaks_the_link() {
-    let authority = Authority::new();
-    let (release, wait) = mpsc::channel::<()>();
-    let (url, server) = serve_tls(authority.server("127.0.0.1", false, &rustls::version::TLS13), move |stream| {
-        let accepted = accept(stream);
-        wait.recv().ok();
-        drop(accepted);
-    });
-    let mut world = tls_world(&url, &authority);
-    world.open("");
-    let mut sent = 0;
-    while world.events.len() < 2 {
-        world.links.send(LINK, "y".repeat(16 * 1024));
-        world.turn();
-        sent += 1;
-        assert!(sent < 4096, "64 MiB are not bounded");
-    }
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Io(text)) if text.contains("does not read")));
-    drop(release);
-    server.join().unwrap();
 }
