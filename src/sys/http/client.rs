@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, header};
-use ureq::{Agent, Body, Error};
+use ureq::{Agent, Body, Error, unversioned::transport::DefaultConnector};
 
+use super::resolver::Eyeballs;
 use crate::{
     config::{Proxy, UpstreamSettings},
     sys::{
@@ -124,7 +125,7 @@ impl Client<'_> {
             .user_agent(concat!("nightporter/", env!("CARGO_PKG_VERSION")))
             .proxy(proxy)
             .build();
-        Ok(config.new_agent())
+        Ok(Agent::with_parts(config, DefaultConnector::new(), Eyeballs::default()))
     }
 }
 

@@ -9,7 +9,7 @@ mod connection;
 mod event_stream;
 mod exchange;
 mod prepare;
-mod race;
+pub(super) mod race;
 mod stream;
 mod transport;
 mod tunnel;

@@ -14,14 +14,14 @@ const RUNNING: usize = 8;
 
 /// What the loop knows and a link does not.
 #[derive(Clone, Copy)]
-pub(super) struct Context<'a> {
-    pub(super) registry: &'a Registry,
-    pub(super) token: Token,
-    pub(super) now: Instant,
+pub(in crate::sys) struct Context<'a> {
+    pub(in crate::sys) registry: &'a Registry,
+    pub(in crate::sys) token: Token,
+    pub(in crate::sys) now: Instant,
 }
 
 #[derive(Debug)]
-pub(super) struct Race {
+pub(in crate::sys) struct Race {
     waiting: VecDeque<SocketAddr>,
     /// The oldest first. All have the link's one token.
     running: VecDeque<(SocketAddr, TcpStream)>,
@@ -32,23 +32,23 @@ pub(super) struct Race {
 
 /// Why nobody won.
 #[derive(Debug)]
-pub(super) enum Lost {
+pub(in crate::sys) enum Lost {
     NoAddress,
     Failed(SocketAddr, io::Error),
 }
 
 impl Race {
-    pub(super) fn new(addresses: Vec<SocketAddr>) -> Self {
+    pub(in crate::sys) fn new(addresses: Vec<SocketAddr>) -> Self {
         Self { waiting: interleave(addresses), running: VecDeque::new(), next_at: None, last_error: None }
     }
 
     /// When the next attempt is due.
-    pub(super) const fn deadline(&self) -> Option<Instant> {
+    pub(in crate::sys) const fn deadline(&self) -> Option<Instant> {
         self.next_at
     }
 
     /// Looks who is there and begins what is due: the winner, registered with the link's token, or `None` for now.
-    pub(super) fn drive(&mut self, context: Context<'_>) -> Result<Option<TcpStream>, Lost> {
+    pub(in crate::sys) fn drive(&mut self, context: Context<'_>) -> Result<Option<TcpStream>, Lost> {
         for _ in 0..self.running.len() {
             let Some((address, mut socket)) = self.running.pop_front() else { break };
             match connected(&socket) {
@@ -68,7 +68,7 @@ impl Race {
         self.begin(context)
     }
 
-    pub(super) fn close(&mut self, registry: &Registry) {
+    pub(in crate::sys) fn close(&mut self, registry: &Registry) {
         for (_, mut socket) in self.running.drain(..) {
             let _ = registry.deregister(&mut socket);
         }

@@ -5,7 +5,7 @@ mod tls_links;
 use std::{
     fs,
     io::{Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
     path::PathBuf,
     sync::mpsc,
     thread::{self, JoinHandle},
@@ -550,6 +550,26 @@ fn a_silent_address_is_left_behind_by_the_next_and_may_still_win() {
 }
 
 #[test]
+fn a_family_that_leads_nowhere_costs_one_delay_however_many_addresses_it_has() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let good = listener.local_addr().unwrap();
+    let server = thread::spawn(move || drop(accept(listener.accept().unwrap().0)));
+    let holes: Vec<_> = (0..4).map(|_| silent_at(Ipv6Addr::LOCALHOST)).collect();
+    let mut addresses: Vec<SocketAddr> = holes.iter().map(|(address, _)| *address).collect();
+    addresses.push(good);
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, addresses);
+    // Only the first of them was begun when the other family's turn came.
+    let second = world.links.poll_timeout().unwrap();
+    world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
+    server.join().unwrap();
+    assert!(clock::boot() >= second);
+    // One after the other, with five seconds each, took twenty.
+    let took = clock::boot().since(second);
+    assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+#[test]
 fn the_first_attempt_goes_on_while_the_next_are_made() {
     let (late, (listener, held)) = silent();
     let (never, _held) = silent();
@@ -612,7 +632,11 @@ fn closing_in_the_middle_of_a_race_leaves_nothing() {
 
 /// An address that answers no SYN: a listener whose backlog is full.
 fn silent() -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    silent_at(Ipv4Addr::LOCALHOST)
+}
+
+fn silent_at(host: impl Into<IpAddr>) -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
+    let listener = TcpListener::bind((host.into(), 0)).unwrap();
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
     let held = (0..8).map(|_| mio::net::TcpStream::connect(address).unwrap()).collect();
