@@ -206,6 +206,9 @@ pub enum FetchError {
     /// The server says it is not there (any more): 404 or 410.
     #[error("the server does not have it (any more)")]
     Gone,
+    /// Not fetched, now or later: its URL leads to where no sender may send this machine.
+    #[error("{0}")]
+    Refused(String),
     /// May work later.
     #[error("{0}")]
     Failed(String),

@@ -13,13 +13,13 @@ use mio::{Events, Interest, Poll, Token};
 use super::{DaemonError, Options};
 use crate::{
     action::Action,
-    config::{Settings, UpstreamSettings},
+    config::{Proxy, Settings, UpstreamSettings},
     core::Core,
-    event::{BusEvent, Event, LinkEvent, LinkId},
+    event::{BusEvent, Event, FetchError, HttpError, LinkEvent, LinkId},
     model::{Bus, Snapshot},
     sys::{
         bus::{BusAddress, BusThread},
-        clock, fetch,
+        clock, fetch, http,
         inbox::{self, Inbox, Incoming},
         jobs::Jobs,
         link::Links,
@@ -57,6 +57,8 @@ pub(super) struct Shell {
     inbox: Inbox,
     sender: inbox::Sender,
     downloads: Jobs,
+    /// Of their own: an answer must not wait for an attachment.
+    requests: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -66,6 +68,7 @@ pub(super) struct Shell {
     network: Option<Monitor>,
     signals: Signals,
     upstreams: Vec<UpstreamSettings>,
+    proxy: Proxy,
     pending: VecDeque<Event>,
     link_events: Vec<(LinkId, LinkEvent)>,
     more_on_links: bool,
@@ -115,7 +118,14 @@ impl Shell {
             process::Options::default(),
         )
         .map_err(|error| DaemonError::System("cannot keep the record of frozen apps", io::Error::other(error)))?;
-        let links = Links::new(registry()?, LINKS, settings.upstreams.clone(), sender.clone(), Jobs::default());
+        let links = Links::new(
+            registry()?,
+            LINKS,
+            settings.upstreams.clone(),
+            settings.network.proxy.clone(),
+            sender.clone(),
+            Jobs::default(),
+        );
         let bus = BusThread::spawn(addresses(options)?, settings.kde_panel, sender.clone())
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
@@ -124,6 +134,7 @@ impl Shell {
             inbox,
             sender,
             downloads: Jobs::new(1),
+            requests: Jobs::default(),
             links,
             targets,
             bus,
@@ -133,6 +144,7 @@ impl Shell {
             network,
             signals,
             upstreams: settings.upstreams.clone(),
+            proxy: settings.network.proxy.clone(),
             pending: VecDeque::new(),
             link_events: Vec::new(),
             more_on_links: false,
@@ -184,15 +196,31 @@ impl Shell {
 
     fn perform(&mut self, action: Action) {
         match action {
-            Action::Connect { link, upstream, path, headers: _ } => self.links.connect(link, &upstream, &path),
+            Action::Connect { link, upstream, path, headers } => self.links.connect(link, &upstream, &path, headers),
             Action::Send(link, text) => self.links.send(link, text),
+            Action::SendBytes(link, bytes) => self.links.send_bytes(link, bytes),
             Action::Ping(link) => self.links.ping(link),
             Action::Close(link) => self.links.close(link),
             Action::Fetch { ticket, upstream, url, limit } => {
-                if let Some(upstream) = self.upstreams.iter().find(|settings| settings.name == upstream) {
-                    fetch::fetch(&self.downloads, &self.sender, ticket, upstream, url, limit);
-                }
+                let failed = match self.upstreams.iter().find(|settings| settings.name == upstream) {
+                    Some(upstream) => {
+                        let (jobs, proxy) = (&self.downloads, &self.proxy);
+                        fetch::fetch(jobs, &self.sender, ticket, upstream, proxy, url, limit)
+                    }
+                    None => Some(Event::Fetched(ticket, Err(FetchError::Failed(no_upstream(&upstream))))),
+                };
+                self.pending.extend(failed);
             }
+            Action::Http { ticket, upstream, request } => {
+                let failed = match self.upstreams.iter().find(|settings| settings.name == upstream) {
+                    Some(upstream) => {
+                        http::request(&self.requests, &self.sender, ticket, upstream, &self.proxy, request)
+                    }
+                    None => Some(Event::Http(ticket, Err(HttpError::Failed(no_upstream(&upstream))))),
+                };
+                self.pending.extend(failed);
+            }
+            Action::Configure(settings) => self.configure(*settings),
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
             Action::Freeze(target) => self.targets.freeze(target),
             Action::Thaw(target) => self.targets.thaw(target),
@@ -209,12 +237,15 @@ impl Shell {
             | Action::PanelChanged(_) => {
                 self.bus.perform(action);
             }
-            Action::SendBytes(..)
-            | Action::Http { .. }
-            | Action::Configure(_)
-            | Action::StayAwake(_)
-            | Action::AllowSleep
-            | Action::Exit => {}
+            Action::StayAwake(_) | Action::AllowSleep | Action::Exit => {}
+        }
+    }
+
+    fn configure(&mut self, settings: UpstreamSettings) {
+        self.links.configure(settings.clone());
+        match self.upstreams.iter_mut().find(|one| one.name == settings.name) {
+            Some(place) => *place = settings,
+            None => self.upstreams.push(settings),
         }
     }
 
@@ -307,6 +338,10 @@ impl Shell {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
+}
+
+fn no_upstream(name: &str) -> String {
+    format!("no upstream is called \"{name}\"")
 }
 
 fn make_private_dir(dir: &Path) -> io::Result<()> {

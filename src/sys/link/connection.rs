@@ -1,196 +1,199 @@
-//! One link from its first SYN to its last frame.
+//! One link from its first SYN to its last byte.
 
-use std::{collections::VecDeque, io, mem, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, mem, net::SocketAddr, sync::Arc, time::Duration};
 
-use mio::{Interest, Registry, Token, net::TcpStream};
+use mio::{Registry, net::TcpStream};
 use rustls::{ClientConfig, pki_types::ServerName};
-use tungstenite::{
-    Message, WebSocket,
-    protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
-};
+use tungstenite::Message;
 
 use super::{
-    error_of_io,
+    error_of_io, error_of_tls,
+    event_stream::EventStream,
+    exchange::{Exchange, Head},
+    race::{Context, Lost, Race},
+    stream::RawStream,
     transport::Transport,
-    upgrade::{Request, Upgrade},
+    websocket::Frames,
 };
 use crate::{
-    event::{LinkError, LinkEvent},
-    sys::{
-        memory,
-        tls::{self, Roots},
-    },
+    event::{LinkError, LinkEvent, Login},
+    sys::{memory, tls::Roots},
+    time::Instant,
 };
 
-/// For one address to answer the SYN; then the next one is tried.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// For the rest of a refusal's words.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(2);
-/// The largest message taken. A push body of 4096 bytes is about 5.5 kB in base64 with its JSON.
-const MESSAGE_LIMIT: usize = 64 * 1024;
-/// What waits for a peer that does not read: a few hundred registrations at once.
-const WRITE_LIMIT: usize = 256 * 1024;
-/// Read at once, and kept by an idle link.
-const READ_BUFFER: usize = 4 * 1024;
+/// For a peer to take what it is sent.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 
 /// What TLS needs, with the trusted certificates held until the handshake is done.
 #[derive(Debug)]
 pub(super) struct Tls {
     pub(super) config: Arc<ClientConfig>,
     pub(super) name: ServerName<'static>,
-    pub(super) roots: Roots,
+    pub(super) _roots: Roots,
+}
+
+/// What to do once there is a connection.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) proxy: Option<Box<Proxy>>,
+    pub(super) tls: Option<Tls>,
+    pub(super) opening: Opening,
+    pub(super) login: Option<Login>,
+}
+
+/// A proxy in between: the addresses are its own.
+#[derive(Debug)]
+pub(super) struct Proxy {
+    /// For people.
+    pub(super) name: String,
+    pub(super) tls: Option<Tls>,
+    pub(super) exchange: Exchange,
+}
+
+/// What makes the link one that can be used.
+#[derive(Debug)]
+pub(super) enum Opening {
+    WebSocket(Box<Exchange>),
+    EventStream(Box<Exchange>),
+    /// The connection itself, encrypted where it is to be.
+    Stream,
 }
 
 /// What to do after a [`Connection::drive`].
 #[derive(Debug)]
 pub(super) enum Step {
-    /// Nothing before the next readiness, unless there is `more`; at the latest after `limit`.
-    Wait { more: bool, limit: Option<Duration> },
-    /// This address failed.
-    NextAddress(io::Error),
+    /// Nothing before the next readiness or deadline, unless there is `more`.
+    Wait { more: bool },
     /// The link's last event.
     End(LinkEvent),
+}
+
+/// What came of a phase.
+enum Advance {
+    Wait { more: bool },
+    Next,
+    Open(Option<Login>),
 }
 
 #[derive(Debug)]
 pub(super) struct Connection {
     phase: Phase,
-    addresses: VecDeque<SocketAddr>,
-    /// What the addresses tried so far said, for the case that none answers.
-    last_error: Option<(SocketAddr, io::Error)>,
+    /// When the peer is given up on: it refuses and does not end, or does not take what it is sent.
+    patience: Option<Instant>,
 }
 
 #[derive(Debug)]
 enum Phase {
-    /// Nothing open; between two addresses.
-    Idle(Request, Option<Tls>),
-    Connecting {
-        socket: TcpStream,
-        address: SocketAddr,
-        request: Request,
+    Racing(Race, Box<Plan>),
+    Tunnelling {
+        transport: Transport,
+        proxy: Box<Proxy>,
+        plan: Box<Plan>,
+    },
+    Opening {
+        transport: Transport,
+        opening: Opening,
+        login: Option<Login>,
         tls: Option<Tls>,
     },
-    Upgrading {
-        transport: Transport,
-        upgrade: Upgrade,
-        roots: Option<Roots>,
-    },
-    Open {
-        socket: Box<WebSocket<Transport>>,
-        unflushed: bool,
-    },
+    Open(Channel),
     /// Ended, or in the middle of a change from one phase to the next.
     Gone,
 }
 
+#[derive(Debug)]
+enum Channel {
+    WebSocket(Frames),
+    EventStream(EventStream),
+    Stream(RawStream),
+}
+
 impl Connection {
-    pub(super) const fn new(addresses: VecDeque<SocketAddr>, request: Request, tls: Option<Tls>) -> Self {
-        Self { phase: Phase::Idle(request, tls), addresses, last_error: None }
+    pub(super) fn new(addresses: Vec<SocketAddr>, plan: Plan) -> Self {
+        Self { phase: Phase::Racing(Race::new(addresses), Box::new(plan)), patience: None }
     }
 
-    /// Begins with the next address that does not fail at once, `failed` being what the last one said. How long it may
-    /// take, or why none is left.
-    pub(super) fn next_address(
+    /// Goes on as far as it can, with about `budget` events. `writable`: the socket takes more.
+    pub(super) fn drive(
         &mut self,
-        registry: &Registry,
-        token: Token,
-        failed: Option<io::Error>,
-    ) -> Result<Duration, LinkError> {
-        let (request, tls) = match mem::replace(&mut self.phase, Phase::Gone) {
-            Phase::Idle(request, tls) => (request, tls),
-            Phase::Connecting { mut socket, address, request, tls } => {
-                // Closing it would do as well; the event queue is told for certain.
-                let _ = registry.deregister(&mut socket);
-                self.last_error = failed.map(|error| (address, error));
-                (request, tls)
+        context: Context<'_>,
+        writable: bool,
+        budget: usize,
+        emit: &mut dyn FnMut(LinkEvent),
+    ) -> Step {
+        let mut left = budget;
+        let step = loop {
+            if let Phase::Open(channel) = &mut self.phase {
+                break channel.drive(writable, left, emit);
             }
-            other => {
-                self.phase = other;
-                return Err(LinkError::Connect("it is connected already".into()));
+            match self.advance(context) {
+                Ok(Advance::Wait { more }) => break Step::Wait { more },
+                Ok(Advance::Next) => {}
+                Ok(Advance::Open(login)) => {
+                    left = left.saturating_sub(1 + usize::from(login.is_some()));
+                    if let Some(login) = login {
+                        emit(LinkEvent::Login(login));
+                    }
+                    emit(LinkEvent::Open);
+                }
+                Err(error) => break Step::End(LinkEvent::Failed(error)),
             }
         };
-        while let Some(address) = self.addresses.pop_front() {
-            match begin(registry, token, address) {
-                Ok(socket) => {
-                    self.phase = Phase::Connecting { socket, address, request, tls };
-                    return Ok(CONNECT_LIMIT);
-                }
-                Err(error) => self.last_error = Some((address, error)),
+        match step {
+            Step::Wait { .. } => {
+                self.lose_patience(context.now).map_or(step, |error| Step::End(LinkEvent::Failed(error)))
             }
-        }
-        Err(match self.last_error.take() {
-            Some((_, error)) if error.kind() == io::ErrorKind::TimedOut => LinkError::Timeout,
-            Some((address, error)) => LinkError::Connect(format!("{address}: {error}")),
-            None => LinkError::Connect("no address to connect to".into()),
-        })
-    }
-
-    /// Goes on as far as it can, with `budget` events at most. `writable`: the socket takes more.
-    pub(super) fn drive(&mut self, writable: bool, budget: usize, emit: &mut dyn FnMut(LinkEvent)) -> Step {
-        let mut left = budget;
-        if let Phase::Connecting { socket, .. } = &mut self.phase {
-            match connected(socket) {
-                Ok(false) => return Step::Wait { more: false, limit: Some(CONNECT_LIMIT) },
-                Ok(true) => {
-                    if let Err(error) = self.begin_upgrade() {
-                        return Step::End(LinkEvent::Failed(error));
-                    }
-                }
-                Err(error) => return Step::NextAddress(error),
-            }
-        }
-        if let Phase::Upgrading { transport, upgrade, roots } = &mut self.phase {
-            transport.refill();
-            match upgrade.drive(transport) {
-                Err(error) => return Step::End(LinkEvent::Failed(error)),
-                Ok(None) => {
-                    if !transport.handshaking() {
-                        *roots = None;
-                    }
-                    let limit = upgrade.refused().then_some(REFUSAL_LIMIT);
-                    return Step::Wait { more: transport.throttled(), limit };
-                }
-                Ok(Some(rest)) => {
-                    self.open(rest);
-                    emit(LinkEvent::Open);
-                    left = left.saturating_sub(1);
-                }
-            }
-        }
-        match &mut self.phase {
-            Phase::Open { socket, unflushed } => frames(socket, unflushed, writable, left, emit),
-            _ => Step::Wait { more: false, limit: None },
+            Step::End(_) => step,
         }
     }
 
-    /// The time given with the last step is over: why the link ends, or nothing, and the next address is due.
-    pub(super) fn timed_out(&mut self) -> Option<LinkError> {
+    /// When [`Connection::drive`] wants to be called without any readiness.
+    pub(super) const fn deadline(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Connecting { .. } => None,
-            Phase::Upgrading { upgrade, .. } => Some(upgrade.refusal().unwrap_or(LinkError::Timeout)),
-            Phase::Idle(..) | Phase::Open { .. } | Phase::Gone => Some(LinkError::Timeout),
+            Phase::Racing(race, _) => race.deadline(),
+            _ => self.patience,
         }
     }
 
     pub(super) fn send(&mut self, text: String) -> Result<(), LinkEvent> {
-        self.write(Message::text(text))
+        match &mut self.phase {
+            Phase::Open(Channel::WebSocket(frames)) => frames.send(Message::text(text)),
+            _ => dropped("a text frame"),
+        }
     }
 
+    pub(super) fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<(), LinkEvent> {
+        match &mut self.phase {
+            Phase::Open(Channel::WebSocket(frames)) => frames.send(Message::Binary(bytes.into())),
+            Phase::Open(Channel::Stream(stream)) => stream.send(&bytes).map_err(LinkEvent::Failed),
+            _ => dropped("bytes"),
+        }
+    }
+
+    /// Where there are frames; other protocols have pings of their own, or none.
     pub(super) fn ping(&mut self) -> Result<(), LinkEvent> {
-        self.write(Message::Ping(tungstenite::Bytes::new()))
+        match &mut self.phase {
+            Phase::Open(Channel::WebSocket(frames)) => frames.send(Message::Ping(tungstenite::Bytes::new())),
+            _ => Ok(()),
+        }
     }
 
     /// Close frame, close_notify, FIN: whatever of them goes out at once.
     pub(super) fn close(&mut self, registry: &Registry) {
-        if let Phase::Open { socket, .. } = &mut self.phase {
-            let _ = socket.close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }));
-            socket.get_mut().shutdown();
+        match &mut self.phase {
+            Phase::Open(Channel::WebSocket(frames)) => frames.close(),
+            Phase::Open(channel) => channel.transport_mut().shutdown(),
+            _ => {}
         }
         self.deregister(registry);
     }
 
     pub(super) fn deregister(&mut self, registry: &Registry) {
-        if let Some(socket) = self.socket() {
+        if let Phase::Racing(race, _) = &mut self.phase {
+            race.close(registry);
+        } else if let Some(socket) = self.socket() {
             // It fails only for what is not registered.
             let _ = registry.deregister(socket);
         }
@@ -199,168 +202,199 @@ impl Connection {
 
     /// Whether something waits for the socket to take more.
     pub(super) fn wants_write(&self) -> bool {
+        let pending = |transport: &Transport, exchange: &Exchange| {
+            transport.wants_write() || (exchange.unsent() && !transport.handshaking())
+        };
         match &self.phase {
-            Phase::Connecting { .. } => true,
-            Phase::Upgrading { transport, upgrade, .. } => {
-                transport.wants_write() || (upgrade.unsent() && !transport.handshaking())
-            }
-            Phase::Open { socket, unflushed } => *unflushed || socket.get_ref().wants_write(),
-            Phase::Idle(..) | Phase::Gone => false,
+            Phase::Racing(..) => true,
+            Phase::Tunnelling { transport, proxy, .. } => pending(transport, &proxy.exchange),
+            Phase::Opening { transport, opening, .. } => match opening {
+                Opening::WebSocket(exchange) | Opening::EventStream(exchange) => pending(transport, exchange),
+                Opening::Stream => transport.wants_write(),
+            },
+            Phase::Open(channel) => channel.unsent(),
+            Phase::Gone => false,
         }
     }
 
+    /// The one socket, once there is one.
     pub(super) fn socket(&mut self) -> Option<&mut TcpStream> {
         match &mut self.phase {
-            Phase::Connecting { socket, .. } => Some(socket),
-            Phase::Upgrading { transport, .. } => Some(transport.socket()),
-            Phase::Open { socket, .. } => Some(socket.get_mut().socket()),
-            Phase::Idle(..) | Phase::Gone => None,
+            Phase::Tunnelling { transport, .. } | Phase::Opening { transport, .. } => Some(transport.socket()),
+            Phase::Open(channel) => Some(channel.transport_mut().socket()),
+            Phase::Racing(..) | Phase::Gone => None,
         }
     }
 
-    fn begin_upgrade(&mut self) -> Result<(), LinkError> {
-        let Phase::Connecting { socket, request, tls, .. } = mem::replace(&mut self.phase, Phase::Gone) else {
-            return Ok(());
-        };
-        let (transport, roots) = match tls {
-            None => (Transport::plain(socket), None),
-            Some(Tls { config, name, roots }) => {
-                let transport =
-                    Transport::tls(socket, config, name).map_err(|error| LinkError::Tls(tls::describe(&error)))?;
-                (transport, Some(roots))
+    /// One phase's work.
+    fn advance(&mut self, context: Context<'_>) -> Result<Advance, LinkError> {
+        match &mut self.phase {
+            Phase::Racing(race, plan) => {
+                let won = race.drive(context).map_err(|lost| lost.into_error(plan))?;
+                let Some(socket) = won else { return Ok(Advance::Wait { more: false }) };
+                self.connected(socket)?;
             }
-        };
-        self.addresses = VecDeque::new();
-        self.phase = Phase::Upgrading { transport, upgrade: Upgrade::new(request), roots };
+            Phase::Tunnelling { transport, proxy, .. } => {
+                transport.refill();
+                let answer = proxy.exchange.drive(transport).map_err(|error| of_proxy(&proxy.name, error))?;
+                let Some((_, rest)) = answer else { return Ok(Advance::Wait { more: transport.throttled() }) };
+                if !rest.is_empty() {
+                    return Err(LinkError::Proxy(format!("{} speaks before it is asked", proxy.name)));
+                }
+                self.tunnelled()?;
+            }
+            Phase::Opening { transport, opening, tls, .. } => {
+                transport.refill();
+                let agreed = match opening {
+                    Opening::WebSocket(exchange) | Opening::EventStream(exchange) => exchange.drive(transport)?,
+                    Opening::Stream => {
+                        let secured = transport.handshake().map_err(|error| error_of_io(&error))?;
+                        secured.then(|| (Head::default(), Vec::new()))
+                    }
+                };
+                let Some((head, rest)) = agreed else {
+                    if !transport.handshaking() {
+                        *tls = None;
+                    }
+                    return Ok(Advance::Wait { more: transport.throttled() });
+                };
+                return self.open(&head, rest).map(Advance::Open);
+            }
+            Phase::Open(_) | Phase::Gone => return Ok(Advance::Wait { more: false }),
+        }
+        Ok(Advance::Next)
+    }
+
+    fn connected(&mut self, socket: TcpStream) -> Result<(), LinkError> {
+        if let Phase::Racing(_, mut plan) = mem::replace(&mut self.phase, Phase::Gone) {
+            let transport = Transport::plain(socket);
+            self.phase = match plan.proxy.take() {
+                None => Phase::opening(transport, *plan)?,
+                Some(proxy) => {
+                    let transport =
+                        secured(transport, proxy.tls.as_ref()).map_err(|error| of_proxy(&proxy.name, error))?;
+                    Phase::Tunnelling { transport, proxy, plan }
+                }
+            };
+        }
         Ok(())
     }
 
-    fn open(&mut self, rest: Vec<u8>) {
-        if let Phase::Upgrading { transport, roots, .. } = mem::replace(&mut self.phase, Phase::Gone) {
-            let config = WebSocketConfig::default()
-                .read_buffer_size(READ_BUFFER)
-                .write_buffer_size(0)
-                .max_write_buffer_size(WRITE_LIMIT)
-                .max_message_size(Some(MESSAGE_LIMIT))
-                .max_frame_size(Some(MESSAGE_LIMIT));
-            let socket = WebSocket::from_partially_read(transport, rest, Role::Client, Some(config));
-            self.phase = Phase::Open { socket: Box::new(socket), unflushed: false };
-            // Reading the trust store has left some 300 KiB of holes in the heap, and nothing may happen for hours now.
-            drop(roots);
-            memory::trim();
+    fn tunnelled(&mut self) -> Result<(), LinkError> {
+        if let Phase::Tunnelling { transport, plan, .. } = mem::replace(&mut self.phase, Phase::Gone) {
+            self.phase = Phase::opening(transport, *plan)?;
+        }
+        self.patience = None;
+        Ok(())
+    }
+
+    fn open(&mut self, head: &Head, rest: Vec<u8>) -> Result<Option<Login>, LinkError> {
+        let Phase::Opening { transport, opening, login, tls } = mem::replace(&mut self.phase, Phase::Gone) else {
+            return Ok(None);
+        };
+        let channel = match opening {
+            Opening::WebSocket(_) => Channel::WebSocket(Frames::new(transport, rest)),
+            Opening::EventStream(_) => Channel::EventStream(EventStream::new(transport, head, rest)?),
+            Opening::Stream => Channel::Stream(RawStream::new(transport)),
+        };
+        self.phase = Phase::Open(channel);
+        self.patience = None;
+        // Reading the trust store has left some 300 KiB of holes in the heap, and nothing may happen for hours now.
+        drop(tls);
+        memory::trim();
+        Ok(login)
+    }
+
+    /// The clock runs for a peer that refuses without end or takes nothing: why the link ends, once it has run out.
+    pub(super) fn lose_patience(&mut self, now: Instant) -> Option<LinkError> {
+        let (limit, error) = match &self.phase {
+            Phase::Tunnelling { proxy, .. } if proxy.exchange.refused() => {
+                (REFUSAL_LIMIT, proxy.exchange.refusal().unwrap_or(LinkError::Timeout))
+            }
+            Phase::Opening { opening: Opening::WebSocket(exchange) | Opening::EventStream(exchange), .. }
+                if exchange.refused() =>
+            {
+                (REFUSAL_LIMIT, exchange.refusal().unwrap_or(LinkError::Timeout))
+            }
+            Phase::Open(channel) if channel.unsent() => {
+                (SEND_LIMIT, LinkError::Io("the server does not read what it is sent".into()))
+            }
+            _ => {
+                self.patience = None;
+                return None;
+            }
+        };
+        let end = *self.patience.get_or_insert(now + limit);
+        (end <= now).then_some(error)
+    }
+}
+
+impl Phase {
+    fn opening(transport: Transport, plan: Plan) -> Result<Self, LinkError> {
+        let Plan { tls, opening, login, .. } = plan;
+        let transport = secured(transport, tls.as_ref())?;
+        Ok(Self::Opening { transport, opening, login, tls })
+    }
+}
+
+impl Channel {
+    fn drive(&mut self, writable: bool, budget: usize, emit: &mut dyn FnMut(LinkEvent)) -> Step {
+        match self {
+            Self::WebSocket(frames) => frames.drive(writable, budget, emit),
+            Self::EventStream(stream) => stream.drive(budget, emit),
+            Self::Stream(stream) => stream.drive(budget, emit),
         }
     }
 
-    fn write(&mut self, message: Message) -> Result<(), LinkEvent> {
-        let Phase::Open { socket, unflushed } = &mut self.phase else {
-            log::debug!("a frame for a link that is not open is dropped");
-            return Ok(());
-        };
-        match socket.write(message) {
-            Ok(()) => {}
-            // tungstenite has taken the frame.
-            Err(error) if would_block(&error) => {}
-            Err(error) => return Err(last_event(socket, error)),
+    fn unsent(&self) -> bool {
+        match self {
+            Self::WebSocket(frames) => frames.unsent(),
+            Self::EventStream(stream) => stream.transport().wants_write(),
+            Self::Stream(stream) => stream.unsent(),
         }
-        flush(socket, unflushed)
+    }
+
+    fn transport_mut(&mut self) -> &mut Transport {
+        match self {
+            Self::WebSocket(frames) => frames.transport_mut(),
+            Self::EventStream(stream) => stream.transport_mut(),
+            Self::Stream(stream) => stream.transport_mut(),
+        }
     }
 }
 
-fn begin(registry: &Registry, token: Token, address: SocketAddr) -> io::Result<TcpStream> {
-    let mut socket = TcpStream::connect(address)?;
-    socket.set_nodelay(true)?;
-    registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE)?;
-    Ok(socket)
-}
-
-/// As mio's `TcpStream::connect` says to find out.
-fn connected(socket: &TcpStream) -> io::Result<bool> {
-    if let Some(error) = socket.take_error()? {
-        return Err(error);
-    }
-    match socket.peer_addr() {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-fn frames(
-    socket: &mut WebSocket<Transport>,
-    unflushed: &mut bool,
-    writable: bool,
-    budget: usize,
-    emit: &mut dyn FnMut(LinkEvent),
-) -> Step {
-    socket.get_mut().refill();
-    if (writable || *unflushed)
-        && let Err(event) = flush(socket, unflushed)
-    {
-        return Step::End(event);
-    }
-    for _ in 0..budget {
-        let event = match socket.read() {
-            Ok(Message::Text(text)) => LinkEvent::Text(text.as_str().to_owned()),
-            Ok(Message::Binary(bytes)) => LinkEvent::Bytes(bytes.to_vec()),
-            Ok(Message::Ping(_)) => {
-                // autopush waits four seconds for the pong that tungstenite has queued.
-                if let Err(event) = flush(socket, unflushed) {
-                    return Step::End(event);
-                }
-                LinkEvent::Ping
+impl Lost {
+    fn into_error(self, plan: &Plan) -> LinkError {
+        match (self, &plan.proxy) {
+            (Self::Failed(_, error), None) if error.kind() == io::ErrorKind::TimedOut => LinkError::Timeout,
+            (Self::Failed(address, error), None) => LinkError::Connect(format!("{address}: {error}")),
+            (Self::NoAddress, None) => LinkError::Connect("no address to connect to".into()),
+            (Self::Failed(address, error), Some(proxy)) => {
+                LinkError::Proxy(format!("cannot connect to {} at {address}: {error}", proxy.name))
             }
-            Ok(Message::Pong(_)) => LinkEvent::Pong,
-            Ok(Message::Close(frame)) => {
-                // The answer to it, queued likewise; whether it gets through matters to nobody.
-                let _ = socket.flush();
-                socket.get_mut().shutdown();
-                let (code, reason) =
-                    frame.map_or((None, String::new()), |f| (Some(f.code.into()), f.reason.as_str().to_owned()));
-                return Step::End(LinkEvent::Closed { code, reason });
-            }
-            // Never made by reading.
-            Ok(Message::Frame(_)) => continue,
-            Err(error) if would_block(&error) => {
-                return Step::Wait { more: socket.get_ref().throttled(), limit: None };
-            }
-            Err(error) => return Step::End(last_event(socket, error)),
-        };
-        emit(event);
+            (Self::NoAddress, Some(proxy)) => LinkError::Proxy(format!("{} has no address", proxy.name)),
+        }
     }
-    Step::Wait { more: true, limit: None }
 }
 
-fn flush(socket: &mut WebSocket<Transport>, unflushed: &mut bool) -> Result<(), LinkEvent> {
-    match socket.flush() {
-        Ok(()) => *unflushed = false,
-        Err(error) if would_block(&error) => *unflushed = true,
-        Err(error) => return Err(last_event(socket, error)),
+fn secured(transport: Transport, tls: Option<&Tls>) -> Result<Transport, LinkError> {
+    match tls {
+        None => Ok(transport),
+        Some(Tls { config, name, .. }) => {
+            transport.secure(Arc::clone(config), name.clone()).map_err(|error| error_of_tls(&error))
+        }
     }
+}
+
+/// Of an error on the way to the proxy.
+fn of_proxy(name: &str, error: LinkError) -> LinkError {
+    match error {
+        LinkError::Proxy(_) | LinkError::Portal(_) | LinkError::Clock(_) => error,
+        other => LinkError::Proxy(format!("{name}: {other}")),
+    }
+}
+
+fn dropped(what: &str) -> Result<(), LinkEvent> {
+    log::debug!("{what} for a link that takes none now is dropped");
     Ok(())
-}
-
-fn would_block(error: &tungstenite::Error) -> bool {
-    matches!(error, tungstenite::Error::Io(error) if error.kind() == io::ErrorKind::WouldBlock)
-}
-
-/// What an error means, and the close frame it calls for (RFC 6455 §7.1.7), sent as far as that goes at once.
-fn last_event(socket: &mut WebSocket<Transport>, error: tungstenite::Error) -> LinkEvent {
-    use tungstenite::error::{Error, ProtocolError};
-    let (code, text) = match error {
-        Error::ConnectionClosed
-        | Error::AlreadyClosed
-        | Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
-            return LinkEvent::Closed { code: None, reason: String::new() };
-        }
-        Error::Io(error) => return LinkEvent::Failed(error_of_io(&error)),
-        Error::WriteBufferFull(_) => {
-            return LinkEvent::Failed(LinkError::Io("the server does not read what it is sent".into()));
-        }
-        Error::Capacity(error) => (CloseCode::Size, error.to_string()),
-        Error::Utf8(_) => (CloseCode::Invalid, "a text frame is not UTF-8".into()),
-        other => (CloseCode::Protocol, other.to_string()),
-    };
-    let _ = socket.close(Some(CloseFrame { code, reason: "".into() }));
-    socket.get_mut().shutdown();
-    LinkEvent::Failed(LinkError::Protocol(text))
 }

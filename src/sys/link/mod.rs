@@ -1,11 +1,20 @@
-//! WebSocket links: mio TCP, rustls, tungstenite.
+//! Links to upstreams: mio TCP, rustls, and on top of them WebSockets (tungstenite), HTTP event streams, or a plain stream;
+//! straight or through a proxy.
 //!
 //! Owned by the loop's thread; nothing here waits. What would (name resolution, reading secrets and certificates) is
 //! done on a worker before the first packet, and its end comes back through the inbox as `Incoming::Resolved`.
 
+mod body;
 mod connection;
+mod event_stream;
+mod exchange;
+mod prepare;
+pub(super) mod race;
+mod stream;
 mod transport;
+mod tunnel;
 mod upgrade;
+mod websocket;
 
 #[cfg(test)]
 mod tests;
@@ -14,24 +23,24 @@ use std::{
     collections::VecDeque,
     io,
     net::SocketAddr,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, PoisonError},
 };
 
 use mio::{Interest, Registry, Token, event::Event};
-use rustls::pki_types::ServerName;
 
 use self::{
-    connection::{Connection, Step, Tls},
-    upgrade::Request,
+    connection::{Connection, Step},
+    prepare::{Handover, Preparation, Target},
+    race::Context,
 };
 use crate::{
-    config::{UpstreamKind, UpstreamSettings},
+    config::{self, UpstreamSettings},
     event::{LinkError, LinkEvent, LinkId},
     sys::{
-        clock, credentials,
-        inbox::{Incoming, Sender},
+        clock,
+        inbox::Sender,
         jobs::Jobs,
+        proxy,
         tls::{self, TlsClient},
     },
     time::{Instant, earliest},
@@ -40,11 +49,14 @@ use crate::{
 /// Links at once. Tokens `first_token..first_token + LINKS` belong to [`Links`].
 pub const LINKS: usize = 1024;
 
-/// All WebSocket links.
+/// All links.
 pub struct Links {
     registry: Registry,
     first_token: usize,
     upstreams: Vec<Upstream>,
+    proxy: config::Proxy,
+    /// For proxies that are spoken to through TLS.
+    proxy_tls: Option<Arc<TlsClient>>,
     sender: Sender,
     jobs: Jobs,
     /// A link's place is its token; places are used again.
@@ -67,8 +79,8 @@ struct Link {
     state: State,
     readable: bool,
     writable: bool,
+    /// What the one socket is registered for, once there is one.
     interest: Option<Interest>,
-    deadline: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -78,15 +90,6 @@ enum State {
     Connected(Box<Connection>),
 }
 
-/// Where the worker leaves what it read.
-type Handover = Arc<Mutex<Option<Result<Prepared, LinkError>>>>;
-
-#[derive(Debug)]
-struct Prepared {
-    request: Request,
-    tls: Option<Tls>,
-}
-
 impl Links {
     /// No links yet. Uses tokens `first_token..first_token + LINKS` of `registry`; `sender` is how the workers in
     /// `jobs` report back.
@@ -94,31 +97,60 @@ impl Links {
         registry: Registry,
         first_token: usize,
         upstreams: Vec<UpstreamSettings>,
+        proxy: config::Proxy,
         sender: Sender,
         jobs: Jobs,
     ) -> Self {
         let upstreams =
             upstreams.into_iter().map(|settings| Upstream { settings: Arc::new(settings), tls: None }).collect();
-        Self { registry, first_token, upstreams, sender, jobs, links: Vec::new(), ended: VecDeque::new(), first: 0 }
+        Self {
+            registry,
+            first_token,
+            upstreams,
+            proxy,
+            proxy_tls: None,
+            sender,
+            jobs,
+            links: Vec::new(),
+            ended: VecDeque::new(),
+            first: 0,
+        }
     }
 
-    /// Opens `link` to the upstream of that name; `path` is appended to its base URL. Ends with `LinkEvent::Open`, or
-    /// with an error, also one found at once, out of [`Links::poll`]. Each address has five seconds to accept; how long
-    /// the whole may take is for the caller to say, with [`Links::close`].
-    pub fn connect(&mut self, link: LinkId, upstream: &str, path: &str) {
-        if let Err(error) = self.prepare(link, upstream, path) {
+    /// From now on there is an upstream with these settings; they replace those of the same name. Links that are open, or
+    /// about to be, stay as they are.
+    pub fn configure(&mut self, settings: UpstreamSettings) {
+        let upstream = Upstream { settings: Arc::new(settings), tls: None };
+        match self.upstreams.iter_mut().find(|one| one.settings.name == upstream.settings.name) {
+            Some(place) => *place = upstream,
+            None => self.upstreams.push(upstream),
+        }
+    }
+
+    /// Opens `link` to the upstream of that name, as what its protocol and URL call for: a WebSocket, an event stream or
+    /// a stream. `path` is appended to the base URL, and `headers` go with the request, where there is one. Ends with
+    /// `LinkEvent::Open`, or with an error, also one found at once, out of [`Links::poll`]. How long it may take is for
+    /// the caller to say, with [`Links::close`].
+    pub fn connect(&mut self, link: LinkId, upstream: &str, path: &str, headers: Vec<(&'static str, String)>) {
+        if let Err(error) = self.prepare(link, upstream, path, headers) {
             self.ended.push_back((link, LinkEvent::Failed(error)));
         }
     }
 
-    /// Sends a text frame on an open link. What the peer does not take in time breaks the link.
+    /// Sends a text frame on an open WebSocket. What the peer does not take in time breaks the link.
     pub fn send(&mut self, link: LinkId, text: String) {
-        self.with_open(link, "a frame", |connection| connection.send(text));
+        self.with_open(link, |connection| connection.send(text));
     }
 
-    /// Sends a ping frame on an open link.
+    /// Sends a binary frame on an open WebSocket, or bytes on an open stream. What the peer does not take in time breaks
+    /// the link.
+    pub fn send_bytes(&mut self, link: LinkId, bytes: Vec<u8>) {
+        self.with_open(link, |connection| connection.send_bytes(bytes));
+    }
+
+    /// Sends a ping frame on an open WebSocket. On other links it does nothing: their protocols have pings of their own.
     pub fn ping(&mut self, link: LinkId) {
-        self.with_open(link, "a ping", Connection::ping);
+        self.with_open(link, Connection::ping);
     }
 
     /// Closes a link, with a close frame if the socket takes one at once. No event follows.
@@ -139,20 +171,27 @@ impl Links {
         let prepared = handover.lock().unwrap_or_else(PoisonError::into_inner).take();
         let begun = match (prepared, addresses) {
             (Some(Err(error)), _) => Err(error),
-            (_, Err(problem)) => Err(LinkError::Resolve(problem)),
-            (Some(Ok(_)), Ok(addresses)) if addresses.is_empty() => Err(LinkError::Resolve("it has no address".into())),
-            (Some(Ok(Prepared { request, tls })), Ok(addresses)) => {
-                Ok(Box::new(Connection::new(interleave(addresses), request, tls)))
-            }
+            (Some(Ok(plan)), Err(problem)) => Err(match plan.proxy {
+                Some(_) => LinkError::Proxy(format!("cannot resolve its name: {problem}")),
+                None => LinkError::Resolve(problem),
+            }),
+            (Some(Ok(plan)), Ok(addresses)) => Ok(Box::new(Connection::new(addresses, plan))),
             // Nobody prepared it, so nobody may answer for it.
             (None, _) => return,
         };
         match begun {
-            Ok(connection) => {
+            Ok(mut connection) => {
+                // The first attempts; the rest comes with readiness and time. There is nobody to connect to yet, so
+                // nothing to tell either.
+                let step = connection.drive(self.context(index), false, 0, &mut |_| {});
                 if let Some(Some(link)) = self.links.get_mut(index) {
                     link.state = State::Connected(connection);
+                    // A connect over loopback may be done by now.
+                    link.writable = true;
                 }
-                self.advance(index, None);
+                if let Step::End(event) = step {
+                    self.end(index, event);
+                }
             }
             Err(error) => self.end(index, LinkEvent::Failed(error)),
         }
@@ -200,34 +239,40 @@ impl Links {
 
     /// When [`Links::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.links.iter().flatten().fold(None, |first, link| earliest(first, link.deadline))
+        self.links.iter().flatten().fold(None, |first, link| earliest(first, link.deadline()))
     }
 
-    /// Time passed: gives up addresses that do not answer and goes on to the next.
+    /// Time passed: the next [`Links::poll`] does what was due.
     pub fn handle_timeout(&mut self, now: Instant) {
-        for index in 0..self.links.len() {
-            let Some(Some(link)) = self.links.get_mut(index) else { continue };
-            if link.deadline.is_none_or(|deadline| deadline > now) {
-                continue;
-            }
-            link.deadline = None;
-            let State::Connected(connection) = &mut link.state else { continue };
-            match connection.timed_out() {
-                Some(error) => self.end(index, LinkEvent::Failed(error)),
-                None => self.advance(index, Some(io::ErrorKind::TimedOut.into())),
-            }
+        for link in self.links.iter_mut().flatten() {
+            link.readable |= link.deadline().is_some_and(|deadline| deadline <= now);
         }
     }
 
-    fn prepare(&mut self, id: LinkId, upstream: &str, path: &str) -> Result<(), LinkError> {
+    fn prepare(
+        &mut self,
+        id: LinkId,
+        upstream: &str,
+        path: &str,
+        headers: Vec<(&'static str, String)>,
+    ) -> Result<(), LinkError> {
         let bad = |what: String| LinkError::Connect(what);
         let upstream = self
             .upstreams
             .iter_mut()
             .find(|one| &*one.settings.name == upstream)
             .ok_or_else(|| bad(format!("no upstream is called \"{upstream}\"")))?;
-        let target = Target::parse(&format!("{}{path}", upstream.settings.ws_url())).map_err(bad)?;
+        let target = Target::new(&upstream.settings, path).map_err(bad)?;
         let tls = target.tls.then(|| upstream.tls()).transpose()?;
+        let settings = Arc::clone(&upstream.settings);
+        let proxy = match proxy::choose(&self.proxy, &target.host, target.tls) {
+            Ok(None) => None,
+            Ok(Some(proxy)) => {
+                let tls = proxy.tls.then(|| client(&mut self.proxy_tls, || TlsClient::new(None, None))).transpose()?;
+                Some((proxy, tls))
+            }
+            Err(error) => return Err(LinkError::Proxy(error.to_string())),
+        };
         let index = match self.links.iter().position(Option::is_none) {
             Some(index) => index,
             None if self.links.len() < LINKS => {
@@ -240,60 +285,39 @@ impl Links {
         let job = Preparation {
             id,
             target,
-            settings: Arc::clone(&upstream.settings),
+            headers,
+            settings,
             tls,
+            proxy,
             handover: Arc::clone(&handover),
             sender: self.sender.clone(),
         };
         if !self.jobs.run(move || job.run()) {
             return Err(LinkError::Resolve("too much is waiting to be done".into()));
         }
-        let link = Link {
-            id,
-            state: State::Preparing(handover),
-            readable: false,
-            writable: false,
-            interest: None,
-            deadline: None,
-        };
+        let link = Link { id, state: State::Preparing(handover), readable: false, writable: false, interest: None };
         if let Some(place) = self.links.get_mut(index) {
             *place = Some(link);
         }
         Ok(())
     }
 
-    /// Tries the next address, `failed` being what the last one said.
-    fn advance(&mut self, index: usize, failed: Option<io::Error>) {
-        let token = Token(self.first_token + index);
-        let Some(Some(link)) = self.links.get_mut(index) else { return };
-        let State::Connected(connection) = &mut link.state else { return };
-        match connection.next_address(&self.registry, token, failed) {
-            Ok(limit) => {
-                link.interest = Some(Interest::READABLE | Interest::WRITABLE);
-                (link.readable, link.writable) = (false, false);
-                link.deadline = Some(clock::boot() + limit);
-            }
-            Err(error) => self.end(index, LinkEvent::Failed(error)),
-        }
-    }
-
     /// Works on one link; how many events came of it.
     fn drive(&mut self, index: usize, share: usize, out: &mut Vec<(LinkId, LinkEvent)>) -> usize {
+        let context = Context { registry: &self.registry, token: Token(self.first_token + index), now: clock::boot() };
         let Some(Some(link)) = self.links.get_mut(index) else { return 0 };
         let State::Connected(connection) = &mut link.state else { return 0 };
         let id = link.id;
         let before = out.len();
-        let step = connection.drive(link.writable, share, &mut |event| out.push((id, event)));
+        let step = connection.drive(context, link.writable, share, &mut |event| out.push((id, event)));
         link.writable = false;
         match step {
-            Step::Wait { more, limit } => {
+            Step::Wait { more } => {
                 link.readable = more;
-                link.deadline = limit.map(|limit| link.deadline.unwrap_or_else(|| clock::boot() + limit));
                 if let Err(error) = self.update_interest(index) {
                     self.end(index, LinkEvent::Failed(LinkError::Io(error.to_string())));
                 }
             }
-            Step::NextAddress(error) => self.advance(index, Some(error)),
             Step::End(event) => {
                 self.discard(index);
                 out.push((id, event));
@@ -302,21 +326,19 @@ impl Links {
         out.len() - before
     }
 
-    fn with_open(
-        &mut self,
-        link: LinkId,
-        what: &str,
-        operation: impl FnOnce(&mut Connection) -> Result<(), LinkEvent>,
-    ) {
+    fn with_open(&mut self, link: LinkId, operation: impl FnOnce(&mut Connection) -> Result<(), LinkEvent>) {
         let place = self.find(link);
         let Some(index) = place else { return };
         let Some(Some(Link { state: State::Connected(connection), .. })) = self.links.get_mut(index) else {
-            log::debug!("link {}: {what} before it was open is dropped", link.0);
+            log::debug!("link {}: what was sent before it was open is dropped", link.0);
             return;
         };
-        let result = operation(connection).and_then(|()| {
-            self.update_interest(index).map_err(|error| LinkEvent::Failed(LinkError::Io(error.to_string())))
-        });
+        let mut result = operation(connection);
+        // From here on the peer's time runs, should it not have taken all of it.
+        connection.lose_patience(clock::boot());
+        if let Err(error) = self.update_interest(index) {
+            result = result.and(Err(LinkEvent::Failed(LinkError::Io(error.to_string()))));
+        }
         if let Err(event) = result {
             self.end(index, event);
         }
@@ -351,6 +373,10 @@ impl Links {
         Some(link.id)
     }
 
+    fn context(&self, index: usize) -> Context<'_> {
+        Context { registry: &self.registry, token: Token(self.first_token + index), now: clock::boot() }
+    }
+
     fn active(&self) -> impl Iterator<Item = usize> {
         self.links
             .iter()
@@ -364,111 +390,45 @@ impl Links {
     }
 }
 
+impl Link {
+    fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Preparing(_) => None,
+            State::Connected(connection) => connection.deadline(),
+        }
+    }
+}
+
 impl Upstream {
     fn tls(&mut self) -> Result<Arc<TlsClient>, LinkError> {
-        if let Some(tls) = &self.tls {
-            return Ok(Arc::clone(tls));
-        }
-        let ca_file: Option<PathBuf> = self.settings.ca_file.clone();
-        let tls = Arc::new(TlsClient::new(ca_file).map_err(|error| LinkError::Tls(error.to_string()))?);
-        self.tls = Some(Arc::clone(&tls));
-        Ok(tls)
+        let settings = &self.settings;
+        client(&mut self.tls, || TlsClient::new(settings.ca_file.clone(), settings.client_certificate.clone()))
     }
 }
 
-/// Where a link goes.
-#[derive(Debug)]
-struct Target {
-    tls: bool,
-    authority: String,
-    host: String,
-    port: u16,
-    path: String,
-}
-
-impl Target {
-    fn parse(url: &str) -> Result<Self, String> {
-        let uri: http::Uri = url.parse().map_err(|error| format!("its URL cannot be used: {error}"))?;
-        let tls = uri.scheme_str() == Some("wss");
-        let (Some(authority), Some(path)) = (uri.authority(), uri.path_and_query()) else {
-            return Err(format!("\"{url}\" names no host"));
-        };
-        Ok(Self {
-            tls,
-            authority: authority.as_str().to_owned(),
-            host: authority.host().trim_matches(['[', ']']).to_owned(),
-            port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
-            path: path.as_str().to_owned(),
-        })
+/// Made when it is needed first.
+fn client(
+    place: &mut Option<Arc<TlsClient>>,
+    make: impl FnOnce() -> Result<TlsClient, tls::TlsError>,
+) -> Result<Arc<TlsClient>, LinkError> {
+    if let Some(client) = place {
+        return Ok(Arc::clone(client));
     }
-}
-
-/// The part of a connect that may block.
-struct Preparation {
-    id: LinkId,
-    target: Target,
-    settings: Arc<UpstreamSettings>,
-    tls: Option<Arc<TlsClient>>,
-    handover: Handover,
-    sender: Sender,
-}
-
-impl Preparation {
-    fn run(self) {
-        let prepared = self.prepare();
-        let addresses = match &prepared {
-            Ok(_) => resolve(&self.target.host, self.target.port),
-            // The handover says what is wrong.
-            Err(_) => Ok(Vec::new()),
-        };
-        *self.handover.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
-        self.sender.send(Incoming::Resolved(self.id, addresses));
-    }
-
-    fn prepare(&self) -> Result<Prepared, LinkError> {
-        let tls = match &self.tls {
-            None => None,
-            Some(client) => {
-                let name = ServerName::try_from(self.target.host.clone()).map_err(|_| {
-                    LinkError::Tls(format!("\"{}\" is no name a certificate can have", self.target.host))
-                })?;
-                let roots = client.roots().map_err(|error| LinkError::Tls(error.to_string()))?;
-                Some(Tls { config: client.config(), name, roots })
-            }
-        };
-        let secret = credentials::authorization(&self.settings.credentials)
-            .map_err(|error| LinkError::Connect(error.to_string()))?;
-        let protocol = match self.settings.kind {
-            UpstreamKind::Autopush => Some("push-notification"),
-            UpstreamKind::Ntfy | UpstreamKind::Mqtt | UpstreamKind::NextPush | UpstreamKind::Gotify => None,
-        };
-        let request = Request::new(&self.target.authority, &self.target.path, protocol, secret.as_ref());
-        Ok(Prepared { request, tls })
-    }
-}
-
-fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
-    use std::net::ToSocketAddrs;
-    (host, port).to_socket_addrs().map(Iterator::collect).map_err(|error| format!("{host}: {error}"))
-}
-
-/// Alternates the address families, beginning with the resolver's first choice: a network where one of them leads
-/// nowhere then costs one failed try, not all of them.
-fn interleave(addresses: Vec<SocketAddr>) -> VecDeque<SocketAddr> {
-    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
-    let (mut one, mut other): (VecDeque<_>, VecDeque<_>) =
-        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
-    let mut mixed = VecDeque::with_capacity(one.len() + other.len());
-    while let Some(address) = one.pop_front().or_else(|| other.pop_front()) {
-        mixed.push_back(address);
-        mixed.extend(other.pop_front());
-    }
-    mixed
+    let client = make().map(Arc::new).map_err(|error| LinkError::Tls(error.to_string()))?;
+    *place = Some(Arc::clone(&client));
+    Ok(client)
 }
 
 fn error_of_io(error: &io::Error) -> LinkError {
     match tls::tls_error(error) {
-        Some(error) => LinkError::Tls(tls::describe(error)),
+        Some(error) => error_of_tls(error),
         None => LinkError::Io(error.to_string()),
+    }
+}
+
+fn error_of_tls(error: &rustls::Error) -> LinkError {
+    match tls::wrong_time(error) {
+        Some(times) => LinkError::Clock(times),
+        None => LinkError::Tls(tls::describe(error)),
     }
 }

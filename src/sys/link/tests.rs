@@ -1,29 +1,28 @@
+mod carriers;
+mod proxies;
+mod tls_links;
+
 use std::{
     fs,
     io::{Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
+    path::PathBuf,
     sync::mpsc,
     thread::{self, JoinHandle},
     time::{Duration, Instant as StdInstant},
 };
 
 use mio::{Events, Poll};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::{
-    ServerConfig, ServerConnection, StreamOwned,
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
-};
-use tempfile::TempDir;
 use tungstenite::{
     Message, WebSocket,
     handshake::server::{Request as ServerRequest, Response as ServerResponse},
     protocol::{CloseFrame, frame::coding::CloseCode},
 };
 
-use super::*;
+use super::{prepare::Carrier, *};
 use crate::{
-    config::{Credentials, SecretSource},
-    sys::inbox::{self, Inbox},
+    config::{Credentials, Proxy, SecretSource, UpstreamKind},
+    sys::inbox::{self, Inbox, Incoming},
 };
 
 const INBOX: Token = Token(0);
@@ -42,9 +41,13 @@ struct World {
 
 impl World {
     fn new(upstreams: Vec<UpstreamSettings>) -> Self {
+        Self::behind(Proxy::Direct, upstreams)
+    }
+
+    fn behind(proxy: Proxy, upstreams: Vec<UpstreamSettings>) -> Self {
         let poll = Poll::new().unwrap();
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).unwrap();
-        let links = Links::new(poll.registry().try_clone().unwrap(), FIRST, upstreams, sender, Jobs::default());
+        let links = Links::new(poll.registry().try_clone().unwrap(), FIRST, upstreams, proxy, sender, Jobs::default());
         Self { poll, inbox, links, events: Vec::new(), budget: 16, busy: false }
     }
 
@@ -89,7 +92,7 @@ impl World {
 
     #[track_caller]
     fn open(&mut self, path: &str) {
-        self.links.connect(LINK, "up", path);
+        self.links.connect(LINK, "up", path, Vec::new());
         self.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
     }
 
@@ -141,7 +144,7 @@ fn serve_bytes(answer: &'static [u8]) -> (String, JoinHandle<String>) {
 
 fn failed(url: &str) -> LinkError {
     let mut world = World::new(vec![settings(url)]);
-    world.links.connect(LINK, "up", "");
+    world.links.connect(LINK, "up", "", Vec::new());
     match world.until_over() {
         LinkEvent::Failed(error) => error,
         other => panic!("{other:?}"),
@@ -277,10 +280,7 @@ fn a_refusal_carries_status_body_and_retry_after() {
     let (url, server) =
         serve_bytes(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 21\r\n\r\n{\"error\":\"forbidden\"}and more");
     let error = failed(&url);
-    assert_eq!(
-        error,
-        LinkError::Http { status: 401, body: "{\"error\":\"forbidden\"}and more".into(), retry_after: None }
-    );
+    assert_eq!(error, LinkError::Http { status: 401, body: "{\"error\":\"forbidden\"}".into(), retry_after: None });
     assert!(server.join().unwrap().starts_with("GET /base/ HTTP/1.1\r\n"));
 
     let (url, _) = serve_bytes(
@@ -290,7 +290,8 @@ fn a_refusal_carries_status_body_and_retry_after() {
     assert_eq!(failed(&url), LinkError::Http { status: 429, body: "slow".into(), retry_after });
 
     let (url, _) = serve_bytes(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n");
-    assert_eq!(failed(&url), LinkError::Http { status: 302, body: String::new(), retry_after: None });
+    let body = "it redirects to http://127.0.0.1:1/".into();
+    assert_eq!(failed(&url), LinkError::Http { status: 302, body, retry_after: None });
 
     let (url, _) = serve(|mut stream| {
         stream.write_all(b"HTTP/1.1 503 Busy\r\n\r\n").unwrap();
@@ -407,8 +408,8 @@ fn a_busy_link_does_not_starve_another() {
     second.name = "calm".into();
     let mut world = World::new(vec![settings(&loud), second]);
     let other = LinkId(8);
-    world.links.connect(LINK, "up", "");
-    world.links.connect(other, "calm", "");
+    world.links.connect(LINK, "up", "", Vec::new());
+    world.links.connect(other, "calm", "", Vec::new());
     world.until("both", |events| {
         events.contains(&(LINK, LinkEvent::Open)) && events.contains(&(other, LinkEvent::Open))
     });
@@ -514,37 +515,128 @@ fn the_next_address_is_tried_when_one_refuses() {
     let server = thread::spawn(move || drop(accept(listener.accept().unwrap().0)));
     let refusing = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
     let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
-    world.links.connect(LINK, "up", "");
+    connect_to(&mut world, vec![refusing, "[::1]:9".parse().unwrap(), good]);
+    world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
+    server.join().unwrap();
+}
+
+/// A link whose addresses are these, whatever the name resolves to.
+fn connect_to(world: &mut World, addresses: Vec<SocketAddr>) {
+    world.links.connect(LINK, "up", "", Vec::new());
     // The worker's own answer is replaced.
     while world.inbox.take().is_none() {
         thread::sleep(Duration::from_millis(5));
     }
-    world.links.resolved(LINK, Ok(vec![refusing, "[::1]:9".parse().unwrap(), good]));
+    world.links.resolved(LINK, Ok(addresses));
+}
+
+#[test]
+fn a_silent_address_is_left_behind_by_the_next_and_may_still_win() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let good = listener.local_addr().unwrap();
+    let server = thread::spawn(move || drop(accept(listener.accept().unwrap().0)));
+    let (black, _held) = silent();
+    let (hole, _held_too) = silent();
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, vec![black, hole, good]);
+    // Not before its time, which is a quarter of a second for each.
+    let first = world.links.poll_timeout().unwrap();
+    assert!(first.since(clock::boot()) <= Duration::from_millis(250));
+    world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
+    assert!(clock::boot() >= first + Duration::from_millis(250));
+    server.join().unwrap();
+    // The others are closed: nothing is due, and nothing comes.
+    assert_eq!(world.links.poll_timeout(), None);
+}
+
+#[test]
+fn a_family_that_leads_nowhere_costs_one_delay_however_many_addresses_it_has() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let good = listener.local_addr().unwrap();
+    let server = thread::spawn(move || drop(accept(listener.accept().unwrap().0)));
+    let holes: Vec<_> = (0..4).map(|_| silent_at(Ipv6Addr::LOCALHOST)).collect();
+    let mut addresses: Vec<SocketAddr> = holes.iter().map(|(address, _)| *address).collect();
+    addresses.push(good);
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, addresses);
+    // Only the first of them was begun when the other family's turn came.
+    let second = world.links.poll_timeout().unwrap();
+    world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
+    server.join().unwrap();
+    assert!(clock::boot() >= second);
+    // One after the other, with five seconds each, took twenty.
+    let took = clock::boot().since(second);
+    assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+#[test]
+fn the_first_attempt_goes_on_while_the_next_are_made() {
+    let (late, (listener, held)) = silent();
+    let (never, _held) = silent();
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, vec![late, never]);
+    while world.links.poll_timeout().is_some() {
+        world.turn();
+    }
+    // Both are under way, nothing more is due, and no end comes: that is for the caller.
+    world.quiet();
+    assert!(world.events.is_empty());
+    // Room for the first: its SYN, sent again by the kernel, gets through.
+    let count = held.len();
+    let server = thread::spawn(move || {
+        // Those that filled the backlog end at once; whoever is left is the link.
+        drop(held);
+        for _ in 0..=count {
+            let (stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            if stream.peek(&mut [0]).is_ok_and(|length| length > 0) {
+                drop(accept(stream));
+                return;
+            }
+        }
+        panic!("the link did not come");
+    });
     world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
     server.join().unwrap();
 }
 
 #[test]
-fn an_address_that_is_silent_has_its_time_and_no_more() {
-    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
-    world.links.connect(LINK, "up", "");
-    while world.inbox.take().is_none() {
-        thread::sleep(Duration::from_millis(5));
+fn many_silent_addresses_are_given_up_one_by_one() {
+    let mut held = Vec::new();
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    for _ in 0..12 {
+        let (address, guard) = silent();
+        addresses.push(address);
+        held.push(guard);
     }
-    let (silent, _held) = silent();
-    world.links.resolved(LINK, Ok(vec![silent]));
-    let deadline = world.links.poll_timeout().unwrap();
-    assert!(deadline.since(clock::boot()) > Duration::from_secs(4));
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    addresses.push(listener.local_addr().unwrap());
+    let server = thread::spawn(move || drop(accept(listener.accept().unwrap().0)));
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, addresses);
+    world.until("open", |events| events.contains(&(LINK, LinkEvent::Open)));
+    server.join().unwrap();
+}
+
+#[test]
+fn closing_in_the_middle_of_a_race_leaves_nothing() {
+    let (black, _held) = silent();
+    let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
+    connect_to(&mut world, vec![black, black]);
+    world.links.close(LINK);
+    assert_eq!(world.links.poll_timeout(), None);
     world.quiet();
     assert!(world.events.is_empty());
-    world.links.handle_timeout(deadline);
-    assert_eq!(world.until_over(), LinkEvent::Failed(LinkError::Timeout));
-    assert_eq!(world.links.poll_timeout(), None);
+    assert!(world.links.links.iter().all(Option::is_none));
 }
 
 /// An address that answers no SYN: a listener whose backlog is full.
 fn silent() -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    silent_at(Ipv4Addr::LOCALHOST)
+}
+
+fn silent_at(host: impl Into<IpAddr>) -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
+    let listener = TcpListener::bind((host.into(), 0)).unwrap();
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
     let held = (0..8).map(|_| mio::net::TcpStream::connect(address).unwrap()).collect();
@@ -553,24 +645,19 @@ fn silent() -> (SocketAddr, (TcpListener, Vec<mio::net::TcpStream>)) {
 
 #[test]
 fn a_target_is_read_from_its_url() {
-    let read = |url: &str| Target::parse(url).map(|t| (t.tls, t.authority, t.host, t.port, t.path));
+    let read = |url: &str| {
+        let carrier = Carrier::WebSocket(None);
+        Target::parse(url, carrier).map(|t| (t.tls, t.authority, t.host, t.port, t.path))
+    };
     let expect = |tls, authority: &str, host: &str, port, path: &str| {
         Ok((tls, authority.to_owned(), host.to_owned(), port, path.to_owned()))
     };
     assert_eq!(read("wss://push.example/"), expect(true, "push.example", "push.example", 443, "/"));
     assert_eq!(read("ws://h/a/b?c=d"), expect(false, "h", "h", 80, "/a/b?c=d"));
     assert_eq!(read("wss://[fd00::1]:8443/x"), expect(true, "[fd00::1]:8443", "fd00::1", 8443, "/x"));
-    assert!(read("/x").is_err());
-}
-
-#[test]
-fn families_alternate() {
-    let parse = |text: &str| text.parse::<SocketAddr>().unwrap();
-    let (a, b, c, d) = (parse("[::1]:1"), parse("[::2]:1"), parse("1.1.1.1:1"), parse("2.2.2.2:1"));
-    assert_eq!(interleave(vec![a, b, c, d]), [a, c, b, d]);
-    assert_eq!(interleave(vec![c, d, a]), [c, a, d]);
-    assert_eq!(interleave(vec![c, a, b]), [c, a, b]);
-    assert!(interleave(Vec::new()).is_empty());
+    assert_eq!(read("mqtt://h/"), expect(false, "h", "h", 1883, "/"));
+    assert_eq!(read("mqtts://h/"), expect(true, "h", "h", 8883, "/"));
+    assert!(read("/x").is_err() && read("ftp://h/").is_err());
 }
 
 #[test]
@@ -581,23 +668,23 @@ fn what_fails_before_the_first_packet_comes_out_of_poll() {
     let mut upstream = settings("ws://127.0.0.1:9/");
     upstream.credentials = Credentials::TokenFile(SecretSource::File("/nonexistent/token".into()));
     let mut world = World::new(vec![upstream]);
-    world.links.connect(LINK, "up", "");
+    world.links.connect(LINK, "up", "", Vec::new());
     assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Connect(text)) if text.contains("/nonexistent")));
 
     let mut upstream = settings("wss://127.0.0.1:9/");
     upstream.ca_file = Some("/nonexistent/ca.pem".into());
     let mut world = World::new(vec![upstream]);
-    world.links.connect(LINK, "up", "");
+    world.links.connect(LINK, "up", "", Vec::new());
     assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Tls(text)) if text.contains("/nonexistent")));
 
     for (name, path) in [("other", ""), ("up", "a b"), ("up", "a\r\nX: y")] {
         world.events.clear();
-        world.links.connect(LINK, name, path);
+        world.links.connect(LINK, name, path, Vec::new());
         assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Connect(_))), "{path:?}");
     }
     // Closed before anybody looked: silence.
     world.events.clear();
-    world.links.connect(LINK, "other", "");
+    world.links.connect(LINK, "other", "", Vec::new());
     world.links.close(LINK);
     world.quiet();
     assert!(world.events.is_empty());
@@ -607,199 +694,10 @@ fn what_fails_before_the_first_packet_comes_out_of_poll() {
 fn there_is_a_bound_on_links_and_places_are_used_again() {
     let mut world = World::new(vec![settings("ws://127.0.0.1:9/")]);
     for n in 0..LINKS as u64 + 1 {
-        world.links.connect(LinkId(n), "up", "");
+        world.links.connect(LinkId(n), "up", "", Vec::new());
     }
     let too_many = |(_, event): &&(LinkId, LinkEvent)| matches!(event, LinkEvent::Failed(LinkError::Connect(text)) if text.contains("open already"));
     world.until("all ends", |events| events.len() == LINKS + 1);
     assert_eq!(world.events.iter().filter(too_many).count(), 1);
     assert_eq!(world.links.links.len(), LINKS);
-}
-
-// TLS
-
-struct Authority {
-    dir: TempDir,
-    issuer: CertifiedIssuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let dir = tempfile::tempdir().unwrap();
-        // A name of its own, or another authority would seem to be this one with a wrong key.
-        params.distinguished_name.push(rcgen::DnType::CommonName, dir.path().display().to_string());
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
-        Self { dir, issuer }
-    }
-
-    fn ca_file(&self) -> PathBuf {
-        self.dir.path().join("ca.pem")
-    }
-
-    fn server(
-        &self,
-        name: &str,
-        expired: bool,
-        version: &'static rustls::SupportedProtocolVersion,
-    ) -> Arc<ServerConfig> {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        if expired {
-            params.not_before = rcgen::date_time_ymd(2001, 1, 1);
-            params.not_after = rcgen::date_time_ymd(2002, 1, 1);
-        }
-        let cert = params.signed_by(&key, &self.issuer).unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[version])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![cert.der().clone()], key)
-            .unwrap();
-        Arc::new(config)
-    }
-}
-
-fn serve_tls<T: Send + 'static>(
-    config: Arc<ServerConfig>,
-    work: impl FnOnce(StreamOwned<ServerConnection, TcpStream>) -> T + Send + 'static,
-) -> (String, JoinHandle<T>) {
-    let (url, server) = serve(move |stream| work(StreamOwned::new(ServerConnection::new(config).unwrap(), stream)));
-    (url.replace("ws://", "wss://"), server)
-}
-
-fn tls_world(url: &str, authority: &Authority) -> World {
-    let mut upstream = settings(url);
-    upstream.ca_file = Some(authority.ca_file());
-    World::new(vec![upstream])
-}
-
-#[test]
-fn a_burst_over_tls_is_whole_and_the_trust_store_is_dropped() {
-    for version in [&rustls::version::TLS13, &rustls::version::TLS12] {
-        let authority = Authority::new();
-        let (url, server) = serve_tls(authority.server("127.0.0.1", false, version), send_burst);
-        let mut world = tls_world(&url, &authority);
-        burst(&mut world);
-        let trust = world.links.upstreams[0].tls.clone().unwrap();
-        assert!(!trust.roots_held());
-        drop(world);
-        server.join().unwrap();
-    }
-}
-
-#[test]
-fn text_ping_and_close_pass_through_tls() {
-    let authority = Authority::new();
-    let (url, server) = serve_tls(authority.server("localhost", false, &rustls::version::TLS13), |stream| {
-        let (mut socket, ..) = accept(stream);
-        let hello = socket.read().unwrap();
-        socket.send(Message::Ping("p".into())).unwrap();
-        let pong = socket.read().unwrap();
-        socket.close(Some(CloseFrame { code: CloseCode::Normal, reason: "SM".into() })).unwrap();
-        while socket.read().is_ok() {}
-        (hello, pong)
-    });
-    let mut world = tls_world(&url.replace("127.0.0.1", "localhost"), &authority);
-    world.open("");
-    world.links.send(LINK, "hello".into());
-    assert_eq!(world.until_over(), LinkEvent::Closed { code: Some(1000), reason: "SM".into() });
-    assert_eq!(server.join().unwrap(), (Message::text("hello"), Message::Pong("p".into())));
-}
-
-#[test]
-fn a_reconnect_resumes_the_tls_session() {
-    let authority = Authority::new();
-    let config = authority.server("127.0.0.1", false, &rustls::version::TLS13);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let url = format!("wss://{}/", listener.local_addr().unwrap());
-    let server = thread::spawn(move || {
-        [(); 2].map(|()| {
-            let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
-            let (mut socket, ..) = accept(StreamOwned::new(connection, listener.accept().unwrap().0));
-            socket.send(Message::text("with the tickets")).unwrap();
-            let _ = socket.read();
-            socket.get_ref().conn.handshake_kind()
-        })
-    });
-    let mut world = tls_world(&url, &authority);
-    for _ in 0..2 {
-        world.events.clear();
-        world.open("");
-        world.until("text", |events| events.len() == 2);
-        world.links.close(LINK);
-    }
-    let kinds = server.join().unwrap();
-    assert_eq!(kinds, [Some(rustls::HandshakeKind::Full), Some(rustls::HandshakeKind::Resumed)]);
-}
-
-#[test]
-fn a_long_request_waits_for_the_tls_handshake() {
-    let authority = Authority::new();
-    let (url, server) = serve_tls(authority.server("127.0.0.1", false, &rustls::version::TLS13), |mut stream| {
-        let mut request = Vec::new();
-        let mut buffer = [0; 4096];
-        while !request.ends_with(b"\r\n\r\n") {
-            let length = stream.read(&mut buffer).unwrap();
-            request.extend_from_slice(&buffer[..length]);
-        }
-        stream.write_all(b"HTTP/1.1 414 Long\r\nContent-Length: 0\r\n\r\n").unwrap();
-        request.len()
-    });
-    let mut world = tls_world(&url, &authority);
-    world.links.connect(LINK, "up", &"t".repeat(60_000));
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Http { status: 414, .. })));
-    assert!(server.join().unwrap() > 60_000);
-}
-
-#[test]
-fn a_certificate_that_proves_nothing_is_a_tls_error() {
-    let (ours, theirs) = (Authority::new(), Authority::new());
-    let version = &rustls::version::TLS13;
-    for (config, word) in [
-        (theirs.server("127.0.0.1", false, version), "trusts"),
-        (ours.server("elsewhere.example", false, version), "elsewhere.example"),
-        (ours.server("127.0.0.1", true, version), "expired"),
-    ] {
-        let (url, server) = serve_tls(config, |mut stream| stream.read(&mut [0; 16]));
-        let mut world = tls_world(&url, &ours);
-        world.links.connect(LINK, "up", "");
-        let event = world.until_over();
-        assert!(matches!(&event, LinkEvent::Failed(LinkError::Tls(text)) if text.contains(word)), "{event:?}");
-        // The alert reached the server.
-        assert!(server.join().unwrap().unwrap_err().to_string().contains("alert"));
-    }
-    let (url, _server) = serve(|mut stream| {
-        stream.read_exact(&mut [0; 64]).unwrap();
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-    });
-    let mut world = tls_world(&url.replace("ws://", "wss://"), &ours);
-    world.links.connect(LINK, "up", "");
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Tls(_))));
-}
-
-#[test]
-fn a_tls_peer_that_does_not_read_breaks_the_link() {
-    let authority = Authority::new();
-    let (release, wait) = mpsc::channel::<()>();
-    let (url, server) = serve_tls(authority.server("127.0.0.1", false, &rustls::version::TLS13), move |stream| {
-        let accepted = accept(stream);
-        wait.recv().ok();
-        drop(accepted);
-    });
-    let mut world = tls_world(&url, &authority);
-    world.open("");
-    let mut sent = 0;
-    while world.events.len() < 2 {
-        world.links.send(LINK, "y".repeat(16 * 1024));
-        world.turn();
-        sent += 1;
-        assert!(sent < 4096, "64 MiB are not bounded");
-    }
-    assert!(matches!(world.until_over(), LinkEvent::Failed(LinkError::Io(text)) if text.contains("does not read")));
-    drop(release);
-    server.join().unwrap();
 }
