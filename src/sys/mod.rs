@@ -13,5 +13,6 @@ pub mod network;
 pub mod process;
 pub mod signals;
 pub mod store;
+pub mod surroundings;
 pub mod timer;
 pub mod tls;

@@ -1,4 +1,4 @@
-//! The loop's alarm on CLOCK_BOOTTIME, and notice of a resume.
+//! The loop's alarms, on CLOCK_BOOTTIME and, to wake the machine, CLOCK_BOOTTIME_ALARM, and notice of a resume.
 
 use std::{
     io,
@@ -30,6 +30,20 @@ impl Alarm {
     /// When the kernel gives no timerfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { timer: timer(ClockId::CLOCK_BOOTTIME)?, armed: None })
+    }
+
+    /// A disarmed alarm that wakes the machine from suspend as well: CLOCK_BOOTTIME_ALARM. It needs CAP_WAKE_ALARM.
+    /// `None`, said in the log, where the system does not let us.
+    pub fn waking() -> Option<Self> {
+        match timer(ClockId::CLOCK_BOOTTIME_ALARM) {
+            Ok(timer) => Some(Self { timer, armed: None }),
+            Err(error) => {
+                let permission =
+                    if error.raw_os_error() == Some(libc::EPERM) { "; it takes CAP_WAKE_ALARM" } else { "" };
+                log::info!("the machine is not woken for the heartbeat: {error}{permission}");
+                None
+            }
+        }
     }
 
     /// Goes off at `deadline`, or never. No system call when that is so already.
@@ -175,6 +189,26 @@ mod tests {
         alarm.set(Some(clock::boot() + Duration::from_millis(30))).unwrap();
         alarm.set(None).unwrap();
         assert!(!readable(&mut poll, Duration::from_millis(80)));
+    }
+
+    #[test]
+    fn the_waking_alarm_is_to_be_had_with_its_capability_only_and_rings_on_the_clock_that_wakes() {
+        let capable = std::fs::read_to_string("/proc/self/status").unwrap().lines().any(|line| {
+            let caps = line.strip_prefix("CapEff:").map(|caps| u64::from_str_radix(caps.trim(), 16).unwrap());
+            // CAP_WAKE_ALARM is 35.
+            caps.is_some_and(|caps| caps >> 35 & 1 == 1)
+        });
+        let alarm = Alarm::waking();
+        assert_eq!(alarm.is_some(), capable);
+        let Some(mut alarm) = alarm else { return };
+        let info = format!("/proc/self/fdinfo/{}", alarm.timer.as_fd().as_raw_fd());
+        assert!(std::fs::read_to_string(info).unwrap().contains("clockid: 9\n"));
+        let mut poll = Poll::new().unwrap();
+        poll.registry().register(&mut alarm, Token(0), Interest::READABLE).unwrap();
+        let at = clock::boot() + Duration::from_millis(50);
+        alarm.set(Some(at)).unwrap();
+        assert!(readable(&mut poll, Duration::from_secs(5)));
+        assert!(clock::boot() >= at && alarm.drain() && !alarm.drain());
     }
 
     #[test]
