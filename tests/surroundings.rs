@@ -287,11 +287,11 @@ fn sleep_is_held_off_by_one_lock_at_a_time() {
     world.surroundings.stay_awake(false);
     block.wait_released();
     // Wanted and no more before logind has answered: closed as soon as it comes, and one is enough.
+    while logind.asked.try_recv().is_ok() {}
     logind.manners.holds_back.store(true, Ordering::Relaxed);
     world.surroundings.stay_awake(true);
-    thread::sleep(Duration::from_millis(100));
+    logind.wait_asked_for_lock();
     world.surroundings.stay_awake(false);
-    thread::sleep(Duration::from_millis(100));
     logind.manners.holds_back.store(false, Ordering::Relaxed);
     logind.lock().wait_released();
     world.surroundings.stay_awake(true);
@@ -343,14 +343,23 @@ fn a_refused_lock_is_asked_for_again_when_it_is_worth_it() {
     let logind = logind(&daemon);
     logind.manners.refuses.store(true, Ordering::Relaxed);
     let mut world = World::on(&daemon);
+    logind.wait_asked_for_lock();
     logind.prepare_for_sleep(true);
     assert_eq!(world.event(), Event::FallingAsleep, "told all the same");
     world.surroundings.allow_sleep();
     logind.prepare_for_sleep(false);
     assert_eq!(world.event(), Event::Resumed);
+    logind.wait_asked_for_lock();
     logind.manners.refuses.store(false, Ordering::Relaxed);
-    world.surroundings.look_again();
-    let mut delay = logind.lock();
+    let begun = Instant::now();
+    // The refusal may still be on its way.
+    let mut delay = loop {
+        world.surroundings.look_again();
+        match logind.inhibited.recv_timeout(Duration::from_millis(100)) {
+            Ok(lock) => break lock,
+            Err(_) => assert!(begun.elapsed() < LIMIT, "no lock was asked for"),
+        }
+    };
     assert!(!delay.released());
 }
 

@@ -29,7 +29,7 @@ use crate::{
         signals::Signals,
         store::{Holdback, Store},
         surroundings::Surroundings,
-        timer::{Alarm, ResumeWatch},
+        timer::{Alarm, OneResume, ResumeWatch},
     },
     time::{Instant, earliest},
 };
@@ -51,8 +51,6 @@ const BUDGET: usize = 256;
 const BURST: usize = 64;
 /// How long it must be quiet before.
 const QUIET: Duration = Duration::from_secs(2);
-/// The kernel and logind both tell of a resume; what comes within this is the same one.
-const SAME_RESUME: Duration = Duration::from_secs(2);
 
 /// Everything the loop owns.
 pub(super) struct Shell {
@@ -79,8 +77,7 @@ pub(super) struct Shell {
     /// Events since the last rest, and when the latest came.
     since_rest: usize,
     latest: Instant,
-    /// The latest resume told, unless the machine has begun to fall asleep since.
-    resumed: Option<Instant>,
+    resumes: OneResume,
     told_ready: bool,
 }
 
@@ -154,7 +151,7 @@ impl Shell {
             more_on_links: false,
             since_rest: BURST,
             latest: clock::boot(),
-            resumed: None,
+            resumes: OneResume::default(),
             told_ready: false,
         };
         Ok((shell, snapshot))
@@ -245,7 +242,7 @@ impl Shell {
                 Incoming::Event(event) => {
                     self.tell_ready(&event);
                     if event == Event::FallingAsleep {
-                        self.resumed = None;
+                        self.resumes.falling_asleep();
                     }
                     self.pending.push_back(event);
                 }
@@ -322,11 +319,9 @@ impl Shell {
 
     /// The machine slept and is awake again: told once, whoever says it.
     fn wake_up(&mut self) {
-        let now = clock::boot();
-        if self.resumed.is_none_or(|told| now.since(told) > SAME_RESUME) {
+        if self.resumes.is_news(clock::boot()) {
             self.surroundings.look_again();
             self.pending.push_back(Event::Resumed);
-            self.resumed = Some(now);
         }
     }
 

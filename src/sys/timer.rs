@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd},
+    time::Duration,
 };
 
 use mio::{Interest, Registry, Token, event::Source, unix::SourceFd};
@@ -125,12 +126,37 @@ impl ResumeWatch {
     }
 }
 
+/// The kernel and logind both tell of a resume, whoever is first: it is to be told once.
+#[derive(Debug, Default)]
+pub struct OneResume {
+    told: Option<Instant>,
+}
+
+/// What comes within this is the same resume.
+const SAME_RESUME: Duration = Duration::from_secs(2);
+
+impl OneResume {
+    /// Somebody says that the machine has resumed: whether that is news.
+    pub fn is_news(&mut self, now: Instant) -> bool {
+        let news = self.told.is_none_or(|told| now.since(told) > SAME_RESUME);
+        if news {
+            self.told = Some(now);
+        }
+        news
+    }
+
+    /// The machine is about to sleep: whatever resume comes next is another one.
+    pub fn falling_asleep(&mut self) {
+        self.told = None;
+    }
+}
+
 fn timer(clock: ClockId) -> io::Result<TimerFd> {
     Ok(TimerFd::new(clock, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?)
 }
 
 fn spec(nanos: u64) -> TimeSpec {
-    TimeSpec::from_duration(std::time::Duration::from_nanos(nanos))
+    TimeSpec::from_duration(Duration::from_nanos(nanos))
 }
 
 macro_rules! source_of_timer {
@@ -156,8 +182,6 @@ source_of_timer!(ResumeWatch);
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use mio::{Events, Poll};
 
     use super::*;
@@ -238,5 +262,20 @@ mod tests {
         assert!(!watch.slept_since(base + 900_000_000));
         assert!(watch.slept_since(base + 3_000_000_000));
         assert!(!watch.slept_since(base + 3_000_000_000));
+    }
+
+    #[test]
+    fn a_resume_is_told_once_but_one_after_another_sleep_is_another() {
+        let at = |tenths: u64| Instant::from_nanos(tenths * 100_000_000);
+        let mut resume = OneResume::default();
+        assert!(resume.is_news(at(100)));
+        // logind, after the kernel.
+        assert!(!resume.is_news(at(103)));
+        assert!(!resume.is_news(at(120)));
+        // A sleep that fails at once.
+        resume.falling_asleep();
+        assert!(resume.is_news(at(115)));
+        assert!(!resume.is_news(at(116)));
+        assert!(resume.is_news(at(200)));
     }
 }

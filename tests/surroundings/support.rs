@@ -65,7 +65,10 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let config = format!(
             "<busconfig><type>system</type><listen>unix:path={}/socket</listen><auth>EXTERNAL</auth>\
-             <policy context=\"default\"><allow send_destination=\"*\"/><allow send_type=\"signal\"/>\
+             <policy context=\"default\"><allow user=\"*\"/><allow send_destination=\"*\"/><allow send_type=\"signal\"/>\
+             <allow send_requested_reply=\"true\" send_type=\"method_return\"/>\
+             <allow send_requested_reply=\"true\" send_type=\"error\"/><allow receive_type=\"method_call\"/>\
+             <allow receive_type=\"method_return\"/><allow receive_type=\"error\"/>\
              <allow receive_type=\"signal\"/><allow own=\"*\"/></policy></busconfig>",
             dir.path().display()
         );
@@ -165,6 +168,8 @@ impl Drop for World {
     }
 }
 
+type Properties = Vec<(&'static str, Variant<'static>)>;
+
 /// Properties by path and interface.
 type Objects = BTreeMap<(String, String), HashMap<String, Variant<'static>>>;
 
@@ -209,7 +214,7 @@ pub(crate) struct Fake {
     pub(crate) manners: Arc<Manners>,
     /// Every Inhibit.
     pub(crate) inhibited: mpsc::Receiver<Inhibited>,
-    /// Path and interface of every GetAll.
+    /// Path and interface of every GetAll, path and `Inhibit` of every Inhibit, as they come in.
     pub(crate) asked: mpsc::Receiver<(String, String)>,
     out: async_channel::Sender<Message>,
     thread: Option<JoinHandle<()>>,
@@ -248,14 +253,14 @@ impl Fake {
     }
 
     /// Changes properties without a word.
-    pub(crate) fn put(&self, path: &str, interface: &str, properties: Vec<(&'static str, Variant<'static>)>) {
+    pub(crate) fn put(&self, path: &str, interface: &str, properties: Properties) {
         let mut objects = self.objects.lock().unwrap();
         let object = objects.entry((path.into(), interface.into())).or_default();
         object.extend(properties.into_iter().map(|(name, value)| (name.to_owned(), value)));
     }
 
     /// Changes properties and says so.
-    pub(crate) fn set(&self, path: &str, interface: &str, properties: Vec<(&'static str, Variant<'static>)>) {
+    pub(crate) fn set(&self, path: &str, interface: &str, properties: Properties) {
         self.changed(path, interface, &properties, &[]);
         self.put(path, interface, properties);
     }
@@ -290,6 +295,11 @@ impl Fake {
     /// The next lock asked for.
     pub(crate) fn lock(&self) -> Inhibited {
         self.inhibited.recv_timeout(LIMIT).expect("no lock was asked for")
+    }
+
+    /// Waits until a lock has been asked for, not until it was given or refused.
+    pub(crate) fn wait_asked_for_lock(&self) {
+        assert_eq!(self.asked.recv_timeout(LIMIT).unwrap(), (LOGIND_PATH.to_owned(), "Inhibit".to_owned()));
     }
 
     /// Leaves the bus.
@@ -327,16 +337,17 @@ impl Server {
             if call.message_type() != Type::MethodCall {
                 continue;
             }
+            let header = call.header();
+            let body = call.body();
+            let about = body.deserialize::<&str>().unwrap_or("Inhibit");
+            let _ = self.ask.send((header.path().unwrap().to_string(), about.to_owned()));
             while self.manners.holds_back.load(Ordering::Relaxed) {
                 zruntime::SharedRuntime::current().unwrap().sleep(Duration::from_millis(5)).await;
             }
-            let header = call.header();
-            let body = call.body();
             let done = match header.member().unwrap().as_str() {
                 "GetAll" => {
                     let interface: &str = body.deserialize().unwrap();
                     let key = (header.path().unwrap().to_string(), interface.to_owned());
-                    let _ = self.ask.send(key.clone());
                     if self.manners.silent.load(Ordering::Relaxed) {
                         continue;
                     }
@@ -382,8 +393,8 @@ pub(crate) fn paths(path: &'static str) -> Variant<'static> {
     Variant::from(vec![ObjectPath::try_from(path).unwrap()])
 }
 
-fn objects(list: Vec<(&str, &str, Vec<(&'static str, Variant<'static>)>)>) -> Objects {
-    let object = |(path, interface, properties): (&str, &str, Vec<(&'static str, Variant<'static>)>)| {
+fn objects(list: Vec<(&str, &str, Properties)>) -> Objects {
+    let object = |(path, interface, properties): (&str, &str, Properties)| {
         let properties = properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         ((path.to_owned(), interface.to_owned()), properties)
     };

@@ -127,7 +127,7 @@ mod tests {
         settling.update(mains.clone(), true, at(10));
         assert_eq!(settling.poll_timeout(), Some(at(20)));
         // Seen again, unchanged: no later.
-        settling.update(mains.clone(), true, at(15));
+        settling.update(mains, true, at(15));
         assert_eq!(settling.poll_timeout(), Some(at(20)));
         // Back to what was told: nothing to tell.
         settling.update(battery(80), true, at(16));
