@@ -3,8 +3,8 @@
 use std::{error::Error, sync::Arc, time::Duration};
 
 use nightporter::{
-    config::{Settings, UpstreamSettings},
-    core::upstream::{Channel, LinkIds, Output, Session},
+    config::{NetworkSettings, Settings, UpstreamSettings},
+    core::upstream::{Beginning, Channel, LinkIds, Output, Session},
     event::{LinkEvent, LinkId},
     model::RegistrationId,
     time::{Instant, Now},
@@ -95,8 +95,11 @@ impl Upstream {
 
     /// A phone's session after a start of its daemon.
     fn session(&self, phone: u32, seed: [u8; 32], now: Now) -> Session {
-        let remembered = |key: &str| (key == "uaid").then(|| format!("{phone:031x}0").into());
-        Session::new(&self.settings, remembered, self.channels.clone(), seed, LinkIds::new(0, 1), now)
+        let remembered = [("uaid".into(), format!("{phone:031x}0").into())].into();
+        let network = &NetworkSettings::default();
+        let (settings, channels) = (&self.settings, self.channels.clone());
+        let links = LinkIds::new(0);
+        Session::new(Beginning { settings, network, remembered, channels, seed, links }, now)
     }
 }
 

@@ -65,7 +65,7 @@ impl Model {
         let link = LinkId(self.next_link);
         self.next_link += 1;
         self.state = State::Connecting { link, asked: now };
-        self.outputs[1] = Some(Output::Connect { link, path: String::new() });
+        self.outputs[1] = Some(Output::Connect { link, path: String::new(), headers: Vec::new() });
     }
 
     fn failed(&mut self, wish: Option<Duration>, now: Instant) {

@@ -309,7 +309,9 @@ impl<'a, D: Daemon> World<'a, D> {
                         phone.back = u32::try_from(since / MS).unwrap_or(NONE - 1);
                     }
                 }
-                Output::Send(..)
+                Output::SendBytes(..)
+                | Output::Http(..)
+                | Output::Send(..)
                 | Output::Ping(_)
                 | Output::StateChanged(_)
                 | Output::Registered { .. }

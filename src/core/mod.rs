@@ -193,6 +193,14 @@ impl Core {
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
+    /// When a sleeping machine is to be woken: for the heartbeat of a link, if the user wants that.
+    pub fn poll_wake(&self) -> Option<Instant> {
+        if !self.settings.network.wake_for_heartbeat {
+            return None;
+        }
+        self.upstreams.iter().filter_map(|upstream| upstream.session.poll_wake()).min()
+    }
+
     fn handle_timeouts(&mut self, now: Now) {
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= now.boot);
         for upstream in &mut self.upstreams {

@@ -28,7 +28,8 @@ use crate::{
         process::{self, Targets},
         signals::Signals,
         store::{Holdback, Store},
-        timer::{Alarm, ResumeWatch},
+        surroundings::Surroundings,
+        timer::{Alarm, OneResume, ResumeWatch},
     },
     time::{Instant, earliest},
 };
@@ -38,6 +39,7 @@ const SIGNALS: Token = Token(1);
 const ALARM: Token = Token(2);
 const RESUME: Token = Token(3);
 const NETWORK: Token = Token(4);
+const WAKING: Token = Token(5);
 /// Links and targets take tokens from here on, half of the space each.
 const LINKS: usize = 1 << 16;
 const TARGETS: usize = 1 << 20;
@@ -62,8 +64,11 @@ pub(super) struct Shell {
     links: Links,
     targets: Targets,
     bus: BusThread,
+    surroundings: Surroundings,
     store: Holdback,
     alarm: Alarm,
+    /// Wakes a sleeping machine, where that is wanted and allowed.
+    waking: Option<Alarm>,
     resume: ResumeWatch,
     network: Option<Monitor>,
     signals: Signals,
@@ -75,6 +80,7 @@ pub(super) struct Shell {
     /// Events since the last rest, and when the latest came.
     since_rest: usize,
     latest: Instant,
+    resumes: OneResume,
     told_ready: bool,
 }
 
@@ -91,6 +97,7 @@ impl Shell {
         let registry = || poll.registry().try_clone().map_err(system("cannot use the epoll instance"));
         let mut signals = Signals::new().map_err(system("cannot handle signals"))?;
         let mut alarm = Alarm::new().map_err(system("cannot make a timer"))?;
+        let mut waking = settings.network.wake_for_heartbeat.then(Alarm::waking).flatten();
         let mut resume = ResumeWatch::new().map_err(system("cannot watch the clock"))?;
         let mut network = Monitor::new();
         let watch = system("cannot use the epoll instance");
@@ -98,6 +105,9 @@ impl Shell {
             let registry = poll.registry();
             registry.register(&mut signals, SIGNALS, Interest::READABLE)?;
             registry.register(&mut alarm, ALARM, Interest::READABLE)?;
+            if let Some(waking) = &mut waking {
+                registry.register(waking, WAKING, Interest::READABLE)?;
+            }
             registry.register(&mut resume, RESUME, Interest::READABLE)?;
             match &mut network {
                 Some(network) => registry.register(network, NETWORK, Interest::READABLE),
@@ -126,7 +136,8 @@ impl Shell {
             sender.clone(),
             Jobs::default(),
         );
-        let bus = BusThread::spawn(addresses(options)?, settings.kde_panel, sender.clone())
+        let (surroundings, watching) = Surroundings::new(None, settings.urgency.low_battery, sender.clone());
+        let bus = BusThread::spawn_with(addresses(options)?, settings.kde_panel, sender.clone(), watching)
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,
@@ -138,8 +149,10 @@ impl Shell {
             links,
             targets,
             bus,
+            surroundings,
             store: Holdback::new(store),
             alarm,
+            waking,
             resume,
             network,
             signals,
@@ -150,6 +163,7 @@ impl Shell {
             more_on_links: false,
             since_rest: BURST,
             latest: clock::boot(),
+            resumes: OneResume::default(),
             told_ready: false,
         };
         Ok((shell, snapshot))
@@ -166,7 +180,7 @@ impl Shell {
             }
             self.collect();
             if self.pending.is_empty() {
-                self.wait(core.poll_timeout())?;
+                self.wait(core.poll_timeout(), core.poll_wake())?;
                 self.collect();
                 if self.pending.is_empty() {
                     // Every other event tells the core the time as well.
@@ -237,7 +251,9 @@ impl Shell {
             | Action::PanelChanged(_) => {
                 self.bus.perform(action);
             }
-            Action::StayAwake(_) | Action::AllowSleep | Action::Exit => {}
+            Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),
+            Action::AllowSleep => self.surroundings.allow_sleep(),
+            Action::Exit => {}
         }
     }
 
@@ -259,8 +275,12 @@ impl Shell {
         for _ in 0..BUDGET {
             let Some(incoming) = self.inbox.take() else { break };
             match incoming {
+                Incoming::Event(Event::Resumed) => self.wake_up(),
                 Incoming::Event(event) => {
                     self.tell_ready(&event);
+                    if event == Event::FallingAsleep {
+                        self.resumes.falling_asleep();
+                    }
                     self.pending.push_back(event);
                 }
                 Incoming::Process { app, owner, process } => {
@@ -272,11 +292,12 @@ impl Shell {
         }
     }
 
-    /// Blocks until something happens or `deadline`.
-    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), DaemonError> {
+    /// Blocks until something happens or `deadline`; a sleeping machine is woken for `wake`.
+    fn wait(&mut self, deadline: Option<Instant>, wake: Option<Instant>) -> Result<(), DaemonError> {
         let deadline = earliest(deadline, earliest(self.links.poll_timeout(), self.targets.poll_timeout()));
         let deadline = earliest(deadline, self.store.poll_timeout());
-        if let Err(error) = self.alarm.set(deadline) {
+        let waking = self.waking.as_mut().map_or(Ok(()), |waking| waking.set(wake));
+        if let Err(error) = self.alarm.set(deadline).and(waking) {
             return Err(DaemonError::System("cannot set the timer", error));
         }
         let now = clock::boot();
@@ -298,6 +319,7 @@ impl Shell {
             self.link_events.shrink_to(16);
             memory::rest();
         }
+        let mut woke_up = false;
         for event in &self.events {
             match event.token() {
                 INBOX => {}
@@ -309,13 +331,13 @@ impl Shell {
                 ALARM => {
                     self.alarm.drain();
                 }
-                RESUME => {
-                    if self.resume.drain() {
-                        self.pending.push_back(Event::Resumed);
-                    }
+                WAKING => {
+                    self.waking.as_mut().map(Alarm::drain);
                 }
+                RESUME => woke_up |= self.resume.drain(),
                 NETWORK => {
                     if self.network.as_mut().is_some_and(Monitor::drain) {
+                        self.surroundings.look_again();
                         self.pending.push_back(Event::NetworkReturned);
                     }
                 }
@@ -323,10 +345,21 @@ impl Shell {
                 token => self.links.ready(token, event),
             }
         }
+        if woke_up {
+            self.wake_up();
+        }
         let now = clock::boot();
         self.links.handle_timeout(now);
         self.targets.handle_timeout(now);
         Ok(())
+    }
+
+    /// The machine slept and is awake again: told once, whoever says it.
+    fn wake_up(&mut self) {
+        if self.resumes.is_news(clock::boot()) {
+            self.surroundings.look_again();
+            self.pending.push_back(Event::Resumed);
+        }
     }
 
     /// systemd is told that the daemon is up when the first bus is: from then on apps find it.

@@ -15,5 +15,6 @@ pub mod process;
 pub mod proxy;
 pub mod signals;
 pub mod store;
+pub mod surroundings;
 pub mod timer;
 pub mod tls;

@@ -1,8 +1,9 @@
-//! The loop's alarm on CLOCK_BOOTTIME, and notice of a resume.
+//! The loop's alarms, on CLOCK_BOOTTIME and, to wake the machine, CLOCK_BOOTTIME_ALARM, and notice of a resume.
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd},
+    time::Duration,
 };
 
 use mio::{Interest, Registry, Token, event::Source, unix::SourceFd};
@@ -30,6 +31,20 @@ impl Alarm {
     /// When the kernel gives no timerfd.
     pub fn new() -> io::Result<Self> {
         Ok(Self { timer: timer(ClockId::CLOCK_BOOTTIME)?, armed: None })
+    }
+
+    /// A disarmed alarm that wakes the machine from suspend as well: CLOCK_BOOTTIME_ALARM. It needs CAP_WAKE_ALARM.
+    /// `None`, said in the log, where the system does not let us.
+    pub fn waking() -> Option<Self> {
+        match timer(ClockId::CLOCK_BOOTTIME_ALARM) {
+            Ok(timer) => Some(Self { timer, armed: None }),
+            Err(error) => {
+                let permission =
+                    if error.raw_os_error() == Some(libc::EPERM) { "; it takes CAP_WAKE_ALARM" } else { "" };
+                log::info!("the machine is not woken for the heartbeat: {error}{permission}");
+                None
+            }
+        }
     }
 
     /// Goes off at `deadline`, or never. No system call when that is so already.
@@ -111,12 +126,37 @@ impl ResumeWatch {
     }
 }
 
+/// The kernel and logind both tell of a resume, whoever is first: it is to be told once.
+#[derive(Debug, Default)]
+pub struct OneResume {
+    told: Option<Instant>,
+}
+
+/// What comes within this is the same resume.
+const SAME_RESUME: Duration = Duration::from_secs(2);
+
+impl OneResume {
+    /// Somebody says that the machine has resumed: whether that is news.
+    pub fn is_news(&mut self, now: Instant) -> bool {
+        let news = self.told.is_none_or(|told| now.since(told) > SAME_RESUME);
+        if news {
+            self.told = Some(now);
+        }
+        news
+    }
+
+    /// The machine is about to sleep: whatever resume comes next is another one.
+    pub fn falling_asleep(&mut self) {
+        self.told = None;
+    }
+}
+
 fn timer(clock: ClockId) -> io::Result<TimerFd> {
     Ok(TimerFd::new(clock, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?)
 }
 
 fn spec(nanos: u64) -> TimeSpec {
-    TimeSpec::from_duration(std::time::Duration::from_nanos(nanos))
+    TimeSpec::from_duration(Duration::from_nanos(nanos))
 }
 
 macro_rules! source_of_timer {
@@ -142,8 +182,6 @@ source_of_timer!(ResumeWatch);
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use mio::{Events, Poll};
 
     use super::*;
@@ -178,6 +216,26 @@ mod tests {
     }
 
     #[test]
+    fn the_waking_alarm_is_to_be_had_with_its_capability_only_and_rings_on_the_clock_that_wakes() {
+        let capable = std::fs::read_to_string("/proc/self/status").unwrap().lines().any(|line| {
+            let caps = line.strip_prefix("CapEff:").map(|caps| u64::from_str_radix(caps.trim(), 16).unwrap());
+            // CAP_WAKE_ALARM is 35.
+            caps.is_some_and(|caps| caps >> 35 & 1 == 1)
+        });
+        let alarm = Alarm::waking();
+        assert_eq!(alarm.is_some(), capable);
+        let Some(mut alarm) = alarm else { return };
+        let info = format!("/proc/self/fdinfo/{}", alarm.timer.as_fd().as_raw_fd());
+        assert!(std::fs::read_to_string(info).unwrap().contains("clockid: 9\n"));
+        let mut poll = Poll::new().unwrap();
+        poll.registry().register(&mut alarm, Token(0), Interest::READABLE).unwrap();
+        let at = clock::boot() + Duration::from_millis(50);
+        alarm.set(Some(at)).unwrap();
+        assert!(readable(&mut poll, Duration::from_secs(5)));
+        assert!(clock::boot() >= at && alarm.drain() && !alarm.drain());
+    }
+
+    #[test]
     fn an_instant_of_zero_rings_at_once() {
         let mut poll = Poll::new().unwrap();
         let mut alarm = Alarm::new().unwrap();
@@ -204,5 +262,20 @@ mod tests {
         assert!(!watch.slept_since(base + 900_000_000));
         assert!(watch.slept_since(base + 3_000_000_000));
         assert!(!watch.slept_since(base + 3_000_000_000));
+    }
+
+    #[test]
+    fn a_resume_is_told_once_but_one_after_another_sleep_is_another() {
+        let at = |tenths: u64| Instant::from_nanos(tenths * 100_000_000);
+        let mut resume = OneResume::default();
+        assert!(resume.is_news(at(100)));
+        // logind, after the kernel.
+        assert!(!resume.is_news(at(103)));
+        assert!(!resume.is_news(at(120)));
+        // A sleep that fails at once.
+        resume.falling_asleep();
+        assert!(resume.is_news(at(115)));
+        assert!(!resume.is_news(at(116)));
+        assert!(resume.is_news(at(200)));
     }
 }

@@ -23,6 +23,7 @@ mod wire;
 
 use std::{
     collections::BTreeMap,
+    future::{Future, ready},
     io,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -70,12 +71,30 @@ impl BusThread {
     /// # Errors
     /// When no thread can be made.
     pub fn spawn(buses: Vec<BusAddress>, panel: bool, sender: Sender) -> io::Result<Self> {
+        Self::spawn_with(buses, panel, sender, ready(()))
+    }
+
+    /// [`BusThread::spawn`] with one task more on the same thread: a thread costs memory. It is cancelled when the thread
+    /// ends.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn spawn_with(
+        buses: Vec<BusAddress>,
+        panel: bool,
+        sender: Sender,
+        beside: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<Self> {
         let (orders, receiver) = async_channel::unbounded();
         let (end, ended) = mpsc::channel::<()>();
         thread::Builder::new().name("bus".into()).spawn(move || {
             // Dropped with the thread's last word; `stop` waits for that.
             let _end = end;
-            zbus::block_on(route(buses, panel, receiver, sender));
+            zbus::block_on(async {
+                let beside = zruntime::spawn(beside);
+                route(buses, panel, receiver, sender).await;
+                let _ = beside.cancel().await;
+            });
         })?;
         Ok(Self { orders, ended })
     }
