@@ -1,6 +1,7 @@
 //! A million phones and one server: what the reconnect wave looks like.
 //!
 //! `cargo run --profile fleet --no-default-features --example fleet` writes `docs/scale.md` and `docs/scale.svg`.
+//! It takes 21 minutes of processor time, shared by up to four threads, and 5.5 GB.
 //! `-- --phones N --seed N --upstream autopush|ntfy --out DIR` for other crowds.
 #![expect(clippy::print_stderr, reason = "a program that takes minutes says where it is")]
 
