@@ -49,6 +49,7 @@ impl Session {
     fn greeted(&mut self, id: LinkId, uaid: String, now: Instant) {
         self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None, doubt_at: None });
         self.trouble = None;
+        self.recheck_at = None;
         self.backoff.clear();
         if self.uaid.as_deref() != Some(uaid.as_str()) {
             if self.uaid.is_some() {
@@ -166,6 +167,7 @@ impl Session {
     }
 
     fn link_gone(&mut self, now: Instant) {
+        self.recheck_at = None;
         self.link = match self.challenger.take() {
             Some(Challenger { id, asked }) => Link::Greeting { id, asked },
             None => Link::Down,

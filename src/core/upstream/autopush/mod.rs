@@ -72,6 +72,8 @@ pub struct Session {
     /// Registrations not [`Step::Done`].
     open: usize,
     link: Link,
+    /// When an attempt that was young when the network changed has had its chance.
+    recheck_at: Option<Instant>,
     /// Made beside a link in doubt, to take its place.
     challenger: Option<Challenger>,
     backoff: Backoff,
@@ -154,6 +156,7 @@ impl Session {
             names: HashMap::new(),
             open: 0,
             link: Link::Down,
+            recheck_at: None,
             challenger: None,
             backoff: Backoff::default(),
             acks: Vec::new(),
@@ -221,6 +224,11 @@ impl Session {
     pub fn handle_timeout(&mut self, now: Now) {
         let now = now.boot;
         match &self.link {
+            Link::Greeting { id, .. } if self.recheck_at.is_some_and(|at| at <= now) => {
+                let id = *id;
+                self.drop_link(id, "tried again because the network changed", now);
+                self.backoff.at_once(now);
+            }
             Link::Greeting { id, asked } if *asked + CONNECT_TIMEOUT <= now => {
                 let id = *id;
                 self.drop_link(id, "the server did not answer in time", now);
@@ -252,7 +260,10 @@ impl Session {
                 self.drop_link(id, "tried again because the network changed", now);
                 self.backoff.at_once(now);
             }
-            Link::Greeting { .. } => self.backoff.own_event(),
+            Link::Greeting { asked, .. } => {
+                self.recheck_at = Some(*asked + STALE_ATTEMPT);
+                self.backoff.own_event();
+            }
             Link::Down if self.channels.is_empty() => {}
             Link::Down => self.backoff.at_once(now),
         }
@@ -348,7 +359,7 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let link = match &self.link {
             Link::Down => self.backoff.retry_at(),
-            Link::Greeting { asked, .. } => Some(*asked + CONNECT_TIMEOUT),
+            Link::Greeting { asked, .. } => earliest(Some(*asked + CONNECT_TIMEOUT), self.recheck_at),
             Link::Online(online) => earliest(Some(online.silence_ends()), earliest(online.proof_by, online.doubt_at)),
         };
         if self.open == 0 {

@@ -457,6 +457,19 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
 }
 
 #[test]
+fn an_attempt_that_was_young_when_the_network_changed_is_soon_made_anew() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    let link = world.connect();
+    world.pass(SECOND);
+    world.session.handle_network(world.now);
+    assert_eq!(world.take(), [Output::StateChanged(LinkState::Connecting)]);
+    world.pass(SECOND);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(link)), "{outputs:?}");
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
     let mut world = World::new(Some("u1"), vec![channel(1)]);
     let link = world.online();

@@ -114,7 +114,8 @@ struct Stream {
     since: Instant,
     heard: Instant,
     proof_by: Option<Instant>,
-    /// While it is to be proved: when another is begun beside it.
+    /// While it is to be proved: when another is begun beside it. Of an attempt that was young when the network changed:
+    /// when it has had its chance.
     doubt_at: Option<Instant>,
     /// Begun beside one in doubt.
     challenges: bool,
@@ -236,6 +237,12 @@ impl Session {
             self.drop_link(next.id, "the server did not answer in time", now);
             self.backoff.failed(None, now, &mut self.rng);
         }
+        if let Some(next) = self.next.as_ref().filter(|next| next.doubt_at.is_some_and(|at| at <= now)) {
+            self.drop_link(next.id, "tried again because the network changed", now);
+            if self.wants_link(now) {
+                self.backoff.at_once(now);
+            }
+        }
         if let Some(main) = &self.main {
             let id = main.id;
             if main.proof_by.is_some_and(|by| by <= now) {
@@ -263,7 +270,8 @@ impl Session {
             main.pings += 1;
             self.outputs.push_back(Output::Ping(main.id));
         }
-        if self.next.is_some() {
+        if let Some(next) = &mut self.next {
+            next.doubt_at = Some(next.asked + STALE_ATTEMPT);
             self.backoff.own_event();
         } else if self.wants_link(now) {
             self.backoff.at_once(now);
@@ -347,7 +355,7 @@ impl Session {
             .as_ref()
             .and_then(|main| earliest(Some(main.heard + SILENCE), earliest(main.proof_by, main.doubt_at)));
         let next = match &self.next {
-            Some(next) => Some(next.asked + CONNECT_TIMEOUT),
+            Some(next) => earliest(Some(next.asked + CONNECT_TIMEOUT), next.doubt_at),
             None => self.attempt_at().or_else(|| self.look_at()),
         };
         let answer = match self.pending {

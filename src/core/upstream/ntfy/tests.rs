@@ -658,6 +658,19 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
 }
 
 #[test]
+fn an_attempt_that_was_young_when_the_network_changed_is_soon_made_anew() {
+    let mut world = World::new(None, vec![channel(1)]);
+    let (link, _) = world.connect();
+    world.pass(SECOND);
+    world.session.handle_network(world.now);
+    assert_eq!(connects(&world.take()), 0);
+    world.pass(SECOND);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(link)), "{outputs:?}");
+    assert_eq!(connects(&outputs), 1);
+}
+
+#[test]
 fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
     let mut world = World::new(None, vec![channel(1)]);
     let link = world.online();
