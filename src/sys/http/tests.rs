@@ -161,7 +161,7 @@ fn redirects_stay_on_the_host_and_keep_what_was_asked() {
 fn trust_and_time_are_the_upstreams() {
     let (good, bad) = (TlsServer::start(ok("secret")), TlsServer::start(ok("secret")));
     let (_dir, mut settings) = upstream(&good.url);
-    settings.ca_file = Some(good.ca_file.clone());
+    settings.ca_file = Some(good.ca_file);
     assert_eq!(perform(&client(&settings), &asking("GET", "", None)).unwrap().body, "secret");
     settings.url = bad.url.as_str().into();
     let error = perform(&client(&settings), &asking("GET", "", None)).unwrap_err();

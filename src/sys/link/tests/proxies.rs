@@ -124,7 +124,7 @@ fn a_proxy_may_be_encrypted_itself() {
     let mut upstream = settings(&format!("wss://{HOST}:{port}/"));
     upstream.ca_file = Some(ours.ca_file());
     let proxy = Proxy::Url(proxy_url.replace("wss://", "https://").replace("/base/", "/").into());
-    let mut world = World::behind(proxy.clone(), vec![upstream.clone()]);
+    let mut world = World::behind(proxy, vec![upstream.clone()]);
     let client = Arc::new(TlsClient::new(Some(theirs.ca_file()), None).unwrap());
     world.links.proxy_tls = Some(Arc::clone(&client));
     echoes(&mut world);
