@@ -70,7 +70,8 @@ impl ProxyServer {
     }
 }
 
-/// The proxy for a connection to `host`, `secure` being whether that will be encrypted; `None`: straight there.
+/// The proxy for a connection to `host`, `secure` being whether that will be encrypted; `None`: straight there. This
+/// machine itself is always reached straight: to a proxy, loopback is another machine.
 ///
 /// # Errors
 /// [`ProxyError`] when there is to be one and it is not understood: going straight instead could tell the network what it
@@ -85,6 +86,9 @@ fn choose_from(
     secure: bool,
     environment: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Option<ProxyServer>, ProxyError> {
+    if loopback(host) {
+        return Ok(None);
+    }
     let either = |name: &str| {
         [name.to_owned(), name.to_ascii_uppercase()]
             .into_iter()
@@ -100,6 +104,11 @@ fn choose_from(
         return Ok(None);
     }
     ProxyServer::parse(url.trim(), &from).map(Some)
+}
+
+fn loopback(host: &str) -> bool {
+    let host = host.trim_matches(['[', ']']);
+    host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
 /// As curl reads `no_proxy`: names with all below them, addresses, networks, or `*`, separated by commas or spaces.
@@ -187,6 +196,9 @@ mod tests {
         assert_eq!(choose_in(&[("https_proxy", ""), ("HTTPS_PROXY", "a:1")], "x", true), proxy("a:1"));
         assert_eq!(choose_in(&[("http_proxy", "a:1")], "x", true), Ok(None));
         assert_eq!(choose_in(&[], "x", true), Ok(None));
+        for this_machine in ["localhost", "127.0.0.2", "::1", "[::1]"] {
+            assert_eq!(choose_in(&both, this_machine, true), Ok(None));
+        }
         // Never straight where there is to be a proxy.
         let error = choose_in(&[("all_proxy", "socks5://user:hush@x:1080")], "x", true).unwrap_err().to_string();
         assert!(error.contains("all_proxy") && !error.contains("hush"), "{error}");

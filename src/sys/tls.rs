@@ -177,13 +177,15 @@ pub fn describe(error: &rustls::Error) -> String {
     }
     match error {
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-            "the server's certificate is signed by nobody this system trusts (ca-file names another authority)".into()
+            "the server's certificate is signed by nobody this system trusts (ca-file names another authority; a network \
+             that wants you to log in on a web page first shows itself like this, too)"
+                .into()
         }
         rustls::Error::InvalidCertificate(CertificateError::NotValidForNameContext { expected, presented }) => {
             let names: Vec<String> = presented.iter().take(NAMES).map(|name| plain(name)).collect();
             format!(
-                "the certificate is not for {} but for {}; on a network that wants you to log in on a web page first \
-                 (captive portal), that is how it shows",
+                "the certificate is not for {} but for {}; a network that wants you to log in on a web page first \
+                 (captive portal) shows itself like this",
                 expected.to_str(),
                 if names.is_empty() { "nobody".into() } else { names.join(", ") },
             )

@@ -228,7 +228,8 @@ impl Exchange {
             }
             // RFC 9110 §15.2: interim answers may come first.
             if !(100..200).contains(&head.status) {
-                let body = Body::new(&head.headers).ok();
+                let bodiless = matches!(head.status, 204 | 304);
+                let body = if bodiless { None } else { Body::new(&head.headers).ok() };
                 self.refusal = Some(Refusal { head, body, words: Vec::new() });
             }
         }
