@@ -187,6 +187,7 @@ impl World {
                 .arg("--state-dir")
                 .arg(dir.join("state"))
                 .env("DBUS_SESSION_BUS_ADDRESS", &bus.address)
+                .env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent")
                 .env_remove("NOTIFY_SOCKET")
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())

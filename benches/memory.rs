@@ -117,6 +117,8 @@ fn run(options: &Options) -> Result<bool> {
             .arg("--state-dir")
             .arg(dir.path().join("state"))
             .env("DBUS_SESSION_BUS_ADDRESS", &bus.address)
+            // Nobody is there to tell of power, network and sleep, but the connection counts.
+            .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
             .env("NIGHTPORTER_LOG", env::var_os("NIGHTPORTER_LOG").unwrap_or_else(|| "warn".into())),
         false,
     )?;

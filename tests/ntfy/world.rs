@@ -98,6 +98,7 @@ impl Porter {
             .arg("--state-dir")
             .arg(self.dir.path().join("state"))
             .env("DBUS_SESSION_BUS_ADDRESS", &self.bus)
+            .env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent")
             .env("NIGHTPORTER_LOG", "debug")
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())

@@ -78,6 +78,11 @@ impl Calls {
         }
     }
 
+    /// Does not wait for a reply any more.
+    pub(super) fn forget(&mut self, serial: NonZeroU32) {
+        self.pending.remove(&serial);
+    }
+
     /// What a reply is for, if it is one we wait for from the one who sent it: serials can be guessed, senders not.
     pub(super) fn take(&mut self, message: &Message) -> Option<(NonZeroU32, Pending, Response)> {
         let header = message.header();

@@ -176,3 +176,39 @@ impl Inhibitors {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use zbus::Message;
+
+    use super::*;
+
+    fn at(seconds: u64) -> Instant {
+        Instant::from_nanos(seconds * 1_000_000_000)
+    }
+
+    #[test]
+    fn a_loop_that_forgets_to_let_go_does_not_keep_the_machine_awake() {
+        let (mut inhibitors, mut calls) = (Inhibitors::default(), Calls::default());
+        inhibitors.appeared(&mut calls, ":1.5".into());
+        inhibitors.stay_awake(&mut calls, true, at(0));
+        let asked = calls.drain();
+        assert_eq!(asked.len(), 2);
+        let call = asked.last().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let reply = Message::method_return(&call.header()).build(&zbus::OwnedFd::from(OwnedFd::from(writer))).unwrap();
+        inhibitors.answered(Mode::Block, call.primary_header().serial_num(), Ok(reply));
+        // Said again: it counts from then.
+        inhibitors.stay_awake(&mut calls, true, at(100));
+        assert!(calls.drain().is_empty());
+        inhibitors.handle_timeout(at(399));
+        assert!(inhibitors.block.held.is_some());
+        assert_eq!(inhibitors.poll_timeout(), Some(at(400)));
+        inhibitors.handle_timeout(at(400));
+        assert_eq!((inhibitors.block.held.is_none(), inhibitors.poll_timeout()), (true, None));
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "nobody has it open");
+        assert!(inhibitors.delay.asked.is_some());
+    }
+}

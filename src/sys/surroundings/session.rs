@@ -170,7 +170,6 @@ impl<'a> Session<'a> {
     }
 
     fn properties(&mut self, object: Object, serial: NonZeroU32, response: Response) {
-        // Of an earlier question, or about an object of no interest any more.
         let Some(latest) = self.followed.get_mut(&object).filter(|latest| **latest == Some(serial)) else { return };
         *latest = None;
         let kind = object.kind;
@@ -279,7 +278,9 @@ impl<'a> Session<'a> {
         let unwanted: Vec<Object> = self.followed.keys().filter(|object| !wanted.contains(object)).cloned().collect();
         let lost = !unwanted.is_empty();
         for object in unwanted {
-            self.followed.remove(&object);
+            if let Some(serial) = self.followed.remove(&object).flatten() {
+                self.calls.forget(serial);
+            }
             self.known.0.remove(&object);
             if object.kind.changes() {
                 self.calls.ask_bus("RemoveMatch", &change_rule(&object), Pending::Match);
@@ -304,7 +305,10 @@ impl<'a> Session<'a> {
         let Some(owner) = self.owners.get(&object.kind.service()) else { return };
         let asked = Pending::Properties(object.clone());
         let serial = self.calls.call(owner, &object.path, PROPERTIES, "GetAll", &object.kind.interface(), asked);
-        self.followed.insert(object, serial);
+        // One answer is waited for at a time, or who says a lot and answers nothing would make us grow.
+        if let Some(earlier) = self.followed.insert(object, serial).flatten() {
+            self.calls.forget(earlier);
+        }
     }
 
     /// Tells the loop how things are, when it is time.

@@ -199,8 +199,10 @@ impl World {
             state.as_os_str(),
         ];
         let pid = self.spawn("the daemon", &beside("nightporterd")?, arguments, "daemon.log", |command| {
-            // Under systemd we may have a socket of our own caller's; the daemon must not speak for us.
-            command.env("DBUS_SESSION_BUS_ADDRESS", &address).env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC");
+            // Under systemd we may have a socket of our own caller's; the daemon must not speak for us. Nor must it act
+            // on this machine's battery and network, or hold up its sleep.
+            command.env("DBUS_SESSION_BUS_ADDRESS", &address).env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent");
+            command.env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC");
         })?;
         DAEMON.store(pid, Ordering::Relaxed);
         let daemon = Daemon::at(&address)?;
