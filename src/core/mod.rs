@@ -15,8 +15,11 @@ pub mod lifecycle;
 mod queries;
 mod registering;
 mod registry;
+mod sleep;
+mod surroundings;
 mod unsaved;
 pub mod upstream;
+mod urgency;
 mod wiring;
 
 use std::{
@@ -38,6 +41,8 @@ use self::{
     queries::ReportRun,
     registering::Farewell,
     registry::Registry,
+    sleep::Sleep,
+    surroundings::Told,
     unsaved::Unsaved,
     upstream::{Beginning, Channel, LinkIds, Session},
 };
@@ -45,7 +50,7 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{NetworkSettings, Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, TargetId},
+    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, Surroundings, TargetId},
     time::{Instant, Now, earliest},
     view::Messages,
 };
@@ -78,6 +83,9 @@ pub struct Core {
     messages: Messages,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
+    /// None until something has said what they are.
+    surroundings: Option<Surroundings>,
+    sleep: Sleep,
     swept: Instant,
     ending: Option<Instant>,
     exited: bool,
@@ -88,6 +96,7 @@ pub struct Core {
 struct Upstream {
     settings: UpstreamSettings,
     session: Session,
+    told: Told,
 }
 
 /// What a bus says of an app, and what we asked of it.
@@ -132,11 +141,12 @@ impl Core {
             .map(|(upstream, index)| Upstream {
                 settings: upstream.clone(),
                 session: new_session(upstream, &settings.network, &snapshot, &mut seeds, LinkIds::new(index), now),
+                told: Told::default(),
             })
             .collect();
         let mut core = Self {
             upstreams,
-            delivery: Delivery::new(settings.limits, snapshot.next_message),
+            delivery: Delivery::new(&settings, snapshot.next_message),
             lifecycle: Lifecycle::new(settings.profile, settings.lifecycle, &snapshot.apps),
             ledger: Ledger::new(&snapshot.apps),
             apps: BTreeMap::new(),
@@ -151,6 +161,8 @@ impl Core {
             messages: Messages::default(),
             damaged: snapshot.damaged,
             store_trouble: None,
+            surroundings: None,
+            sleep: Sleep::default(),
             swept: now.boot,
             ending: None,
             exited: false,
@@ -189,7 +201,7 @@ impl Core {
             self.delivery.restore_seen(*registration, id);
         }
         for message in messages {
-            self.delivery.restore(message);
+            self.delivery.restore(message, now);
         }
         self.delivery.sweep(now);
         self.pump(now);
@@ -197,6 +209,9 @@ impl Core {
 
     /// Takes in one event.
     pub fn handle(&mut self, event: Event, now: Now) {
+        if event == Event::Resumed {
+            self.sleep.slept();
+        }
         // What was due before the event comes before it, or a decision of time would mix with those of the event.
         self.handle_timeouts(now);
         self.pump(now);
@@ -212,8 +227,8 @@ impl Core {
                     upstream.session.handle_http(ticket, result, now);
                 }
             }
-            Event::Surroundings(_) => {}
-            Event::FallingAsleep => self.actions.push_back(Action::AllowSleep),
+            Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
+            Event::FallingAsleep => self.sleep.falling_asleep(now.boot),
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
@@ -227,6 +242,9 @@ impl Core {
                 self.report_daemon_sampled(now);
             }
             Event::NetworkReturned | Event::Resumed => {
+                if event == Event::Resumed {
+                    self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
+                }
                 for upstream in &mut self.upstreams {
                     upstream.session.handle_network(now);
                 }
@@ -234,6 +252,7 @@ impl Core {
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
+                    self.sleep.shutdown();
                     self.lifecycle.shutdown(now);
                 }
             }
@@ -256,7 +275,7 @@ impl Core {
         let starting = self.apps.values().filter_map(|presence| presence.starting);
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
-        let own = earliest(own, self.unsaved.deadline());
+        let own = earliest(own, earliest(self.unsaved.deadline(), self.sleep.poll_timeout()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
-use super::{Core, Purpose};
+use super::{Core, Purpose, urgency};
 use crate::{
     action::{Action, ErrorKind, Reply},
     event::{CallId, Caller, Query},
@@ -79,6 +79,9 @@ impl Core {
         if let Some(error) = &self.store_trouble {
             troubles.push(format!("the state directory cannot be written: {error}"));
         }
+        let portal = self.surroundings.as_ref().and_then(urgency::trouble);
+        troubles.extend(portal.map(str::to_owned));
+        let minimum = self.minimum();
         let upstreams = self.upstreams.iter().map(|upstream| {
             let standing = upstream.session.standing();
             troubles.extend(standing.trouble.as_deref().map(str::to_owned));
@@ -110,6 +113,9 @@ impl Core {
                 self.apps.keys().filter(visible).map(|app| self.delivery.waiting_for(app)).sum()
             },
             messages: self.messages,
+            surroundings: self.surroundings_view(self.may_control(caller)),
+            min_urgency: Some(minimum.urgency),
+            min_urgency_reason: Some(minimum.sentence()),
             troubles,
         }
     }
@@ -128,6 +134,7 @@ impl Core {
             pid: shown.pid,
             registrations: self.registry.of_app(app).count(),
             waiting: self.delivery.waiting_for(app),
+            held: self.delivery.held_for(app),
             reason: shown.reason.as_deref().unwrap_or_default().to_owned(),
         })
     }
