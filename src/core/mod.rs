@@ -50,7 +50,10 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{NetworkSettings, Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, Surroundings, TargetId},
+    model::{
+        AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Snapshot, StoredMessage, Surroundings,
+        TargetId,
+    },
     time::{Instant, Now, earliest},
     view::Messages,
 };

@@ -106,9 +106,10 @@ impl Core {
     pub(super) fn note_policy(&mut self, registration: RegistrationId, urgency: Urgency, now: Now) {
         let Some(app) = self.registry.get(registration).map(|registration| registration.app.clone()) else { return };
         let minimum = self.delivery.minimum_for(&app);
-        let asleep = self.lifecycle.show(&app, now).is_some_and(|shown| {
-            !matches!(shown.state, State::Foreground | State::Background | State::Awake)
-        });
+        let asleep = self
+            .lifecycle
+            .show(&app, now)
+            .is_some_and(|shown| !matches!(shown.state, State::Foreground | State::Background | State::Awake));
         if asleep && urgency >= minimum && Urgency::default() < minimum {
             self.lifecycle.note(&app, "urgency", urgency::by_policy(urgency), now);
         }

@@ -218,8 +218,7 @@ mod tests {
 
     #[test]
     fn reasons_are_sentences_a_user_can_read() {
-        let least =
-            minimum(&around(Some(false), Some(80), NetworkKind::Mobile), &UrgencySettings::default());
+        let least = minimum(&around(Some(false), Some(80), NetworkKind::Mobile), &UrgencySettings::default());
         assert_eq!(
             least.sentence(),
             "messages of normal urgency or more may wake their apps: running on battery, on a mobile network"

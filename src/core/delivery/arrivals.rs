@@ -92,7 +92,8 @@ impl Delivery {
             lane.queue.push(entry);
         }
         if put_off {
-            let reason = "an attachment is not fetched while roaming; what comes after it for the same registration waits";
+            let reason =
+                "an attachment is not fetched while roaming; what comes after it for the same registration waits";
             self.outputs.push_back(Output::Note(app, "hold", reason.to_owned()));
         }
         self.start_fetches(now);

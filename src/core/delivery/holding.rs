@@ -8,7 +8,7 @@ use super::{
     queue::{Body, Entry},
 };
 use crate::{
-    model::{AppKey, Urgency},
+    model::{AppKey, Ending, Urgency},
     time::{Instant, Now},
 };
 
@@ -106,11 +106,18 @@ impl Delivery {
     /// The app is not to be woken: notes what is held, if anything is.
     pub(super) fn hold(&mut self, key: &AppKey, now: Now) {
         let Some(app) = self.apps.get(key) else { return };
+        let idle = |lane: &&Lane| lane.flight.is_none();
+        let expired: Vec<_> =
+            self.lanes_of(app).filter(idle).flat_map(|lane| lane.queue.expired(now.wall, false)).collect();
+        for seq in expired {
+            self.end(seq, Ending::Expired);
+        }
+        let Some(app) = self.apps.get(key) else { return };
         let gate = self.gate(key);
         let mut count = 0;
         let (mut first, mut highest) = (None::<(&Entry, Urgency)>, Urgency::VeryLow);
-        for lane in self.lanes_of(app).filter(|lane| lane.flight.is_none()) {
-            for entry in lane.reachable().filter(|entry| !gate.passes(entry) && entry.expires > now.wall) {
+        for lane in self.lanes_of(app).filter(idle) {
+            for entry in lane.reachable().filter(|entry| !gate.passes(entry)) {
                 count += 1;
                 highest = highest.max(entry.urgency);
                 if first.is_none_or(|(other, _)| other.seq > entry.seq) {

@@ -391,8 +391,7 @@ impl Delivery {
         }
         let held_too_long = self.held_too_long(now.boot);
         for key in held_too_long {
-            // What is of no use any more must not wake it.
-            self.sweep_app(&key, now);
+            self.settle(&key, now);
         }
         let apps: Vec<AppKey> = self
             .apps
@@ -552,5 +551,7 @@ fn backoff(failures: u32) -> Duration {
     Duration::from_millis(millis).min(CEILING)
 }
 
+#[cfg(test)]
+mod holding_tests;
 #[cfg(test)]
 mod tests;

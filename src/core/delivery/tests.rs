@@ -5,16 +5,16 @@ use crate::{
 };
 
 /// One app with one registration, and a clock.
-struct World {
-    delivery: Delivery,
-    now: Now,
-    app: AppKey,
-    owner: Owner,
+pub(super) struct World {
+    pub(super) delivery: Delivery,
+    pub(super) now: Now,
+    pub(super) app: AppKey,
+    pub(super) owner: Owner,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
-const LANE: RegistrationId = RegistrationId(1);
-const OTHER_LANE: RegistrationId = RegistrationId(2);
+pub(super) const LANE: RegistrationId = RegistrationId(1);
+pub(super) const OTHER_LANE: RegistrationId = RegistrationId(2);
 
 impl World {
     fn new() -> Self {
@@ -25,7 +25,7 @@ impl World {
         Self::with_settings(&Settings { limits, ..Settings::default() })
     }
 
-    fn with_settings(settings: &Settings) -> Self {
+    pub(super) fn with_settings(settings: &Settings) -> Self {
         let mut world = Self {
             delivery: Delivery::new(settings, 1),
             now: Now { boot: Instant::from_nanos(1), wall: UnixTime::from_secs(1_000_000) },
@@ -46,7 +46,7 @@ impl World {
         world
     }
 
-    fn registration(&self, id: RegistrationId) -> Registration {
+    pub(super) fn registration(&self, id: RegistrationId) -> Registration {
         Registration {
             id,
             app: self.app.clone(),
@@ -61,7 +61,7 @@ impl World {
         }
     }
 
-    fn pass(&mut self, time: Duration) {
+    pub(super) fn pass(&mut self, time: Duration) {
         self.now.boot = self.now.boot + time;
         self.now.wall = self.now.wall + time;
         self.delivery.handle_timeout(self.now);
@@ -75,7 +75,7 @@ impl World {
         self.push_with(registration, id, topic, Urgency::Normal)
     }
 
-    fn push_with(
+    pub(super) fn push_with(
         &mut self,
         registration: RegistrationId,
         id: &str,
@@ -94,21 +94,21 @@ impl World {
         self.delivery.arrived(arrival, self.now)
     }
 
-    fn drain(&mut self) -> Vec<Output> {
+    pub(super) fn drain(&mut self) -> Vec<Output> {
         std::iter::from_fn(|| self.delivery.poll_output()).collect()
     }
 
     /// The calls made since the last look: (ticket, message id).
-    fn calls(&mut self) -> Vec<(DeliveryTicket, String)> {
+    pub(super) fn calls(&mut self) -> Vec<(DeliveryTicket, String)> {
         calls(&self.drain())
     }
 
-    fn done(&mut self, ticket: DeliveryTicket, outcome: CallOutcome) {
+    pub(super) fn done(&mut self, ticket: DeliveryTicket, outcome: CallOutcome) {
         self.delivery.call_done(ticket, &outcome, self.now);
     }
 }
 
-fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
+pub(super) fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -119,7 +119,7 @@ fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
         .collect()
 }
 
-fn safe(outputs: &[Output]) -> Vec<&str> {
+pub(super) fn safe(outputs: &[Output]) -> Vec<&str> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -129,7 +129,7 @@ fn safe(outputs: &[Output]) -> Vec<&str> {
         .collect()
 }
 
-fn ended(outputs: &[Output]) -> Vec<Ending> {
+pub(super) fn ended(outputs: &[Output]) -> Vec<Ending> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -227,7 +227,7 @@ fn an_unanswered_call_is_never_repeated_to_the_same_instance_and_delays_no_other
     assert_eq!(calls_of(&outputs), ["b"]);
 }
 
-fn calls_of(outputs: &[Output]) -> Vec<String> {
+pub(super) fn calls_of(outputs: &[Output]) -> Vec<String> {
     calls(outputs).into_iter().map(|(_, id)| id).collect()
 }
 
