@@ -46,7 +46,7 @@ impl Session {
     }
 
     fn greeted(&mut self, id: LinkId, uaid: String, now: Instant) {
-        self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None });
+        self.link = Link::Online(Online { id, since: now, heard: now, pinged: None, rhythm: None, proof_by: None });
         self.trouble = None;
         if self.uaid.as_deref() != Some(uaid.as_str()) {
             if self.uaid.is_some() {
@@ -187,7 +187,7 @@ impl Session {
     /// Does whatever has become due; every door ends here.
     pub(super) fn settle(&mut self, now: Instant) {
         self.expire(now);
-        if self.channels.is_empty() {
+        if self.channels.is_empty() || !self.allowed {
             self.retire(now);
         } else {
             self.connect_if_due(now);
@@ -199,6 +199,7 @@ impl Session {
             Link::Online(_) => LinkState::Online,
             Link::Greeting { .. } => LinkState::Connecting,
             Link::Down if self.channels.is_empty() => LinkState::Idle,
+            Link::Down if !self.allowed => LinkState::Off,
             Link::Down => LinkState::Waiting,
         };
         if state != self.state {
@@ -208,7 +209,7 @@ impl Session {
         }
     }
 
-    /// Nobody needs the link any more.
+    /// Nobody needs the link any more, or there may be none.
     fn retire(&mut self, now: Instant) {
         self.bury_dead();
         self.flush_acks();
@@ -225,7 +226,7 @@ impl Session {
     }
 
     pub(super) fn connect_if_due(&mut self, now: Instant) {
-        if !matches!(self.link, Link::Down) {
+        if !matches!(self.link, Link::Down) || !self.allowed {
             return;
         }
         match self.backoff.retry_at() {

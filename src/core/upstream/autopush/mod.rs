@@ -17,7 +17,9 @@ use std::{
 use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
 use self::wire::Outgoing;
-use super::{CONNECT_TIMEOUT, Channel, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet};
+use super::{
+    CONNECT_TIMEOUT, Channel, Heartbeat, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet,
+};
 use crate::{
     event::{LinkEvent, LinkId},
     model::{FailureReason, RegistrationId},
@@ -41,6 +43,10 @@ const PROVEN: Duration = Duration::from_secs(30);
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal of the credentials is the answer to every app; after it an app's registration may try again.
 const TROUBLE_HOLDS: Duration = Duration::from_secs(30);
+/// The server's own rhythm, until it has shown another.
+const RHYTHM: Duration = Duration::from_secs(300);
+/// What an app is told while there may be no link.
+const NOT_ALLOWED: &str = "there is no connection while roaming (network.roaming = \"off\")";
 /// Messages not yet safe; with more the link is given up and the server sends them again later.
 const UNSAFE_LIMIT: usize = 4096;
 /// Channels to unregister at the server; of more the oldest are forgotten, and found again when a message comes.
@@ -73,6 +79,8 @@ pub struct Session {
     /// Registrations not [`Step::Done`].
     open: usize,
     link: Link,
+    /// Whether there may be one at all.
+    allowed: bool,
     backoff: Backoff,
     acks: Vec<(Arc<str>, Arc<str>)>,
     unsafe_messages: HashSet<(RegistrationId, Arc<str>)>,
@@ -121,13 +129,20 @@ struct Online {
     id: LinkId,
     since: Instant,
     heard: Instant,
-    pinged: bool,
+    /// When the server's latest ping came.
+    pinged: Option<Instant>,
+    /// Between two of them, as the server has shown.
+    rhythm: Option<Duration>,
     proof_by: Option<Instant>,
 }
 
 impl Online {
     fn silence_ends(&self) -> Instant {
-        self.heard + if self.pinged { SILENCE } else { FIRST_SILENCE }
+        self.heard + if self.pinged.is_some() { SILENCE } else { FIRST_SILENCE }
+    }
+
+    fn ping(&mut self, now: Instant) {
+        self.rhythm = self.pinged.replace(now).map(|before| now.since(before)).or(self.rhythm);
     }
 }
 
@@ -145,6 +160,7 @@ impl Session {
             names: HashMap::new(),
             open: 0,
             link: Link::Down,
+            allowed: true,
             backoff: Backoff::default(),
             acks: Vec::new(),
             unsafe_messages: HashSet::new(),
@@ -185,7 +201,9 @@ impl Session {
         if let Link::Online(online) = &mut self.link {
             online.heard = now.boot;
             online.proof_by = None;
-            online.pinged |= event == LinkEvent::Ping;
+            if event == LinkEvent::Ping {
+                online.ping(now.boot);
+            }
         }
         match event {
             LinkEvent::Open if matches!(self.link, Link::Online(_)) => {}
@@ -237,14 +255,24 @@ impl Session {
                 self.backoff.at_once(now);
             }
             Link::Greeting { .. } => {}
-            Link::Down if self.channels.is_empty() => {}
+            Link::Down if self.channels.is_empty() || !self.allowed => {}
             Link::Down => self.backoff.at_once(now),
         }
         self.settle(now);
     }
 
     /// Whether there may be a link at all.
-    pub fn set_allowed(&mut self, _allowed: bool, _now: Now) {}
+    pub fn set_allowed(&mut self, allowed: bool, now: Now) {
+        if std::mem::replace(&mut self.allowed, allowed) == allowed {
+            return;
+        }
+        if !allowed {
+            self.fail_waiting(FailureReason::Network, NOT_ALLOWED);
+        } else if !self.channels.is_empty() {
+            self.backoff.at_once(now.boot);
+        }
+        self.settle(now.boot);
+    }
 
     /// Messages were turned away that the server still has: it sends them again on a new link.
     pub fn restart(&mut self, now: Now) {
@@ -267,6 +295,11 @@ impl Session {
             return;
         }
         let now = now.boot;
+        if !self.allowed {
+            let (reason, text) = (FailureReason::Network, NOT_ALLOWED.to_owned());
+            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
+            return;
+        }
         if let Some(text) = self.trouble.as_deref().filter(|_| now.since(self.since) < TROUBLE_HOLDS) {
             let (reason, text) = (FailureReason::ActionRequired, text.to_owned());
             self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
@@ -359,7 +392,10 @@ impl Session {
             last_error: self.last_error.clone(),
             trouble: self.trouble.clone(),
             registrations: self.channels.len(),
-            heartbeat: None,
+            heartbeat: match &self.link {
+                Link::Online(online) => Some(Heartbeat { interval: online.rhythm.unwrap_or(RHYTHM), by_server: true }),
+                Link::Down | Link::Greeting { .. } => None,
+            },
         }
     }
 }
