@@ -211,6 +211,8 @@ pub struct StoredMessage {
     pub id: Arc<str>,
     /// Length of the body in bytes.
     pub size: u32,
+    /// When it arrived here.
+    pub received: UnixTime,
     /// When it is of no use any more.
     pub expires: UnixTime,
     /// Replaces a waiting message with the same topic.

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Ending, Freezer, Memory, Profile};
+use crate::model::{Ending, Freezer, Memory, NetworkKind, Profile, Reach, Urgency};
 
 /// `Status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,8 +24,33 @@ pub struct Status {
     pub messages_waiting: usize,
     /// Messages since the daemon started, by how they ended.
     pub messages: Messages,
+    /// What power and network are; none where nothing says so.
+    pub surroundings: Option<Surroundings>,
+    /// The least urgency that may wake an app now, unless the configuration gives the app another.
+    pub min_urgency: Option<Urgency>,
+    /// Why, as a sentence.
+    pub min_urgency_reason: Option<String>,
     /// Troubles a user should act on, each a sentence (full disk, damaged database, refused credentials). Often empty.
     pub troubles: Vec<String>,
+}
+
+/// What the machine is in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Surroundings {
+    /// Whether it runs on mains, where something says so.
+    pub on_mains: Option<bool>,
+    /// Charge of the battery in percent, where there is one.
+    pub battery: Option<u8>,
+    /// What carries the network.
+    pub network: NetworkKind,
+    /// The network's name, for who may control this daemon: it tells where the machine is.
+    pub network_id: Option<String>,
+    /// Whether each byte is paid for.
+    pub metered: bool,
+    /// Whether a mobile network is not the subscriber's own.
+    pub roaming: bool,
+    /// How far the network reaches.
+    pub reach: Reach,
 }
 
 /// Counts since the daemon started.
@@ -123,6 +148,9 @@ pub struct App {
     pub registrations: usize,
     /// Messages waiting.
     pub waiting: usize,
+    /// Of these, messages that wait for better power or network, or for the app to run for another reason.
+    #[serde(default)]
+    pub held: usize,
     /// The latest decision about it, as a sentence.
     pub reason: String,
 }

@@ -19,6 +19,8 @@ use super::{
     panel,
     registry::Registry,
     routes::Routes,
+    sleep::Sleep,
+    surroundings::Told,
     unsaved::Unsaved,
     upstream::{Beginning, Channel, LinkIds, Session},
 };
@@ -46,13 +48,14 @@ impl Core {
             .zip(0..)
             .map(|((upstream, owner), index)| Upstream {
                 owner,
+                told: Told::default(),
                 session: new_session(&upstream, &settings.network, &snapshot, &mut seeds, LinkIds::new(index), now),
                 settings: upstream,
             })
             .collect();
         let mut core = Self {
             upstreams,
-            delivery: Delivery::new(settings.limits, snapshot.next_message),
+            delivery: Delivery::new(&settings, snapshot.next_message),
             lifecycle: Lifecycle::new(settings.profile, settings.lifecycle, &snapshot.apps),
             ledger: Ledger::new(&snapshot.apps),
             apps: BTreeMap::new(),
@@ -69,6 +72,8 @@ impl Core {
             messages: Messages::default(),
             damaged: snapshot.damaged,
             store_trouble: None,
+            surroundings: None,
+            sleep: Sleep::default(),
             swept: now.boot,
             ending: None,
             exited: false,
@@ -116,7 +121,7 @@ impl Core {
             self.delivery.restore_seen(*registration, id);
         }
         for message in messages {
-            self.delivery.restore(message);
+            self.delivery.restore(message, now);
         }
         self.delivery.sweep(now);
         self.pump(now);

@@ -18,8 +18,11 @@ mod queries;
 mod registering;
 mod registry;
 mod routes;
+mod sleep;
+mod surroundings;
 mod unsaved;
 pub mod upstream;
+mod urgency;
 mod wiring;
 
 use std::{
@@ -39,6 +42,8 @@ use self::{
     registering::Farewell,
     registry::Registry,
     routes::Routes,
+    sleep::Sleep,
+    surroundings::Told,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
 };
@@ -46,7 +51,7 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, TargetId},
+    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Surroundings, TargetId},
     time::{Instant, Now, earliest},
     view::Messages,
 };
@@ -82,6 +87,9 @@ pub struct Core {
     messages: Messages,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
+    /// None until something has said what they are.
+    surroundings: Option<Surroundings>,
+    sleep: Sleep,
     swept: Instant,
     ending: Option<Instant>,
     exited: bool,
@@ -94,6 +102,7 @@ struct Upstream {
     /// Whose it is, where a user has set it up on a panel: for apps on that bus alone.
     owner: Option<Bus>,
     session: Session,
+    told: Told,
 }
 
 /// What a bus says of an app, and what we asked of it.
@@ -129,6 +138,9 @@ enum Stored {
 impl Core {
     /// Takes in one event.
     pub fn handle(&mut self, event: Event, now: Now) {
+        if event == Event::Resumed {
+            self.sleep.slept();
+        }
         // What was due before the event comes before it, or a decision of time would mix with those of the event.
         self.handle_timeouts(now);
         self.pump(now);
@@ -144,8 +156,8 @@ impl Core {
                     upstream.session.handle_http(ticket, result, now);
                 }
             }
-            Event::Surroundings(_) => {}
-            Event::FallingAsleep => self.actions.push_back(Action::AllowSleep),
+            Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
+            Event::FallingAsleep => self.sleep.falling_asleep(now.boot),
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
@@ -160,6 +172,9 @@ impl Core {
             }
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
+                if event == Event::Resumed {
+                    self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
+                }
                 for upstream in &mut self.upstreams {
                     upstream.session.handle_network(now);
                 }
@@ -167,6 +182,7 @@ impl Core {
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
+                    self.sleep.shutdown();
                     self.lifecycle.shutdown(now);
                 }
             }
@@ -190,6 +206,7 @@ impl Core {
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
+        let own = earliest(own, self.sleep.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Core, Upstream, access,
     queries::not_authorized,
+    surroundings::Told,
     upstream::{Beginning, LinkIds, Session},
 };
 use crate::{
@@ -211,7 +212,7 @@ impl Core {
             links: LinkIds::new(index),
         };
         let session = Session::new(beginning, now);
-        self.upstreams.push(Upstream { settings, owner: Some(owner), session });
+        self.upstreams.push(Upstream { settings, owner: Some(owner), session, told: Told::default() });
     }
 
     fn free_name(&self, uid: u32) -> Arc<str> {

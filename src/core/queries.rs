@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
-use super::{Core, Purpose, Upstream};
+use super::{Core, Purpose, Upstream, urgency};
 use crate::{
     action::{Action, ErrorKind, Reply},
     event::{CallId, Caller, Query},
@@ -79,6 +79,9 @@ impl Core {
         if let Some(error) = &self.store_trouble {
             troubles.push(format!("the state directory cannot be written: {error}"));
         }
+        let portal = self.surroundings.as_ref().and_then(urgency::trouble);
+        troubles.extend(portal.map(str::to_owned));
+        let minimum = self.minimum();
         let all_upstreams = caller.bus == Bus::System && caller.uid == 0;
         let shown = |upstream: &&Upstream| all_upstreams || upstream.owner.is_none_or(|owner| owner == caller.bus);
         let upstreams = self.upstreams.iter().filter(shown).map(|upstream| {
@@ -112,6 +115,9 @@ impl Core {
                 self.apps.keys().filter(visible).map(|app| self.delivery.waiting_for(app)).sum()
             },
             messages: self.messages,
+            surroundings: self.surroundings_view(self.may_control(caller)),
+            min_urgency: Some(minimum.urgency),
+            min_urgency_reason: Some(minimum.sentence()),
             troubles,
         }
     }
@@ -130,6 +136,7 @@ impl Core {
             pid: shown.pid,
             registrations: self.registry.of_app(app).count(),
             waiting: self.delivery.waiting_for(app),
+            held: self.delivery.held_for(app),
             reason: shown.reason.as_deref().unwrap_or_default().to_owned(),
         })
     }

@@ -32,10 +32,11 @@ impl Core {
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
-            } else if !self.settle_moves(now) {
+            } else if !self.settle_moves(now) && !self.brief_sessions(now) && !self.hand_over_held(now) {
                 break;
             }
         }
+        self.mind_sleep(now);
         self.release_held();
         self.say_farewells(now);
         if self.ending.is_some() && self.lifecycle.is_quiet() {
@@ -87,6 +88,9 @@ impl Core {
 
     fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
         let latest = now.wall + self.settings.limits.max_age;
+        let registration = message.registration;
+        let by_policy = message.urgency.is_none();
+        let urgency = message.urgency.unwrap_or_else(|| self.counts_as(registration));
         let arrival = Arrival {
             registration: message.registration,
             id: message.id,
@@ -97,10 +101,16 @@ impl Core {
             },
             expires: message.expires.map_or(latest, |expires| expires.min(latest)),
             topic: message.topic,
-            urgency: message.urgency.unwrap_or_default(),
+            urgency,
+            by_policy,
         };
         match self.delivery.arrived(arrival, now) {
-            Admission::Queued => self.messages.received += 1,
+            Admission::Queued => {
+                self.messages.received += 1;
+                if by_policy {
+                    self.note_policy(registration, urgency, now);
+                }
+            }
             Admission::Duplicate => self.messages.duplicates += 1,
             Admission::Unusable => self.messages.unusable += 1,
             Admission::NoRoom => {
@@ -157,6 +167,15 @@ impl Core {
             }
             delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
             delivery::Output::Pending(app, pending) => self.lifecycle.set_pending(&app, pending, now),
+            delivery::Output::Held { app, urgency, by_policy } => {
+                let own = self.delivery.has_own_minimum(&app).then(|| self.delivery.minimum_for(&app));
+                let reason = self.minimum().hold(urgency, by_policy, own, self.settings.urgency.hold_at_most);
+                self.lifecycle.note(&app, "hold", reason, now);
+            }
+            delivery::Output::Released { app, count, why } => {
+                let reason = self.minimum().release(why, count, self.settings.urgency.hold_at_most);
+                self.lifecycle.note(&app, "release", reason, now);
+            }
             delivery::Output::Note(app, verdict, reason) => {
                 self.lifecycle.note(&app, verdict, reason, now);
             }

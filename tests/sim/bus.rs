@@ -34,6 +34,8 @@ pub(crate) struct Wish {
     pub(crate) registered: bool,
     pub(crate) endpoint: Option<Arc<str>>,
     pub(crate) before: Vec<Arc<str>>,
+    /// The core of this life has yet to hear that the app took its endpoint.
+    pub(crate) owed: bool,
 }
 
 /// One run of an app.
@@ -88,6 +90,7 @@ pub(crate) fn apps(rng: &mut Rng) -> Vec<AppState> {
                     registered: false,
                     endpoint: None,
                     before: Vec::new(),
+                    owed: false,
                 })
                 .collect(),
             instance: None,
@@ -255,6 +258,9 @@ impl World {
         let app = self.app_index(key);
         self.count("calls to apps");
         let life = self.life;
+        if let ConnectorCall::NewEndpoint { token, .. } = &what {
+            self.endpoint_calls.insert(ticket, (app, Arc::clone(token)));
+        }
         let Some(n) = self.instance_of_owner(owner) else {
             self.call_done(life, ticket, CallOutcome::Vanished, app);
             return;
@@ -486,6 +492,10 @@ impl World {
         }
     }
 
+    pub(crate) fn wish_is_owed(&self, app: &AppKey) -> bool {
+        self.apps.iter().any(|state| state.key == *app && state.wishes.iter().any(|wish| wish.owed))
+    }
+
     /// The core is about to hear this: what it may do afterwards depends on it.
     pub(crate) fn claim_heard(&mut self, event: &BusEvent) {
         let (life, bus) = (self.life, self.bus_age);
@@ -514,6 +524,11 @@ impl World {
                 let app = self.app_index(&AppKey::new(BUS, Arc::clone(service)));
                 if let Some(instance) = self.apps[app].instance.and_then(|n| self.instances.get_mut(&n)) {
                     instance.commanded = Some((life, *command));
+                }
+            }
+            BusEvent::CallDone(ticket, CallOutcome::Accepted) => {
+                if let Some((app, token)) = self.endpoint_calls.remove(ticket) {
+                    self.apps[app].wishes.iter_mut().filter(|w| w.token == token).for_each(|w| w.owed = false);
                 }
             }
             BusEvent::OwnerChanged(key, Some(_)) => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use nightporter::{
     config::UpstreamKind,
     event::{Command, LinkError, LinkEvent, Query, Request},
+    model::Urgency,
 };
 
 use crate::{
@@ -55,12 +56,17 @@ impl World {
         };
         let mut deeds = Vec::new();
         let (mut expires, mut topic) = (None, None);
+        let urgency;
         let (channel, id): (Arc<str>, Arc<str>) = if let Some(name) = endpoint.strip_prefix("https://ntfy.sim/") {
             if self.servers_down.contains(UpstreamKind::Ntfy.as_str()) {
                 return;
             }
             let name = name.strip_suffix("?up=1").expect("an endpoint for UnifiedPush");
-            let (id, frame, links) = self.ntfy.publish(name, number, &body, self.at);
+            // As the daemon reads them: 3, the default, says nothing.
+            let priorities = [(1, Urgency::VeryLow), (2, Urgency::Low), (4, Urgency::High), (5, Urgency::High)];
+            let said = if self.rng.chance(5000) { self.rng.pick(&priorities).copied() } else { None };
+            urgency = said.map(|(_, urgency)| urgency);
+            let (id, frame, links) = self.ntfy.publish(name, number, &body, said.map(|(n, _)| n), self.at);
             for link in links {
                 self.send_down(link, LinkEvent::Text(frame.clone()), Some(number));
             }
@@ -71,7 +77,9 @@ impl World {
             }
             let ttl = self.rng.chance(1500).then(|| self.rng.between(1, 40));
             topic = if self.rng.chance(1500) { self.rng.pick(&TOPICS).copied() } else { None };
-            let post = Post { number, body: &body, ttl, topic };
+            let any = [Urgency::VeryLow, Urgency::Low, Urgency::Normal, Urgency::High];
+            urgency = if self.rng.chance(5000) { self.rng.pick(&any).copied() } else { None };
+            let post = Post { number, body: &body, ttl, topic, urgency };
             let Some((channel, version)) = self.autopush.publish(&endpoint, &post, self.at, &mut deeds) else {
                 self.count("senders told that an endpoint is gone");
                 return;
@@ -90,6 +98,7 @@ impl World {
             at: self.at,
             expires,
             topic,
+            urgency,
             unusable,
             server_dropped: false,
             accepted: false,
@@ -122,7 +131,7 @@ impl World {
             310..330 => {
                 let length = self.rng.between(1, 900) * SEC;
                 self.count("suspends");
-                self.suspend(length);
+                self.falls_asleep(length);
             }
             330..400 => self.any_instance(|world, n| world.die(n, "is killed from outside")),
             400..440 => self.any_instance(|world, n| {
@@ -179,7 +188,8 @@ impl World {
                 };
                 self.call(tool(), Request::Query(query), What::Json);
             }
-            960..985 => self.user_moves(),
+            960..980 => self.user_moves(),
+            980..1000 => self.surroundings_change(),
             _ => {}
         }
         self.check_answers();

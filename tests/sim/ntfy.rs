@@ -76,6 +76,7 @@ impl Ntfy {
         topic: &str,
         number: MessageNumber,
         body: &[u8],
+        priority: Option<u8>,
         now: At,
     ) -> (Arc<str>, String, Vec<LinkKey>) {
         self.count += 1;
@@ -83,6 +84,9 @@ impl Ntfy {
         let mut event = json!({
             "id": &*id, "time": now / SEC, "expires": now / SEC + 43200, "event": "message", "topic": topic,
         });
+        if let Some(priority) = priority {
+            event["priority"] = priority.into();
+        }
         match std::str::from_utf8(body) {
             Ok(text) => event["message"] = text.into(),
             Err(_) => {

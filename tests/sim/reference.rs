@@ -8,7 +8,7 @@ use std::{
 
 use nightporter::{
     action::StoreOp,
-    model::{AppKey, Ending, FormerRoute, Registration, RegistrationId},
+    model::{AppKey, Ending, FormerRoute, Registration, RegistrationId, Urgency},
 };
 
 use crate::{
@@ -54,6 +54,8 @@ pub(crate) struct Sent {
     /// By the sender's TTL.
     pub(crate) expires: Option<At>,
     pub(crate) topic: Option<&'static str>,
+    /// Where its protocol carried one.
+    pub(crate) urgency: Option<Urgency>,
     /// Empty or too large.
     pub(crate) unusable: bool,
     /// The server itself threw it away before it was safe here.
@@ -268,6 +270,22 @@ impl Reference {
     fn waiting_for(&self, app: &AppKey) -> usize {
         let of_app = |id: &RegistrationId| self.alive.get(id).is_some_and(|r| r.app == *app);
         self.seqs.values().filter(|(registration, _)| of_app(registration)).count()
+    }
+
+    /// What waits for the app here.
+    pub(crate) fn waiting_of<'a>(&'a self, app: &'a AppKey) -> impl Iterator<Item = &'a Sent> {
+        let of_app = |id: &RegistrationId| self.alive.get(id).is_some_and(|r| r.app == *app);
+        let waiting = self.seqs.values().filter(move |(registration, _)| of_app(registration));
+        waiting.map(|(_, id)| &self.sent[self.number(id)])
+    }
+
+    /// Whether the store says that an app has not taken an endpoint.
+    pub(crate) fn endpoint_is_owed(&self, app: &AppKey) -> bool {
+        self.alive.values().any(|r| r.app == *app && !r.told)
+    }
+
+    pub(crate) fn app_of(&self, id: RegistrationId) -> Option<&AppKey> {
+        self.alive.get(&id).map(|registration| &registration.app)
     }
 
     /// The server has thrown the message away.

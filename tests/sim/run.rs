@@ -12,7 +12,7 @@ use std::{
 };
 
 use nightporter::{
-    config::UpstreamKind,
+    config::{Roaming, UpstreamKind},
     event::Event,
     model::{LifecycleTimes, Profile},
 };
@@ -123,6 +123,10 @@ fn plan(rng: &mut Rng) -> Plan {
         rules: Rules { most_waiting: if rng.chance(1000) { 4 } else { 2048 }, attempts: if strict { 4 } else { 1000 } },
         chaos: rng.between(500, 8000) * MS,
         publish: rng.between(500, 12_000) * MS,
+        phone: rng.chance(6000),
+        roaming: if rng.chance(3000) { Roaming::Off } else { Roaming::Connect },
+        hold_at_most: rng.between(10, 120) * SEC,
+        policies: crate::phone::policies(rng),
         times: LifecycleTimes {
             grace: Duration::from_millis(rng.between(100, 5000)),
             page_out_after: Duration::from_millis(rng.between(1000, 10_000)),
@@ -151,6 +155,7 @@ fn calm_down(world: &mut World) {
     world.store.full = false;
     world.network_down = false;
     world.servers_down.clear();
+    world.comes_home();
     world.bus_returns();
     run_for(world, 40 * SEC);
     for app in 0..world.apps.len() {

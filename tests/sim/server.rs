@@ -6,6 +6,7 @@ use std::{
 };
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
+use nightporter::model::Urgency;
 use serde_json::{Value, json};
 
 use crate::{
@@ -68,6 +69,7 @@ pub(crate) struct Post<'a> {
     pub(crate) body: &'a [u8],
     pub(crate) ttl: Option<u64>,
     pub(crate) topic: Option<&'a str>,
+    pub(crate) urgency: Option<Urgency>,
 }
 
 impl Autopush {
@@ -171,6 +173,9 @@ impl Autopush {
         }
         if let Some(topic) = post.topic {
             frame["topic"] = topic.into();
+        }
+        if let Some(urgency) = post.urgency {
+            frame["urgency"] = urgency.as_str().into();
         }
         if let Some(topic) = post.topic {
             // Replaces what waits with this topic; what was handed out goes on to wait for its ack.

@@ -238,6 +238,7 @@ fn stored(message: &Message) -> StoredMessage {
         registration: message.registration,
         id: Arc::clone(&message.id),
         size: u32::try_from(message.body.len()).unwrap_or(u32::MAX),
+        received: message.received,
         expires: message.expires,
         topic: message.topic.clone(),
         urgency: message.urgency,

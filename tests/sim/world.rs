@@ -8,9 +8,11 @@ use std::{
 
 use nightporter::{
     action::{Action, Reply, StoreOp},
-    config::{Limits, Settings, UpstreamKind, UpstreamSettings},
+    config::{
+        AppSettings, Limits, NetworkSettings, Roaming, Settings, UpstreamKind, UpstreamSettings, UrgencySettings,
+    },
     core::Core,
-    event::{BusEvent, CallId, Caller, Event, LinkError, LinkEvent, LinkId, Query, Request},
+    event::{BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request},
     model::{AppKey, Bus, LifecycleTimes, Owner, Profile, TargetId},
     view,
 };
@@ -20,6 +22,7 @@ use crate::{
     clock::{Agenda, At, MS, Rng, SEC, START, now as both},
     kernel::{KernelOp, Target},
     ntfy::Ntfy,
+    phone::Phone,
     reference::{MessageNumber, Processed, Reference, Rules},
     server::{Autopush, Deed},
     store::Store,
@@ -63,6 +66,10 @@ pub(crate) enum Due {
     BusUp,
     Publish,
     Chaos,
+    /// The daemon of this life is told of its surroundings.
+    Around(u32),
+    /// The machine sleeps, if this is the time it was about to.
+    Asleep(u32),
     NetworkUp,
     ServerUp(UpstreamKind),
     DiskFree,
@@ -79,6 +86,11 @@ pub(crate) struct Plan {
     pub(crate) rules: Rules,
     pub(crate) chaos: At,
     pub(crate) publish: At,
+    /// Power and network change.
+    pub(crate) phone: bool,
+    pub(crate) roaming: Roaming,
+    pub(crate) hold_at_most: At,
+    pub(crate) policies: Vec<AppSettings>,
     pub(crate) times: LifecycleTimes,
 }
 
@@ -141,6 +153,11 @@ pub(crate) struct World {
     pub(crate) next_target: u64,
     /// The record of what is held still, as it outlives the daemon.
     pub(crate) record: BTreeSet<u64>,
+    pub(crate) phone: Phone,
+    /// Apps of registrations deleted with this event.
+    pub(crate) deleted: BTreeSet<AppKey>,
+    /// Which app is told of its endpoint with which call.
+    pub(crate) endpoint_calls: BTreeMap<DeliveryTicket, (usize, Arc<str>)>,
     calls: BTreeMap<CallId, Asked>,
     next_call: u64,
     jumps: u32,
@@ -189,6 +206,9 @@ impl World {
             targets: BTreeMap::new(),
             next_target: 1,
             record: BTreeSet::new(),
+            phone: Phone::default(),
+            deleted: BTreeSet::new(),
+            endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
             next_call: 1,
             jumps: 0,
@@ -264,6 +284,9 @@ impl World {
 
     /// Hands an event to the core and carries out what it wants.
     pub(crate) fn tell(&mut self, event: Event) {
+        if event == Event::Resumed {
+            self.has_resumed();
+        }
         let Some(core) = &mut self.core else { return };
         if event != Event::Tick {
             let text = self.trace.is_some().then(|| format!("→ {event:?}"));
@@ -274,8 +297,13 @@ impl World {
                 trace.push_back(format!("{:10.3} {text}", (self.at - START) as f64 / SEC as f64));
             }
         }
+        match &event {
+            Event::Surroundings(around) => self.phone.told = Some(around.clone()),
+            _ => {}
+        }
         core.handle(event, both(self.at));
         self.drain();
+        self.deleted.clear();
     }
 
     fn drain(&mut self) {
@@ -306,6 +334,7 @@ impl World {
             }
         }
         self.reference.check_owed();
+        self.check_sleep();
         self.check_why();
     }
 
@@ -321,6 +350,10 @@ impl World {
             let at = both(self.at).wall.to_string();
             let told = why.decisions.iter().any(|d| d.verdict == verdict && d.at == at && !d.reason.is_empty());
             assert!(told, "{app}: {verdict} without a decision: {:?}", why.decisions);
+            let for_message = |d: &view::Decision| d.at == at && d.reason == "a message came for it";
+            if verdict == "thaw" && why.decisions.iter().any(for_message) {
+                self.check_worth_waking(&app, "thawed");
+            }
         }
     }
 
@@ -350,9 +383,14 @@ impl World {
             Action::SendBytes(..) | Action::Http { .. } | Action::Configure(_) => {
                 panic!("no server here needs {action:?}")
             }
-            Action::StayAwake(_) | Action::AllowSleep | Action::PanelChanged(_) => {}
+            Action::StayAwake(keep) => self.stay_awake(keep),
+            Action::AllowSleep => self.sleep_allowed(),
+            Action::PanelChanged(_) => {}
             Action::Store(op, ticket) => {
                 let rules = self.plan.rules;
+                if let StoreOp::DeleteRegistration(id) = &op {
+                    self.deleted.extend(self.reference.app_of(*id).cloned());
+                }
                 self.reference.ordered(&op, self.at, rules, &self.store);
                 if let StoreOp::EndMessage(_, ending) = &op {
                     self.count(match ending {
@@ -379,6 +417,7 @@ impl World {
             Action::Call { ticket, app, owner, call, .. } => self.call_app(ticket, &app, &owner, call),
             Action::Start(app) => {
                 self.verdicts.push((app.clone(), "start"));
+                self.check_worth_waking(&app, "started");
                 self.start_app(&app);
             }
             Action::Freeze(target) => self.freeze(target),
@@ -411,6 +450,7 @@ impl World {
                 self.instances.iter().filter(|(_, instance)| instance.frozen).map(|(n, _)| *n).collect();
             assert!(held.is_empty(), "exit with frozen apps: {held:?}");
         }
+        self.check_awake_no_more();
         self.count("clean exits");
         // What the shell does at its end: a last sweep, and everything written.
         self.thaw_record();
@@ -434,6 +474,9 @@ impl World {
 
     fn fall(&mut self) {
         self.verdicts.clear();
+        self.inhibits_no_more();
+        self.endpoint_calls.clear();
+        self.apps.iter_mut().flat_map(|app| &mut app.wishes).for_each(|wish| wish.owed = false);
         self.reference.cancel_owed(self.plan.rules);
         self.shutdown = None;
         self.store.crash();
@@ -479,6 +522,8 @@ impl World {
             self.bus_event(BusEvent::Up(BUS));
         }
         self.drain();
+        let at = self.soon(0, 2 * SEC);
+        self.agenda.add(at, Due::Around(life));
     }
 
     pub(crate) fn shutdown(&mut self) {
@@ -548,6 +593,12 @@ impl World {
             Due::BusUp => self.bus_returns(),
             Due::Publish => self.publish(),
             Due::Chaos => self.chaos(),
+            Due::Around(life) => {
+                if life == self.life {
+                    self.tell_surroundings();
+                }
+            }
+            Due::Asleep(times) => self.asleep(times),
             Due::NetworkUp => {
                 self.network_down = false;
                 self.note(|| "network up".to_owned());
@@ -586,6 +637,7 @@ impl World {
 
     fn connect(&mut self, link: LinkId, upstream: &str, path: String) {
         let kind = if upstream == "push" { UpstreamKind::Autopush } else { UpstreamKind::Ntfy };
+        self.check_may_connect();
         if let Some((_, since)) = path.split_once("since=") {
             self.check_cursor(since, "a cursor was used");
         }
@@ -845,6 +897,7 @@ impl World {
             (What::Register { app, registration, .. }, Reply::Registered) => {
                 self.count("registrations");
                 self.apps[app].wishes[registration].registered = true;
+                self.apps[app].wishes[registration].owed = true;
                 let going = (self.apps[app].key.clone(), Arc::clone(&self.apps[app].wishes[registration].token));
                 self.reference.may_go.remove(&going);
             }
@@ -857,9 +910,15 @@ impl World {
         }
     }
 
-    fn check_json(&self, text: &str) {
+    fn check_json(&mut self, text: &str) {
         if let Ok(apps) = serde_json::from_str::<Vec<view::App>>(text) {
             for app in apps {
+                if app.held > 0 {
+                    self.count("apps seen with held messages");
+                    let runs = matches!(app.state.as_str(), "foreground" | "background" | "awake");
+                    assert!(!runs || self.shutdown.is_some(), "{} runs, and {} messages are held", app.name, app.held);
+                    assert!(app.held <= app.waiting);
+                }
                 assert!(app.waiting <= self.plan.rules.most_waiting, "{} messages wait for {}", app.waiting, app.name);
             }
         }
@@ -920,5 +979,15 @@ fn settings(plan: &Plan) -> Settings {
     }
     let limits =
         Limits { messages_per_app: plan.rules.most_waiting, attempts: plan.rules.attempts, ..Limits::default() };
-    Settings { profile: plan.profile, upstreams, lifecycle: plan.times, limits, ..Settings::default() }
+    let hold_at_most = Duration::from_nanos(plan.hold_at_most);
+    Settings {
+        profile: plan.profile,
+        upstreams,
+        apps: plan.policies.clone(),
+        urgency: UrgencySettings { hold_at_most, ..UrgencySettings::default() },
+        network: NetworkSettings { roaming: plan.roaming, ..NetworkSettings::default() },
+        lifecycle: plan.times,
+        limits,
+        ..Settings::default()
+    }
 }

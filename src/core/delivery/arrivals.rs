@@ -53,7 +53,10 @@ impl Delivery {
         let Some(lane) = self.lanes.get_mut(&registration) else { return };
         let app = lane.app.clone();
         let in_flight = lane.has_message_in_flight();
+        let mut held_until = now.boot + self.urgency.hold_at_most;
         if let Some(old) = arrival.topic.as_deref().and_then(|topic| lane.queue.waiting_with_topic(topic, in_flight)) {
+            // Else a topic that changes often enough would be held for ever.
+            held_until = lane.queue.entry(old).map_or(held_until, |old| old.held_until.min(held_until));
             self.end(old, Ending::Replaced);
         }
         self.make_room(&app, now);
@@ -71,6 +74,8 @@ impl Delivery {
             received: now.wall,
             expires: arrival.expires,
             urgency: arrival.urgency,
+            by_policy: arrival.by_policy,
+            held_until,
             topic: arrival.topic,
             persisted: false,
             unsafe_count: 1,
@@ -82,8 +87,14 @@ impl Delivery {
         if let Some(message) = entry.message(registration) {
             self.outputs.push_back(Output::Persist(message));
         }
+        let put_off = !self.fetching && matches!(entry.body, Body::Fetching { .. });
         if let Some(lane) = self.lanes.get_mut(&registration) {
             lane.queue.push(entry);
+        }
+        if put_off {
+            let reason =
+                "an attachment is not fetched while roaming; what comes after it for the same registration waits";
+            self.outputs.push_back(Output::Note(app, "hold", reason.to_owned()));
         }
         self.start_fetches(now);
     }
@@ -223,7 +234,8 @@ impl Delivery {
         for (registration, lane) in &mut self.lanes {
             for entry in lane.queue.iter_mut() {
                 let Body::Fetching { url, retry_at, .. } = &mut entry.body else { continue };
-                if retry_at.take_if(|at| *at <= now.boot).is_some() {
+                let allowed = self.fetching || entry.held_until <= now.boot;
+                if allowed && retry_at.take_if(|at| *at <= now.boot).is_some() {
                     let ticket = FetchTicket(self.next_ticket);
                     self.next_ticket += 1;
                     self.fetches.insert(ticket, entry.seq);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ANSWER_TIME, Cargo, Delivery, Flight, Handover, Lane, Output, Reach, backoff, queue::Body};
+use super::{ANSWER_TIME, Cargo, Delivery, Flight, Handover, Output, Reach, backoff, queue::Body};
 use crate::{
     event::{CallOutcome, DeliveryTicket, StartOutcome},
     model::{AppKey, Bus, Ending, Owner, RegistrationId},
@@ -152,23 +152,19 @@ impl Delivery {
         let Some(app) = self.apps.get(key) else { return };
         let lanes = app.lanes.clone();
         if let Reach::Ready(owner) = app.reach.clone() {
+            self.release(key, true, now);
             for id in &lanes {
                 self.send_next(*id, &owner, now);
             }
         }
-        let work = |lane: &Lane| lane.has_work(now);
-        let wanted = lanes.iter().any(|id| self.lanes.get(id).is_some_and(work));
         let busy = lanes.iter().any(|id| {
             self.lanes.get(id).is_some_and(|lane| {
                 lane.flight.as_ref().is_some_and(|flight| !flight.slow)
                     || lane.queue.first().is_some_and(|entry| entry.body == Body::Loading)
             })
         });
+        self.ask_or_hold(key, now);
         let Some(app) = self.apps.get_mut(key) else { return };
-        if app.reach == Reach::Away && wanted && app.quiet_until.is_none() {
-            app.reach = Reach::Asked;
-            self.outputs.push_back(Output::Wake(key.clone()));
-        }
         let pending = match app.reach {
             Reach::Ready(_) => busy,
             Reach::Asked => true,
@@ -177,6 +173,29 @@ impl Delivery {
         if pending != app.pending_told {
             app.pending_told = pending;
             self.outputs.push_back(Output::Pending(key.clone(), pending));
+        }
+    }
+
+    /// An app that is away is asked for when something is worth waking it.
+    fn ask_or_hold(&mut self, key: &AppKey, now: Now) {
+        let Some(app) = self.apps.get_mut(key) else { return };
+        match app.reach {
+            Reach::Away => {}
+            Reach::Unknown | Reach::Unstartable => {
+                app.held = None;
+                return;
+            }
+            Reach::Asked | Reach::Ready(_) => return,
+        }
+        let quiet = app.quiet_until.is_some();
+        if !self.is_wanted(key, now) {
+            self.hold(key, now);
+        } else if !quiet {
+            self.release(key, false, now);
+            if let Some(app) = self.apps.get_mut(key) {
+                app.reach = Reach::Asked;
+            }
+            self.outputs.push_back(Output::Wake(key.clone()));
         }
     }
 

@@ -6,9 +6,13 @@
 //!
 //! The module decides when an app is *wanted*; whether it must be thawed or started first is for others to know. They
 //! say [`Delivery::ready`] when it can be called.
+//!
+//! A message of too little urgency for the moment does not make its app wanted. It is held: accepted, persisted and
+//! acknowledged like any other, and handed over with whatever else waits when the app can be called for another reason.
 
 mod arrivals;
 mod attempts;
+mod holding;
 mod queue;
 
 use std::{
@@ -17,9 +21,13 @@ use std::{
     time::Duration,
 };
 
-use self::queue::{Body, Entry, Queue};
+pub use self::holding::Release;
+use self::{
+    holding::Held,
+    queue::{Body, Entry, Queue},
+};
 use crate::{
-    config::Limits,
+    config::{Limits, Settings, UrgencySettings},
     event::{DeliveryTicket, FetchTicket},
     model::{
         AppKey, ConnectorVersion, Ending, Message, MessageSeq, Owner, Registration, RegistrationId, StoredMessage,
@@ -45,6 +53,13 @@ const FETCH_TRIES: u32 = 5;
 #[derive(Debug)]
 pub struct Delivery {
     limits: Limits,
+    urgency: UrgencySettings,
+    /// What single apps may be woken for, by name, instead of `minimum`.
+    own_minimums: BTreeMap<Arc<str>, Urgency>,
+    /// What an app may be woken for now.
+    minimum: Urgency,
+    /// Whether attachments may be downloaded now.
+    fetching: bool,
     lanes: BTreeMap<RegistrationId, Lane>,
     apps: BTreeMap<AppKey, App>,
     flights: BTreeMap<DeliveryTicket, RegistrationId>,
@@ -86,6 +101,8 @@ pub struct Arrival {
     pub topic: Option<Arc<str>>,
     /// RFC 8030 Urgency.
     pub urgency: Urgency,
+    /// The urgency is what the app's messages count as, because the upstream's protocol says none.
+    pub by_policy: bool,
 }
 
 /// The bytes of a message to hand in.
@@ -146,6 +163,24 @@ pub enum Output {
     Delivered(AppKey),
     /// Whether a delivery to the app is under way, which vetoes freezing and killing it.
     Pending(AppKey, bool),
+    /// A message is held, the first since there were none: for the app's `why`.
+    Held {
+        /// Whose.
+        app: AppKey,
+        /// Of the message.
+        urgency: Urgency,
+        /// As in [`Arrival::by_policy`].
+        by_policy: bool,
+    },
+    /// What was held goes to the app now, or as soon as it is ready: for the app's `why`.
+    Released {
+        /// Whose.
+        app: AppKey,
+        /// How many messages.
+        count: usize,
+        /// Why.
+        why: Release,
+    },
     /// A decision for the app's `why`.
     Note(AppKey, &'static str, String),
 }
@@ -210,6 +245,8 @@ struct App {
     failures: u32,
     quiet_until: Option<Instant>,
     pending_told: bool,
+    /// Set while nothing but urgency keeps it from being woken.
+    held: Option<Held>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,10 +264,16 @@ enum Reach {
 }
 
 impl Delivery {
-    /// Empty queues. `next_seq` is the first message number never used before.
-    pub fn new(limits: Limits, next_seq: u64) -> Self {
+    /// Empty queues. `next_seq` is the first message number never used before. Nothing is held before
+    /// [`Delivery::set_minimum`].
+    pub fn new(settings: &Settings, next_seq: u64) -> Self {
+        let own = settings.apps.iter().filter_map(|app| Some((Arc::clone(&app.name), app.min_urgency?)));
         Self {
-            limits,
+            limits: settings.limits,
+            urgency: settings.urgency,
+            own_minimums: own.collect(),
+            minimum: Urgency::VeryLow,
+            fetching: true,
             lanes: BTreeMap::new(),
             apps: BTreeMap::new(),
             flights: BTreeMap::new(),
@@ -263,10 +306,13 @@ impl Delivery {
     }
 
     /// A message an earlier life left waiting. Only before the first event.
-    pub fn restore(&mut self, stored: StoredMessage) {
+    pub fn restore(&mut self, stored: StoredMessage, now: Now) {
+        let most = self.urgency.hold_at_most;
+        // The wall clock may have jumped meanwhile.
+        let held_until = now.boot + (stored.received + most).since(now.wall).min(most);
         if let Some(lane) = self.lanes.get_mut(&stored.registration) {
             self.waiting.insert(stored.seq, stored.registration);
-            lane.queue.restore(stored);
+            lane.queue.restore(stored, held_until);
         }
     }
 
@@ -331,13 +377,21 @@ impl Delivery {
         }
         self.start_fetches(now);
         let due: Vec<RegistrationId> = self
-            .lanes
-            .iter()
-            .filter(|(_, lane)| lane.flight.as_ref().is_some_and(|flight| flight.deadline <= now.boot))
-            .map(|(id, _)| *id)
+            .apps
+            .values()
+            .flat_map(|app| app.lanes.iter().map(move |id| (app, id)))
+            .filter(|(app, id)| {
+                let lane = self.lanes.get(id);
+                lane.and_then(|lane| self.flight_due(app, lane)).is_some_and(|at| at <= now.boot)
+            })
+            .map(|(_, id)| *id)
             .collect();
         for id in due {
             self.answer_is_late(id, now);
+        }
+        let held_too_long = self.held_too_long(now.boot);
+        for key in held_too_long {
+            self.settle(&key, now);
         }
         let apps: Vec<AppKey> = self
             .apps
@@ -365,13 +419,15 @@ impl Delivery {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let lanes = self.lanes.values().flat_map(|lane| {
             let fetches = lane.queue.iter().filter_map(|entry| match entry.body {
-                Body::Fetching { retry_at, .. } => retry_at,
+                Body::Fetching { retry_at, .. } if self.fetching => retry_at,
+                Body::Fetching { retry_at, .. } => retry_at.map(|at| at.max(entry.held_until)),
                 Body::Inline(_) | Body::Stored | Body::Loading => None,
             });
-            lane.retry_at.into_iter().chain(lane.flight.as_ref().map(|flight| flight.deadline)).chain(fetches)
+            let flight = self.apps.get(&lane.app).and_then(|app| self.flight_due(app, lane));
+            lane.retry_at.into_iter().chain(flight).chain(fetches)
         });
         let apps = self.apps.values().filter_map(|app| app.quiet_until);
-        earliest(self.store_retry_at, lanes.chain(apps).min())
+        earliest(earliest(self.store_retry_at, self.holds_end()), lanes.chain(apps).min())
     }
 
     /// The next thing to do, if any.
@@ -441,7 +497,14 @@ impl Delivery {
 
 impl App {
     const fn new() -> Self {
-        Self { lanes: Vec::new(), reach: Reach::Unknown, failures: 0, quiet_until: None, pending_told: false }
+        Self {
+            lanes: Vec::new(),
+            reach: Reach::Unknown,
+            failures: 0,
+            quiet_until: None,
+            pending_told: false,
+            held: None,
+        }
     }
 
     /// The app ended or would not start: a pause before it is tried again.
@@ -456,15 +519,6 @@ impl App {
 impl Lane {
     fn has_message_in_flight(&self) -> bool {
         self.flight.as_ref().is_some_and(|flight| matches!(flight.cargo, Cargo::Message(_)))
-    }
-
-    /// Whether something could be sent now if the app were ready.
-    fn has_work(&self, now: Now) -> bool {
-        if self.flight.is_some() || self.retry_at.is_some_and(|at| at > now.boot) {
-            return false;
-        }
-        let sendable = |entry: &Entry| !matches!(entry.body, Body::Fetching { .. });
-        self.endpoint.is_some() || self.queue.first().is_some_and(sendable)
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -497,5 +551,7 @@ fn backoff(failures: u32) -> Duration {
     Duration::from_millis(millis).min(CEILING)
 }
 
+#[cfg(test)]
+mod holding_tests;
 #[cfg(test)]
 mod tests;

@@ -37,6 +37,10 @@ pub(super) struct Entry {
     pub(super) expires: UnixTime,
     /// RFC 8030 §5.3.
     pub(super) urgency: Urgency,
+    /// The urgency is what the app's messages count as, because its upstream's protocol says none.
+    pub(super) by_policy: bool,
+    /// From then on it wakes its app whatever its urgency is.
+    pub(super) held_until: Instant,
     /// Replaces a waiting message with the same topic.
     pub(super) topic: Option<Arc<str>>,
     /// Durable in the store.
@@ -78,14 +82,16 @@ impl Body {
 }
 
 impl Queue {
-    pub(super) fn restore(&mut self, stored: StoredMessage) {
+    pub(super) fn restore(&mut self, stored: StoredMessage, held_until: Instant) {
         self.entries.push_back(Entry {
             seq: stored.seq,
             id: stored.id,
             body: Body::Stored,
-            received: UnixTime::default(),
+            received: stored.received,
             expires: stored.expires,
             urgency: stored.urgency,
+            by_policy: false,
+            held_until,
             topic: stored.topic,
             persisted: true,
             unsafe_count: 0,

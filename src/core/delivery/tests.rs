@@ -5,16 +5,16 @@ use crate::{
 };
 
 /// One app with one registration, and a clock.
-struct World {
-    delivery: Delivery,
-    now: Now,
-    app: AppKey,
-    owner: Owner,
+pub(super) struct World {
+    pub(super) delivery: Delivery,
+    pub(super) now: Now,
+    pub(super) app: AppKey,
+    pub(super) owner: Owner,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
-const LANE: RegistrationId = RegistrationId(1);
-const OTHER_LANE: RegistrationId = RegistrationId(2);
+pub(super) const LANE: RegistrationId = RegistrationId(1);
+pub(super) const OTHER_LANE: RegistrationId = RegistrationId(2);
 
 impl World {
     fn new() -> Self {
@@ -22,8 +22,12 @@ impl World {
     }
 
     fn with_limits(limits: Limits) -> Self {
+        Self::with_settings(&Settings { limits, ..Settings::default() })
+    }
+
+    pub(super) fn with_settings(settings: &Settings) -> Self {
         let mut world = Self {
-            delivery: Delivery::new(limits, 1),
+            delivery: Delivery::new(settings, 1),
             now: Now { boot: Instant::from_nanos(1), wall: UnixTime::from_secs(1_000_000) },
             app: AppKey::new(Bus::Session(1000), "org.example.App"),
             owner: Owner(":1.5".into()),
@@ -42,7 +46,7 @@ impl World {
         world
     }
 
-    fn registration(&self, id: RegistrationId) -> Registration {
+    pub(super) fn registration(&self, id: RegistrationId) -> Registration {
         Registration {
             id,
             app: self.app.clone(),
@@ -57,7 +61,7 @@ impl World {
         }
     }
 
-    fn pass(&mut self, time: Duration) {
+    pub(super) fn pass(&mut self, time: Duration) {
         self.now.boot = self.now.boot + time;
         self.now.wall = self.now.wall + time;
         self.delivery.handle_timeout(self.now);
@@ -68,32 +72,43 @@ impl World {
     }
 
     fn push_to(&mut self, registration: RegistrationId, id: &str, topic: Option<&str>) -> Admission {
+        self.push_with(registration, id, topic, Urgency::Normal)
+    }
+
+    pub(super) fn push_with(
+        &mut self,
+        registration: RegistrationId,
+        id: &str,
+        topic: Option<&str>,
+        urgency: Urgency,
+    ) -> Admission {
         let arrival = Arrival {
             registration,
             id: id.into(),
             body: ArrivalBody::Bytes(id.as_bytes().into()),
-            expires: self.now.wall + SECOND * 1000,
+            expires: self.now.wall + SECOND * 1_000_000,
             topic: topic.map(Arc::from),
-            urgency: Urgency::Normal,
+            urgency,
+            by_policy: false,
         };
         self.delivery.arrived(arrival, self.now)
     }
 
-    fn drain(&mut self) -> Vec<Output> {
+    pub(super) fn drain(&mut self) -> Vec<Output> {
         std::iter::from_fn(|| self.delivery.poll_output()).collect()
     }
 
     /// The calls made since the last look: (ticket, message id).
-    fn calls(&mut self) -> Vec<(DeliveryTicket, String)> {
+    pub(super) fn calls(&mut self) -> Vec<(DeliveryTicket, String)> {
         calls(&self.drain())
     }
 
-    fn done(&mut self, ticket: DeliveryTicket, outcome: CallOutcome) {
+    pub(super) fn done(&mut self, ticket: DeliveryTicket, outcome: CallOutcome) {
         self.delivery.call_done(ticket, &outcome, self.now);
     }
 }
 
-fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
+pub(super) fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -104,7 +119,7 @@ fn calls(outputs: &[Output]) -> Vec<(DeliveryTicket, String)> {
         .collect()
 }
 
-fn safe(outputs: &[Output]) -> Vec<&str> {
+pub(super) fn safe(outputs: &[Output]) -> Vec<&str> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -114,7 +129,7 @@ fn safe(outputs: &[Output]) -> Vec<&str> {
         .collect()
 }
 
-fn ended(outputs: &[Output]) -> Vec<Ending> {
+pub(super) fn ended(outputs: &[Output]) -> Vec<Ending> {
     outputs
         .iter()
         .filter_map(|output| match output {
@@ -212,7 +227,7 @@ fn an_unanswered_call_is_never_repeated_to_the_same_instance_and_delays_no_other
     assert_eq!(calls_of(&outputs), ["b"]);
 }
 
-fn calls_of(outputs: &[Output]) -> Vec<String> {
+pub(super) fn calls_of(outputs: &[Output]) -> Vec<String> {
     calls(outputs).into_iter().map(|(_, id)| id).collect()
 }
 
@@ -309,15 +324,17 @@ fn duplicates_are_known_while_they_wait_and_after_they_ended() {
 fn an_earlier_life_is_remembered() {
     let mut world = World::new();
     world.delivery.restore_seen(LANE, "old");
-    world.delivery.restore(StoredMessage {
+    let waiting = StoredMessage {
         seq: MessageSeq(1),
         registration: LANE,
         id: "waiting".into(),
         size: 7,
+        received: world.now.wall,
         expires: world.now.wall + SECOND,
         topic: None,
         urgency: Urgency::Normal,
-    });
+    };
+    world.delivery.restore(waiting, world.now);
     assert_eq!(world.push("old"), Admission::Duplicate);
     assert_eq!(world.push("waiting"), Admission::Duplicate);
     assert_eq!(safe(&world.drain()), ["old", "waiting"]);
@@ -344,7 +361,7 @@ fn a_topic_replaces_the_waiting_message_but_not_the_one_in_the_apps_hands() {
 fn what_has_expired_is_not_handed_over() {
     let mut world = World::new();
     world.push("a");
-    world.now.wall = world.now.wall + SECOND * 1000;
+    world.now.wall = world.now.wall + SECOND * 1_000_000;
     world.push("b");
     world.drain();
     world.delivery.appeared(&world.app, world.now);
@@ -383,6 +400,7 @@ fn empty_oversized_and_undecodable_messages_are_dropped_with_a_reason_and_acknow
             expires: world.now.wall + SECOND,
             topic: None,
             urgency: Urgency::Normal,
+            by_policy: false,
         };
         assert_eq!(world.delivery.arrived(arrival, world.now), Admission::Unusable);
         let outputs = world.drain();
@@ -401,6 +419,7 @@ fn an_attachment_keeps_its_place_and_is_not_safe_before_it_is_here() {
         expires: world.now.wall + SECOND * 1000,
         topic: None,
         urgency: Urgency::Normal,
+        by_policy: false,
     };
     world.delivery.arrived(arrival, world.now);
     world.push("b");
@@ -431,6 +450,7 @@ fn an_attachment_that_is_gone_is_given_up() {
         expires: world.now.wall + SECOND * 1000,
         topic: None,
         urgency: Urgency::Normal,
+        by_policy: false,
     };
     world.delivery.arrived(arrival, world.now);
     world.drain();
@@ -465,6 +485,7 @@ fn a_full_disk_loses_nothing_and_turns_away_what_memory_cannot_hold() {
             expires: world.now.wall + SECOND * 1000,
             topic: None,
             urgency: Urgency::Normal,
+            by_policy: false,
         };
         match world.delivery.arrived(arrival, world.now) {
             Admission::Queued => {
@@ -501,6 +522,7 @@ fn bodies_that_are_durable_do_not_fill_the_memory() {
             expires: world.now.wall + SECOND * 1000,
             topic: None,
             urgency: Urgency::Normal,
+            by_policy: false,
         };
         world.delivery.arrived(arrival, world.now);
         world.delivery.stored(MessageSeq(n), true, world.now);

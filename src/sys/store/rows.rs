@@ -185,7 +185,7 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
         )?,
         messages: rows(
             db,
-            "SELECT seq, registration, id, length(body), expires, topic, urgency FROM messages
+            "SELECT seq, registration, id, length(body), expires, topic, urgency, received FROM messages
              WHERE ended IS NULL ORDER BY seq",
             message,
         )?,
@@ -362,6 +362,7 @@ fn message(row: &Row<'_>) -> Result<StoredMessage, RowError> {
         registration: RegistrationId(unsigned(row, 1)?),
         id: row.get(2)?,
         size: row.get(3)?,
+        received: UnixTime::from_millis(unsigned(row, 7)?),
         expires: UnixTime::from_millis(unsigned(row, 4)?),
         topic: row.get(5)?,
         urgency: known(row.get(6)?, "urgency", |n| match n {

@@ -47,7 +47,8 @@ impl Session {
     }
 
     fn greeted(&mut self, id: LinkId, uaid: String, now: Instant) {
-        self.link = Link::Online(Online { id, since: now, heard: now, pinged: false, proof_by: None, doubt_at: None });
+        let (pinged, rhythm) = (None, None);
+        self.link = Link::Online(Online { id, since: now, heard: now, pinged, rhythm, proof_by: None, doubt_at: None });
         self.trouble = None;
         self.recheck_at = None;
         self.backoff.clear();
@@ -235,7 +236,7 @@ impl Session {
     /// Does whatever has become due; every door ends here.
     pub(super) fn settle(&mut self, now: Instant) {
         self.expire(now);
-        if self.channels.is_empty() {
+        if self.channels.is_empty() || !self.allowed {
             self.retire(now);
         } else {
             self.connect_if_due(now);
@@ -247,6 +248,7 @@ impl Session {
             Link::Online(_) => LinkState::Online,
             Link::Greeting { .. } => LinkState::Connecting,
             Link::Down if self.channels.is_empty() => LinkState::Idle,
+            Link::Down if !self.allowed => LinkState::Off,
             Link::Down => LinkState::Waiting,
         };
         if state != self.state {
@@ -256,7 +258,7 @@ impl Session {
         }
     }
 
-    /// Nobody needs the link any more.
+    /// Nobody needs the link any more, or there may be none.
     fn retire(&mut self, now: Instant) {
         self.bury_dead();
         self.flush_acks();
@@ -274,7 +276,7 @@ impl Session {
     }
 
     pub(super) fn connect_if_due(&mut self, now: Instant) {
-        if !matches!(self.link, Link::Down) {
+        if !matches!(self.link, Link::Down) || !self.allowed {
             return;
         }
         match self.backoff.retry_at() {

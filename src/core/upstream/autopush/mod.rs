@@ -16,7 +16,9 @@ use std::{
 
 use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
-use super::{CONNECT_TIMEOUT, Channel, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet};
+use super::{
+    CONNECT_TIMEOUT, Channel, Heartbeat, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff, quiet::Quiet,
+};
 use crate::{
     event::{LinkEvent, LinkId},
     model::{FailureReason, RegistrationId},
@@ -40,6 +42,10 @@ const PROVEN: Duration = Duration::from_secs(30);
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal of the credentials is the answer to every app; after it an app's registration may try again.
 const TROUBLE_HOLDS: Duration = Duration::from_secs(30);
+/// The server's own rhythm, until it has shown another.
+const RHYTHM: Duration = Duration::from_secs(300);
+/// What an app is told while there may be no link.
+const NOT_ALLOWED: &str = "there is no connection while roaming (network.roaming = \"off\")";
 /// Messages not yet safe; with more the link is given up and the server sends them again later.
 const UNSAFE_LIMIT: usize = 4096;
 /// Channels to unregister at the server; of more the oldest are forgotten, and found again when a message comes.
@@ -76,6 +82,8 @@ pub struct Session {
     recheck_at: Option<Instant>,
     /// Made beside a link in doubt, to take its place.
     challenger: Option<Challenger>,
+    /// Whether there may be one at all.
+    allowed: bool,
     backoff: Backoff,
     acks: Vec<(Arc<str>, Arc<str>)>,
     unsafe_messages: HashSet<(RegistrationId, Arc<str>)>,
@@ -131,14 +139,21 @@ struct Online {
     id: LinkId,
     since: Instant,
     heard: Instant,
-    pinged: bool,
+    /// When the server's latest ping came.
+    pinged: Option<Instant>,
+    /// Between two of them, as the server has shown.
+    rhythm: Option<Duration>,
     proof_by: Option<Instant>,
     doubt_at: Option<Instant>,
 }
 
 impl Online {
     fn silence_ends(&self) -> Instant {
-        self.heard + if self.pinged { SILENCE } else { FIRST_SILENCE }
+        self.heard + if self.pinged.is_some() { SILENCE } else { FIRST_SILENCE }
+    }
+
+    fn ping(&mut self, now: Instant) {
+        self.rhythm = self.pinged.replace(now).map(|before| now.since(before)).or(self.rhythm);
     }
 }
 
@@ -158,6 +173,7 @@ impl Session {
             link: Link::Down,
             recheck_at: None,
             challenger: None,
+            allowed: true,
             backoff: Backoff::default(),
             acks: Vec::new(),
             unsafe_messages: HashSet::new(),
@@ -205,7 +221,9 @@ impl Session {
         {
             online.heard = now.boot;
             (online.proof_by, online.doubt_at) = (None, None);
-            online.pinged |= event == LinkEvent::Ping;
+            if event == LinkEvent::Ping {
+                online.ping(now.boot);
+            }
             self.dismiss_challenger();
         }
         match event {
@@ -264,14 +282,24 @@ impl Session {
                 self.recheck_at = Some(*asked + STALE_ATTEMPT);
                 self.backoff.own_event();
             }
-            Link::Down if self.channels.is_empty() => {}
+            Link::Down if self.channels.is_empty() || !self.allowed => {}
             Link::Down => self.backoff.at_once(now),
         }
         self.settle(now);
     }
 
     /// Whether there may be a link at all.
-    pub fn set_allowed(&mut self, _allowed: bool, _now: Now) {}
+    pub fn set_allowed(&mut self, allowed: bool, now: Now) {
+        if std::mem::replace(&mut self.allowed, allowed) == allowed {
+            return;
+        }
+        if !allowed {
+            self.fail_waiting(FailureReason::Network, NOT_ALLOWED);
+        } else if !self.channels.is_empty() {
+            self.backoff.at_once(now.boot);
+        }
+        self.settle(now.boot);
+    }
 
     /// Messages were turned away that the server still has: it sends them again on a new link.
     pub fn restart(&mut self, now: Now) {
@@ -294,6 +322,11 @@ impl Session {
             return;
         }
         let now = now.boot;
+        if !self.allowed {
+            let (reason, text) = (FailureReason::Network, NOT_ALLOWED.to_owned());
+            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
+            return;
+        }
         if let Some(text) = self.trouble.as_deref().filter(|_| now.since(self.since) < TROUBLE_HOLDS) {
             let (reason, text) = (FailureReason::ActionRequired, text.to_owned());
             self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
@@ -386,7 +419,10 @@ impl Session {
             last_error: self.last_error.clone(),
             trouble: self.trouble.clone(),
             registrations: self.channels.len(),
-            heartbeat: None,
+            heartbeat: match &self.link {
+                Link::Online(online) => Some(Heartbeat { interval: online.rhythm.unwrap_or(RHYTHM), by_server: true }),
+                Link::Down | Link::Greeting { .. } => None,
+            },
         }
     }
 }

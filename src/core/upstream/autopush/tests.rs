@@ -667,6 +667,44 @@ fn events_of_links_given_up_are_ignored() {
 }
 
 #[test]
+fn while_roaming_is_off_there_is_no_link_and_registrations_fail_at_once() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    let link = world.online();
+    world.register(2);
+    world.say(link, notification("channel-1", "v1"));
+    world.safe(1, "v1");
+    world.take();
+    world.session.set_allowed(false, world.now);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(link)));
+    assert_eq!(failures(&outputs), [(2, FailureReason::Network)]);
+    assert_eq!((world.state(), world.session.poll_timeout()), (LinkState::Off, None));
+    world.register(3);
+    world.session.handle_network(world.now);
+    world.session.restart(world.now);
+    let outputs = world.take();
+    assert_eq!(failures(&outputs), [(3, FailureReason::Network)]);
+    assert!(!outputs.iter().any(|output| matches!(output, Output::Connect { .. })));
+    world.session.set_allowed(true, world.now);
+    world.drain();
+    world.online();
+    assert_eq!(world.state(), LinkState::Online);
+}
+
+#[test]
+fn the_heartbeat_shown_is_the_servers() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    assert_eq!(world.session.standing().heartbeat, None);
+    let link = world.online();
+    let beat = |world: &World| world.session.standing().heartbeat.map(|beat| (beat.interval, beat.by_server));
+    assert_eq!(beat(&world), Some((SECOND * 300, true)));
+    world.link(link, LinkEvent::Ping);
+    world.pass(SECOND * 30);
+    world.link(link, LinkEvent::Ping);
+    assert_eq!(beat(&world), Some((SECOND * 30, true)), "as it has shown");
+}
+
+#[test]
 fn a_seed_decides_everything() {
     let run = |seed| {
         let now = Now::default();
@@ -713,6 +751,7 @@ enum Poke {
     Closed,
     Failed(u16),
     Network,
+    Allowed(bool),
     Register(u64),
     Unregister(u64),
     Safe,
@@ -728,6 +767,7 @@ fn poke() -> impl Strategy<Value = Poke> {
         1 => Just(Poke::Closed),
         1 => prop::sample::select(vec![200_u16, 401, 429, 500]).prop_map(Poke::Failed),
         1 => Just(Poke::Network),
+        1 => any::<bool>().prop_map(Poke::Allowed),
         2 => (0_u64..5).prop_map(Poke::Register),
         2 => (0_u64..5).prop_map(Poke::Unregister),
         2 => Just(Poke::Safe),
@@ -756,6 +796,7 @@ proptest! {
                     world.link(link, LinkEvent::Failed(error));
                 }
                 Poke::Network => world.session.handle_network(world.now),
+                Poke::Allowed(allowed) => world.session.set_allowed(allowed, world.now),
                 Poke::Register(n) => {
                     if !world.session.channels.contains_key(&RegistrationId(n)) {
                         waiting.insert(n, world.now.boot + REGISTER_TIMEOUT);
@@ -791,7 +832,8 @@ proptest! {
             prop_assert_eq!(open, world.session.open);
             prop_assert_eq!(world.session.names.len(), world.session.channels.len());
             prop_assert_eq!(world.session.channels.is_empty(), world.state() == LinkState::Idle);
-            prop_assert!(world.session.channels.is_empty() != world.session.poll_timeout().is_some());
+            prop_assert_eq!(world.session.poll_timeout().is_none(), matches!(world.state(), LinkState::Idle | LinkState::Off));
+            prop_assert_eq!(world.state() == LinkState::Off, !world.session.allowed && !world.session.channels.is_empty());
         }
     }
 }

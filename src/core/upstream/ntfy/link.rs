@@ -214,13 +214,7 @@ impl Session {
     fn refused(&mut self, text: &str, now: Instant) {
         self.trouble = Some(text.into());
         self.backoff.refused(now, &mut self.rng);
-        let waiting: Vec<_> =
-            self.topics.iter().filter(|(_, e)| e.answer_by.is_some()).map(|(registration, _)| *registration).collect();
-        for registration in waiting {
-            self.forget(registration);
-            let (reason, text) = (FailureReason::ActionRequired, text.to_owned());
-            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
-        }
+        self.fail_waiting(FailureReason::ActionRequired, text);
     }
 
     pub(super) fn drop_link(&mut self, id: LinkId, why: &str, now: Instant) {
@@ -243,7 +237,7 @@ impl Session {
     /// Does whatever has become due; every door ends here.
     pub(super) fn settle(&mut self, now: Instant) {
         self.expire(now);
-        if self.topics.is_empty() {
+        if self.topics.is_empty() || !self.allowed {
             for stream in [self.old.take(), self.main.take(), self.next.take()].into_iter().flatten() {
                 self.outputs.push_back(Output::Close(stream.id));
             }
@@ -270,6 +264,7 @@ impl Session {
             (Some(_), _) => LinkState::Online,
             (None, Some(_)) => LinkState::Connecting,
             (None, None) if self.topics.is_empty() => LinkState::Idle,
+            (None, None) if !self.allowed => LinkState::Off,
             (None, None) => LinkState::Waiting,
         };
         if state != self.state {
@@ -282,6 +277,7 @@ impl Session {
     /// Whether a link is to be made: there is none, it lacks a topic, or it may lack a message.
     pub(super) fn wants_link(&self, now: Instant) -> bool {
         match &self.main {
+            _ if !self.allowed => false,
             None => !self.topics.is_empty(),
             Some(main) => {
                 self.pending > 0 && self.names.keys().any(|topic| !main.topics.contains(topic))
@@ -319,6 +315,8 @@ impl Session {
             asked: now,
             since: now,
             heard: now,
+            pinged: None,
+            rhythm: None,
             proof_by: None,
             doubt_at: None,
             challenges: false,

@@ -24,8 +24,8 @@ use rand_chacha::{ChaCha12Rng, rand_core::SeedableRng};
 
 use self::cursor::{Tracker, Watermark};
 use super::{
-    CONNECT_TIMEOUT, Channel, DOUBT, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing, backoff::Backoff,
-    quiet::Quiet,
+    CONNECT_TIMEOUT, Channel, DOUBT, Heartbeat, LinkIds, Output, PROOF_TIMEOUT, REGISTER_TIMEOUT, Standing,
+    backoff::Backoff, quiet::Quiet,
 };
 use crate::{
     event::{LinkEvent, LinkId},
@@ -59,6 +59,10 @@ const OVERLAP: Duration = Duration::from_secs(2);
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal is the answer to every app; after it an app's registration may try again.
 const TROUBLE_HOLDS: Duration = Duration::from_secs(30);
+/// The server's own rhythm, until it has shown another.
+const RHYTHM: Duration = Duration::from_secs(45);
+/// What an app is told while there may be no link.
+const NOT_ALLOWED: &str = "there is no connection while roaming (network.roaming = \"off\")";
 /// Messages not yet safe; with more the link is given up and the server sends them again later.
 const UNSAFE_LIMIT: usize = 4096;
 /// After 429 without a wish of the server's own: 12 requests' worth at its default of one per 5 s.
@@ -84,6 +88,8 @@ pub struct Session {
     next: Option<Box<Stream>>,
     /// Replaced by `main`, to be closed when what was on its way has come.
     old: Option<Box<Stream>>,
+    /// Whether there may be a link at all.
+    allowed: bool,
     backoff: Backoff,
     /// First and latest of the registrations that wait for company.
     debounce: Option<(Instant, Instant)>,
@@ -113,6 +119,10 @@ struct Stream {
     asked: Instant,
     since: Instant,
     heard: Instant,
+    /// When the server's latest ping came.
+    pinged: Option<Instant>,
+    /// Between two of them, as the server has shown.
+    rhythm: Option<Duration>,
     proof_by: Option<Instant>,
     /// While it is to be proved: when another is begun beside it. Of an attempt that was young when the network changed:
     /// when it has had its chance.
@@ -148,6 +158,7 @@ impl Session {
             main: None,
             next: None,
             old: None,
+            allowed: true,
             backoff: Backoff::default(),
             debounce: None,
             surplus_since: None,
@@ -208,6 +219,7 @@ impl Session {
         match event {
             LinkEvent::Text(text) => self.frame(link, &text, now),
             LinkEvent::Ping => {
+                stream.rhythm = stream.pinged.replace(now.boot).map(|at| now.boot.since(at)).or(stream.rhythm);
                 if let Some(id) = stream.watermark.ping(now.boot) {
                     self.tracker.checkpoint(id);
                 }
@@ -280,7 +292,17 @@ impl Session {
     }
 
     /// Whether there may be a link at all.
-    pub fn set_allowed(&mut self, _allowed: bool, _now: Now) {}
+    pub fn set_allowed(&mut self, allowed: bool, now: Now) {
+        if std::mem::replace(&mut self.allowed, allowed) == allowed {
+            return;
+        }
+        if !allowed {
+            self.fail_waiting(FailureReason::Network, NOT_ALLOWED);
+        } else if !self.topics.is_empty() {
+            self.backoff.at_once(now.boot);
+        }
+        self.settle(now.boot);
+    }
 
     /// Messages were turned away that the server still has: it sends them again on a new link, from the cursor on.
     pub fn restart(&mut self, now: Now) {
@@ -301,6 +323,11 @@ impl Session {
             return;
         }
         let now = now.boot;
+        if !self.allowed {
+            let (reason, text) = (FailureReason::Network, NOT_ALLOWED.to_owned());
+            self.outputs.push_back(Output::RegisterFailed { registration, reason, text });
+            return;
+        }
         let refusal = if self.topics.len() >= TOPIC_LIMIT {
             Some(format!("one upstream serves at most {TOPIC_LIMIT} registrations"))
         } else {
@@ -374,7 +401,10 @@ impl Session {
             last_error: self.last_error.clone(),
             trouble: self.trouble.clone(),
             registrations: self.topics.len(),
-            heartbeat: None,
+            heartbeat: self
+                .main
+                .as_ref()
+                .map(|main| Heartbeat { interval: main.rhythm.unwrap_or(RHYTHM), by_server: true }),
         }
     }
 }

@@ -33,6 +33,8 @@ enum Step {
     Crash,
     /// New connections are refused from now on, or no longer.
     Refuse(bool),
+    /// Roaming, or home again.
+    Allow(bool),
     Register,
 }
 
@@ -46,6 +48,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Roam),
         2 => Just(Step::Crash),
         2 => any::<bool>().prop_map(Step::Refuse),
+        1 => any::<bool>().prop_map(Step::Allow),
         2 => Just(Step::Register),
     ]
 }
@@ -145,6 +148,7 @@ impl World {
                 self.session = session(self.lives, self.cursor.clone(), &self.channels, self.now);
             }
             Step::Refuse(refuses) => self.refuses = refuses,
+            Step::Allow(allowed) => self.session.set_allowed(allowed, self.now),
             Step::Register => {
                 let registration = RegistrationId(1000 + self.number());
                 self.session.register(registration, self.now);
@@ -314,6 +318,7 @@ proptest! {
             world.step(step);
         }
         world.step(Step::Refuse(false));
+        world.step(Step::Allow(true));
         world.step(Step::Roam);
         // What was asked for just before is given up, and whoever waits out a backoff does so no longer.
         world.pass(CONNECT_TIMEOUT);

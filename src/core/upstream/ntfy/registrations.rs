@@ -34,6 +34,16 @@ impl Session {
         }
     }
 
+    /// Nobody need wait for a registration any more.
+    pub(super) fn fail_waiting(&mut self, reason: FailureReason, text: &str) {
+        let waiting: Vec<_> =
+            self.topics.iter().filter(|(_, e)| e.answer_by.is_some()).map(|(registration, _)| *registration).collect();
+        for registration in waiting {
+            self.forget(registration);
+            self.outputs.push_back(Output::RegisterFailed { registration, reason, text: text.to_owned() });
+        }
+    }
+
     pub(super) fn insert(&mut self, registration: RegistrationId, entry: Entry) {
         self.pending += usize::from(!entry.told);
         self.names.insert(entry.topic.clone(), registration);

@@ -755,6 +755,37 @@ fn a_backlog_longer_than_the_limit_comes_in_several_goes() {
     assert_eq!(got.len(), total);
 }
 
+#[test]
+fn while_roaming_is_off_there_is_no_link_and_registrations_fail_at_once() {
+    let mut world = World::new(Some("cursor"), vec![channel(1)]);
+    let link = world.online();
+    world.register(2);
+    world.session.set_allowed(false, world.now);
+    let outputs = world.take();
+    assert!(outputs.contains(&Output::Close(link)));
+    let failed = |outputs: &[Output], n: u64| {
+        outputs.iter().any(|output| {
+            matches!(output, Output::RegisterFailed { registration, reason: FailureReason::Network, .. }
+                if registration.0 == n)
+        })
+    };
+    assert!(failed(&outputs, 2));
+    assert_eq!((world.state(), world.session.poll_timeout()), (LinkState::Off, None));
+    world.register(3);
+    world.session.handle_network(world.now);
+    world.session.restart(world.now);
+    let outputs = world.take();
+    assert!(failed(&outputs, 3));
+    assert!(!outputs.iter().any(|output| matches!(output, Output::Connect { .. })));
+    world.session.set_allowed(true, world.now);
+    world.drain();
+    let link = world.online();
+    let beat = world.session.standing().heartbeat.unwrap();
+    assert_eq!((beat.interval, beat.by_server), (SECOND * 45, true));
+    world.message(link, "up1", "m1");
+    assert_eq!(messages(&world.take()), ["m1"]);
+}
+
 #[derive(Clone, Debug)]
 enum Poke {
     Frame(u64, String),
@@ -763,6 +794,7 @@ enum Poke {
     Ping(u64),
     Ended(u64, u16),
     Network,
+    Allowed(bool),
     Register(u64),
     Unregister(u64),
     Safe,
@@ -794,6 +826,7 @@ fn poke() -> impl Strategy<Value = Poke> {
         2 => (0_u64..2).prop_map(Poke::Ping),
         2 => (0_u64..2, prop::sample::select(vec![0, 200, 401, 429, 507])).prop_map(|(b, s)| Poke::Ended(b, s)),
         1 => Just(Poke::Network),
+        1 => any::<bool>().prop_map(Poke::Allowed),
         3 => (0_u64..5).prop_map(Poke::Register),
         2 => (0_u64..5).prop_map(Poke::Unregister),
         3 => Just(Poke::Safe),
@@ -820,6 +853,7 @@ proptest! {
                 Poke::Ended(back, 0) => world.link(link(back), LinkEvent::Closed { code: None, reason: "\n".into() }),
                 Poke::Ended(back, status) => world.link(link(back), refusal(status)),
                 Poke::Network => world.session.handle_network(world.now),
+                Poke::Allowed(allowed) => world.session.set_allowed(allowed, world.now),
                 Poke::Register(n) => {
                     if !world.session.topics.contains_key(&RegistrationId(n)) {
                         waiting.insert(n, world.now.boot + REGISTER_TIMEOUT);
@@ -857,7 +891,8 @@ proptest! {
             prop_assert_eq!(pending, session.pending);
             prop_assert_eq!(session.names.len(), session.topics.len());
             prop_assert_eq!(session.topics.is_empty(), world.state() == LinkState::Idle);
-            prop_assert_eq!(session.topics.is_empty(), session.poll_timeout().is_none());
+            prop_assert_eq!(session.poll_timeout().is_none(), matches!(world.state(), LinkState::Idle | LinkState::Off));
+            prop_assert_eq!(world.state() == LinkState::Off, !session.allowed && !session.topics.is_empty());
         }
     }
 }

@@ -1,0 +1,209 @@
+//! Which messages may wake their app, and what becomes of those that may not.
+//!
+//! A message waits until its urgency is enough, the app can be called anyway, it has been held for too long, or so many
+//! wait that some would be dropped. Then everything that waits for the app goes, in order: that is the batch.
+
+use super::{
+    App, Delivery, Lane, Output, Reach,
+    queue::{Body, Entry},
+};
+use crate::{
+    model::{AppKey, Ending, Urgency},
+    time::{Instant, Now},
+};
+
+/// Why what was held goes to its app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Release {
+    /// Power and network are good enough now.
+    Allowed,
+    /// It has been held for as long as messages are.
+    TimeUp,
+    /// Half of what is kept for one app waits; with more something would be dropped.
+    Crowded,
+    /// Another message, or an endpoint, wakes the app.
+    Company,
+    /// The app runs.
+    Running,
+}
+
+/// What an app's messages wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Held {
+    /// The most urgent of them.
+    highest: Urgency,
+    count: usize,
+}
+
+/// What it takes to wake an app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gate {
+    minimum: Urgency,
+    crowded: bool,
+}
+
+impl Gate {
+    /// Whether the message may wake its app, however long it has waited.
+    fn passes(self, entry: &Entry) -> bool {
+        self.crowded || entry.urgency >= self.minimum
+    }
+}
+
+impl Delivery {
+    /// From now on an app may be woken for messages of this urgency, unless it has a minimum of its own.
+    pub fn set_minimum(&mut self, minimum: Urgency, now: Now) {
+        if std::mem::replace(&mut self.minimum, minimum) != minimum {
+            let apps: Vec<AppKey> = self.apps.keys().cloned().collect();
+            for app in apps {
+                self.settle(&app, now);
+            }
+        }
+    }
+
+    /// Whether attachments may be downloaded. While they may not, each waits as long as a held message does.
+    pub fn set_fetching(&mut self, fetching: bool, now: Now) {
+        self.fetching = fetching;
+        self.start_fetches(now);
+    }
+
+    /// The least urgency that may wake the app now.
+    pub fn minimum_for(&self, app: &AppKey) -> Urgency {
+        match self.own_minimums.get(&app.service) {
+            Some(own) if self.urgency.enabled => *own,
+            Some(_) | None => self.minimum,
+        }
+    }
+
+    /// Whether the app has a minimum of its own.
+    pub fn has_own_minimum(&self, app: &AppKey) -> bool {
+        self.urgency.enabled && self.own_minimums.contains_key(&app.service)
+    }
+
+    /// Messages that wait for the app for want of urgency.
+    pub fn held_for(&self, app: &AppKey) -> usize {
+        self.apps.get(app).and_then(|app| app.held).map_or(0, |held| held.count)
+    }
+
+    /// Apps with held messages: worth telling [`Delivery::ready`] of when they run.
+    pub fn holding(&self) -> impl Iterator<Item = &AppKey> {
+        self.apps.iter().filter(|(_, app)| app.held.is_some()).map(|(key, _)| key)
+    }
+
+    /// Whether something is on its way to an app, or to here for one: worth staying awake for.
+    pub fn is_busy(&self) -> bool {
+        !self.fetches.is_empty() || self.apps.values().any(|app| app.pending_told)
+    }
+
+    /// Whether something waits that is worth waking the app for.
+    pub(super) fn is_wanted(&self, key: &AppKey, now: Now) -> bool {
+        let Some(app) = self.apps.get(key) else { return false };
+        let gate = self.gate(key);
+        let wakes = |entry: &Entry| entry.expires > now.wall && (gate.passes(entry) || entry.held_until <= now.boot);
+        let wants = |lane: &Lane| lane.is_free(now.boot) && (lane.endpoint.is_some() || lane.reachable().any(wakes));
+        self.lanes_of(app).any(wants)
+    }
+
+    /// The app is not to be woken: notes what is held, if anything is.
+    pub(super) fn hold(&mut self, key: &AppKey, now: Now) {
+        let Some(app) = self.apps.get(key) else { return };
+        let idle = |lane: &&Lane| lane.flight.is_none();
+        let expired: Vec<_> =
+            self.lanes_of(app).filter(idle).flat_map(|lane| lane.queue.expired(now.wall, false)).collect();
+        for seq in expired {
+            self.end(seq, Ending::Expired);
+        }
+        let Some(app) = self.apps.get(key) else { return };
+        let gate = self.gate(key);
+        let mut count = 0;
+        let (mut first, mut highest) = (None::<(&Entry, Urgency)>, Urgency::VeryLow);
+        for lane in self.lanes_of(app).filter(idle) {
+            for entry in lane.reachable().filter(|entry| !gate.passes(entry)) {
+                count += 1;
+                highest = highest.max(entry.urgency);
+                if first.is_none_or(|(other, _)| other.seq > entry.seq) {
+                    first = Some((entry, entry.urgency));
+                }
+            }
+        }
+        let told = first.map(|(entry, urgency)| (urgency, entry.by_policy));
+        let Some(app) = self.apps.get_mut(key) else { return };
+        let held = told.map(|_| Held { highest, count });
+        let news = app.held.is_none();
+        app.held = held;
+        if let Some((urgency, by_policy)) = told.filter(|_| news) {
+            self.outputs.push_back(Output::Held { app: key.clone(), urgency, by_policy });
+        }
+    }
+
+    /// The app is asked for, or runs: nothing is held any more.
+    pub(super) fn release(&mut self, key: &AppKey, running: bool, now: Now) {
+        let Some(Held { highest, count }) = self.apps.get_mut(key).and_then(|app| app.held.take()) else { return };
+        let Some(app) = self.apps.get(key) else { return };
+        let gate = self.gate(key);
+        let too_long = |entry: &Entry| !gate.passes(entry) && entry.held_until <= now.boot;
+        let why = if running {
+            Release::Running
+        } else if highest >= gate.minimum {
+            Release::Allowed
+        } else if self.lanes_of(app).any(|lane| lane.reachable().any(too_long)) {
+            Release::TimeUp
+        } else if gate.crowded {
+            Release::Crowded
+        } else {
+            Release::Company
+        };
+        self.outputs.push_back(Output::Released { app: key.clone(), count, why });
+    }
+
+    /// When the first of the held messages will have been held for too long.
+    pub(super) fn holds_end(&self) -> Option<Instant> {
+        self.apps.keys().filter_map(|key| self.hold_ends(key)).min()
+    }
+
+    pub(super) fn held_too_long(&self, now: Instant) -> Vec<AppKey> {
+        self.apps.keys().filter(|key| self.hold_ends(key).is_some_and(|at| at <= now)).cloned().collect()
+    }
+
+    fn hold_ends(&self, key: &AppKey) -> Option<Instant> {
+        let app = self.apps.get(key).filter(|app| app.held.is_some() && app.quiet_until.is_none())?;
+        let gate = self.gate(key);
+        let free = self.lanes_of(app).filter(|lane| lane.flight.is_none() && lane.retry_at.is_none());
+        free.flat_map(Lane::reachable).filter(|entry| !gate.passes(entry)).map(|entry| entry.held_until).min()
+    }
+
+    /// When something is due with the call in flight. One that nobody is to be woken for has time.
+    pub(super) fn flight_due(&self, app: &App, lane: &Lane) -> Option<Instant> {
+        let flight = lane.flight.as_ref()?;
+        if !flight.slow || app.reach != Reach::Away || lane.endpoint.is_some() {
+            return Some(flight.deadline);
+        }
+        let gate = self.gate(&lane.app);
+        let held_until = match lane.reachable().any(|entry| gate.passes(entry)) {
+            true => None,
+            false => lane.reachable().map(|entry| entry.held_until).min(),
+        };
+        Some(held_until.map_or(flight.deadline, |until| until.max(flight.deadline)))
+    }
+
+    fn gate(&self, key: &AppKey) -> Gate {
+        let minimum = self.minimum_for(key);
+        let half = (self.limits.messages_per_app / 2).max(1);
+        Gate { minimum, crowded: minimum > Urgency::VeryLow && self.waiting_for(key) >= half }
+    }
+
+    fn lanes_of<'a>(&'a self, app: &'a App) -> impl Iterator<Item = &'a Lane> {
+        app.lanes.iter().filter_map(|id| self.lanes.get(id))
+    }
+}
+
+impl Lane {
+    /// What could be handed over one after the other if the app were ready.
+    fn reachable(&self) -> impl Iterator<Item = &Entry> {
+        self.queue.iter().take_while(|entry| !matches!(entry.body, Body::Fetching { .. }))
+    }
+
+    /// Whether something could be sent now if the app were ready.
+    fn is_free(&self, now: Instant) -> bool {
+        self.flight.is_none() && self.retry_at.is_none_or(|at| at <= now)
+    }
+}
