@@ -289,6 +289,7 @@ impl World {
                     registration: m.registration,
                     id: m.id.clone(),
                     size: m.body.len() as u32,
+                    received: m.received,
                     expires: m.expires,
                     topic: None,
                     urgency: m.urgency,

@@ -156,7 +156,8 @@ impl Core {
         endpoint: Arc<str>,
         now: Now,
     ) {
-        if self.moved(index, id, &channel, &endpoint, now) || self.former_route_lost(index, id, now) {
+        if self.moved(index, id, &channel, &endpoint, now) || self.former_route_changed(index, id, &channel, &endpoint)
+        {
             return;
         }
         self.identity_first(index);

@@ -305,7 +305,25 @@ impl Core {
         self.routes.failed.insert(id, Failed { target, retry_at, waits: true, pause });
     }
 
-    /// A former route is dead at its server, or leads to another address now, which no sender knows: true if it was one.
+    /// A former route leads to another address now, which no sender knows: true if it was one. It is kept all the same:
+    /// what came along it is not safe yet perhaps, and giving it up would tell the server that it is.
+    pub(super) fn former_route_changed(
+        &mut self,
+        index: usize,
+        id: RegistrationId,
+        channel: &Arc<str>,
+        endpoint: &Arc<str>,
+    ) -> bool {
+        let Some(name) = self.upstreams.get(index).map(|upstream| &upstream.settings.name) else { return false };
+        let mut routes = self.routes.former.get_mut(&id).into_iter().flatten();
+        let Some(route) = routes.find(|route| route.upstream == *name) else { return false };
+        (route.channel, route.endpoint) = (Arc::clone(channel), Arc::clone(endpoint));
+        let op = StoreOp::PutFormer(route.clone());
+        self.store_surely(op);
+        true
+    }
+
+    /// A former route is dead at its server: true if it was one.
     pub(super) fn former_route_lost(&mut self, index: usize, id: RegistrationId, now: Now) -> bool {
         let Some(name) = self.upstreams.get(index).map(|upstream| Arc::clone(&upstream.settings.name)) else {
             return false;
@@ -329,6 +347,10 @@ impl Core {
 
     /// Gives up the former routes whose time has come.
     pub(super) fn sweep_routes(&mut self, now: Now) {
+        if self.delivery.store_is_failing() {
+            // As above: what came along them is in memory alone.
+            return;
+        }
         let over = |until: Option<UnixTime>| until.is_some_and(|until| until <= now.wall);
         let ids: Vec<RegistrationId> = self.routes.former.keys().copied().collect();
         for id in ids {
