@@ -21,7 +21,7 @@ use crate::{
     time::Instant,
 };
 
-/// For one of the addresses to answer.
+/// For the name to be resolved and one of the addresses to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Puts the address first that connects first (Happy Eyeballs), where there are two families to choose from.
@@ -32,10 +32,11 @@ pub(super) struct Eyeballs {
 
 impl Resolver for Eyeballs {
     fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, Error> {
+        let limit = clock::boot() + LIMIT.min(*timeout.after);
         let mut found = self.plain.resolve(uri, config, timeout)?;
         let addresses: Vec<SocketAddr> = found.iter().copied().collect();
         let mixed = addresses.iter().any(SocketAddr::is_ipv4) && addresses.iter().any(SocketAddr::is_ipv6);
-        let first = if mixed { quickest(addresses, clock::boot() + LIMIT) } else { None };
+        let first = if mixed { quickest(addresses, limit) } else { None };
         if let Some(place) = first.and_then(|first| found.iter().position(|address| *address == first)) {
             found.swap(0, place);
         }
