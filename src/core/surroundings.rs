@@ -143,3 +143,250 @@ fn is_worth_a_try(old: &Network, new: &Network) -> bool {
     let reaches = new.reach == Reach::Full && matches!(old.reach, Reach::None | Reach::Portal | Reach::Limited);
     new.reach != Reach::None && (reaches || old.id != new.id || old.kind != new.kind)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        action::{Reply, StoreOp},
+        config::{AppSettings, NetworkSettings, Settings, UrgencySettings},
+        event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
+        model::{Bus, ConnectorVersion, NetworkKind, Owner, Registration, Snapshot},
+        time::{Instant, UnixTime},
+    };
+
+    const BUS: Bus = Bus::Session(1000);
+    const APP: &str = "org.example.App";
+
+    /// A core that serves one app, which does not run, over one link.
+    struct World {
+        core: Core,
+        now: Now,
+        link: LinkId,
+    }
+
+    impl World {
+        fn new(settings: Settings) -> Self {
+            let registration = Registration {
+                id: RegistrationId(1),
+                app: AppKey::new(BUS, APP),
+                token: "token".into(),
+                description: "".into(),
+                vapid: None,
+                version: ConnectorVersion::V2,
+                upstream: Arc::clone(&settings.upstreams[0].name),
+                channel: "channel".into(),
+                endpoint: "https://push.example/1".into(),
+                told: true,
+            };
+            let upstreams = vec![(Arc::clone(&registration.upstream), "uaid".into(), "u1".into())];
+            let snapshot = Snapshot {
+                registrations: vec![registration],
+                upstreams,
+                next_registration: 2,
+                next_message: 1,
+                ..Snapshot::default()
+            };
+            let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
+            let mut world = Self { core: Core::new(settings, [7; 32], snapshot, now), now, link: LinkId(0) };
+            world.tell(Event::Bus(BusEvent::Up(BUS)));
+            world.tell(Event::Bus(BusEvent::OwnerChanged(AppKey::new(BUS, APP), None)));
+            world.hello();
+            world
+        }
+
+        fn tell(&mut self, event: Event) -> Vec<Action> {
+            self.core.handle(event, self.now);
+            let actions: Vec<Action> = std::iter::from_fn(|| self.core.poll_action()).collect();
+            for action in &actions {
+                if let Action::Connect { link, .. } = action {
+                    self.link = *link;
+                }
+            }
+            actions
+        }
+
+        fn hello(&mut self) {
+            self.tell(Event::Link(self.link, LinkEvent::Open));
+            let hello = json!({"messageType": "hello", "uaid": "u1", "status": 200});
+            self.tell(Event::Link(self.link, LinkEvent::Text(hello.to_string())));
+        }
+
+        fn push(&mut self, version: &str, urgency: Option<Urgency>) -> Vec<Action> {
+            let mut frame = json!({
+                "messageType": "notification", "channelID": "channel", "version": version, "data": "aGk",
+            });
+            if let Some(urgency) = urgency {
+                frame["urgency"] = urgency.as_str().into();
+            }
+            self.tell(Event::Link(self.link, LinkEvent::Text(frame.to_string())))
+        }
+
+        fn ask<T: serde::de::DeserializeOwned>(&mut self, query: Query, sandboxed: bool) -> T {
+            let caller = Caller {
+                bus: BUS,
+                owner: Owner(":1.1".into()),
+                uid: 1000,
+                pid: 1,
+                app_id: None,
+                sandboxed,
+                owns_service: false,
+            };
+            let request = Request::Query(query);
+            let actions = self.tell(Event::Bus(BusEvent::Call { call: CallId(1), caller, request }));
+            match actions.first() {
+                Some(Action::Reply(_, Reply::Json(text))) => serde_json::from_str(text).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn decisions(&mut self) -> Vec<(String, String)> {
+            let why: view::Why = self.ask(Query::Why(APP.into()), false);
+            why.decisions.into_iter().map(|decision| (decision.verdict, decision.reason)).collect()
+        }
+    }
+
+    fn outside() -> Surroundings {
+        let network = Network {
+            kind: NetworkKind::Mobile,
+            id: Some("mobile/x".into()),
+            reach: Reach::Full,
+            ..Network::default()
+        };
+        Surroundings { on_mains: Some(false), battery: Some(80), network }
+    }
+
+    fn home() -> Surroundings {
+        let network =
+            Network { kind: NetworkKind::Wifi, id: Some("wifi/home".into()), reach: Reach::Full, ..Network::default() };
+        Surroundings { on_mains: Some(true), battery: Some(80), network }
+    }
+
+    fn starts(actions: &[Action]) -> bool {
+        actions.iter().any(|action| matches!(action, Action::Start(_)))
+    }
+
+    #[test]
+    fn a_message_is_held_outside_and_goes_at_home_and_why_says_both() {
+        let mut world = World::new(Settings::default());
+        world.tell(Event::Surroundings(outside()));
+        let actions = world.push("v1", Some(Urgency::Low));
+        assert!(!starts(&actions));
+        assert!(actions.iter().any(|action| matches!(action, Action::Store(StoreOp::PutMessage(_), Some(_)))));
+        let show: view::Show = world.ask(Query::Show(APP.into()), false);
+        assert_eq!((show.app.waiting, show.app.held), (1, 1));
+        assert!(starts(&world.tell(Event::Surroundings(home()))));
+        let decisions = world.decisions();
+        let told: Vec<&str> = decisions.iter().map(|(verdict, _)| verdict.as_str()).collect();
+        assert_eq!(told, ["hold", "release", "start"]);
+        assert!(decisions[0].1.contains("running on battery, on a mobile network"), "{decisions:?}");
+        assert!(decisions[1].1.contains("on mains power, on Wi-Fi"), "{decisions:?}");
+    }
+
+    #[test]
+    fn what_the_protocol_does_not_carry_is_the_apps_own_policy_and_why_says_so() {
+        let policy = |urgency| {
+            let app = AppSettings { name: APP.into(), upstream: None, urgency, min_urgency: None };
+            Settings { apps: vec![app], ..Settings::default() }
+        };
+        let mut world = World::new(policy(Urgency::Low));
+        world.tell(Event::Surroundings(outside()));
+        assert!(!starts(&world.push("v1", None)));
+        assert!(world.decisions()[0].1.contains("low is what this app's messages count as"));
+        let mut world = World::new(policy(Urgency::High));
+        world.tell(Event::Surroundings(Surroundings { battery: Some(3), ..outside() }));
+        assert!(starts(&world.push("v1", None)));
+        assert!(world.decisions().iter().any(|(verdict, _)| verdict == "urgency"));
+    }
+
+    #[test]
+    fn sessions_hear_of_the_least_any_app_may_be_woken_for() {
+        let mut world = World::new(Settings::default());
+        world.tell(Event::Surroundings(outside()));
+        assert_eq!(world.core.upstreams[0].told.minimum, Urgency::Normal);
+        let app = AppSettings {
+            name: APP.into(),
+            upstream: None,
+            urgency: Urgency::Normal,
+            min_urgency: Some(Urgency::VeryLow),
+        };
+        let mut world = World::new(Settings { apps: vec![app.clone()], ..Settings::default() });
+        world.tell(Event::Surroundings(outside()));
+        assert_eq!(world.core.upstreams[0].told.minimum, Urgency::VeryLow, "it would be starved");
+        let other = AppSettings { name: "org.example.Other".into(), ..app };
+        let mut world = World::new(Settings { apps: vec![other], ..Settings::default() });
+        world.tell(Event::Surroundings(outside()));
+        assert_eq!(world.core.upstreams[0].told.minimum, Urgency::Normal, "it is not registered");
+        let urgency = UrgencySettings { enabled: false, ..UrgencySettings::default() };
+        let mut world = World::new(Settings { urgency, ..Settings::default() });
+        world.tell(Event::Surroundings(outside()));
+        assert_eq!(world.core.upstreams[0].told.minimum, Urgency::VeryLow);
+    }
+
+    #[test]
+    fn another_network_proves_the_link_and_the_same_one_does_not() {
+        let mut world = World::new(Settings::default());
+        let pings = |actions: &[Action]| actions.iter().any(|action| matches!(action, Action::Ping(_)));
+        assert!(!pings(&world.tell(Event::Surroundings(home()))), "nothing has changed: it is told for the first time");
+        assert!(!pings(&world.tell(Event::Surroundings(Surroundings { battery: Some(79), ..home() }))));
+        let actions = world.tell(Event::Surroundings(outside()));
+        assert!(pings(&actions));
+        assert_eq!(world.core.upstreams[0].told.network.as_deref(), Some("mobile/x"));
+        world.tell(Event::Link(world.link, LinkEvent::Pong));
+        let mut portal = outside();
+        portal.network.reach = Reach::Portal;
+        assert!(!pings(&world.tell(Event::Surroundings(portal))));
+        let status: view::Status = world.ask(Query::Status, false);
+        assert!(
+            status.troubles.iter().any(|trouble| trouble.contains("log in on a web page")),
+            "{:?}",
+            status.troubles
+        );
+        assert!(pings(&world.tell(Event::Surroundings(outside()))), "past the portal");
+    }
+
+    #[test]
+    fn where_the_machine_is_is_not_for_every_app() {
+        let mut world = World::new(Settings::default());
+        world.tell(Event::Surroundings(home()));
+        let own: view::Status = world.ask(Query::Status, false);
+        assert_eq!(own.surroundings.unwrap().network_id.as_deref(), Some("wifi/home"));
+        let apps: view::Status = world.ask(Query::Status, true);
+        assert_eq!(apps.surroundings.unwrap().network_id, None);
+        assert_eq!(apps.min_urgency, Some(Urgency::VeryLow));
+    }
+
+    #[test]
+    fn roaming_ends_the_link_where_the_user_wants_it_so() {
+        let network = NetworkSettings { roaming: Roaming::Off, ..NetworkSettings::default() };
+        let mut world = World::new(Settings { network, ..Settings::default() });
+        let mut abroad = outside();
+        abroad.network.roaming = true;
+        let link = world.link;
+        assert!(world.tell(Event::Surroundings(abroad.clone())).contains(&Action::Close(link)));
+        let status: view::Status = world.ask(Query::Status, false);
+        assert_eq!(status.upstreams[0].state, view::LinkState::Off);
+        let actions = world.tell(Event::Surroundings(outside()));
+        assert!(actions.iter().any(|action| matches!(action, Action::Connect { .. })));
+        let mut world = World::new(Settings::default());
+        let link = world.link;
+        assert!(!world.tell(Event::Surroundings(abroad)).contains(&Action::Close(link)), "by default it stays");
+    }
+
+    #[test]
+    fn a_message_right_after_the_machine_woke_keeps_it_awake_and_never_beyond_the_daemons_end() {
+        let mut world = World::new(Settings::default());
+        assert!(!world.push("v0", None).contains(&Action::StayAwake(true)), "this machine never sleeps");
+        let mut world = World::new(Settings::default());
+        assert_eq!(world.tell(Event::FallingAsleep), [Action::AllowSleep]);
+        world.tell(Event::Resumed);
+        world.tell(Event::Surroundings(outside()));
+        assert!(!world.push("v1", Some(Urgency::Low)).contains(&Action::StayAwake(true)), "it is held");
+        assert!(world.push("v2", None).contains(&Action::StayAwake(true)));
+        let actions = world.tell(Event::Shutdown);
+        let place = |wanted: &Action| actions.iter().position(|action| action == wanted);
+        assert!(place(&Action::StayAwake(false)).is_some_and(|at| Some(at) < place(&Action::Exit)), "{actions:?}");
+    }
+}

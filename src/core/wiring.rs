@@ -155,8 +155,10 @@ impl Core {
                 };
                 self.actions.push_back(Action::Call { ticket, app, owner, version, call });
             }
-            delivery::Output::EndpointTold(registration) => {
+            delivery::Output::EndpointTold(registration, endpoint) => {
+                // It may have moved while the call was under way.
                 if let Some(registration) = self.registry.get_mut(registration)
+                    && registration.endpoint == endpoint
                     && !std::mem::replace(&mut registration.told, true)
                 {
                     let id = registration.id;

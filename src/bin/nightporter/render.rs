@@ -63,6 +63,9 @@ pub(crate) fn status(status: &Status) -> String {
     if !ended.is_empty() {
         table.row([String::new(), ended.join(", ")]);
     }
+    if let Some(reason) = &status.min_urgency_reason {
+        table.row(["Urgency".into(), reason.clone()]);
+    }
     text.push_str(&table.body());
     for trouble in &status.troubles {
         let _ = write!(text, "\n! {}\n", clean(trouble));
@@ -104,7 +107,8 @@ pub(crate) fn show(show: &Show) -> String {
     if let Some(protected) = &show.protected {
         table.row(["Never touched".into(), protected.clone()]);
     }
-    table.row(["Waiting".into(), format!("{} messages", app.waiting)]);
+    let held = if app.held == 0 { String::new() } else { format!(", {} held for want of urgency", app.held) };
+    table.row(["Waiting".into(), format!("{} messages{held}", app.waiting)]);
     let memory = &show.memory;
     let baseline = match (&memory.resident, &memory.measured) {
         (Some(resident), Some(at)) => format!("{} (measured {at})", mib(resident.pss)),

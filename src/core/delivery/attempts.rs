@@ -121,7 +121,7 @@ impl Delivery {
                     Cargo::Message(seq) => self.end(seq, Ending::Accepted),
                     Cargo::Endpoint(told) => {
                         lane.endpoint.take_if(|due| due.endpoint == told);
-                        self.outputs.push_back(Output::EndpointTold(registration));
+                        self.outputs.push_back(Output::EndpointTold(registration, told));
                     }
                 }
                 self.outputs.push_back(Output::Delivered(key.clone()));

@@ -157,8 +157,8 @@ pub enum Output {
         /// What to hand over.
         call: Handover,
     },
-    /// The app was told of its endpoint.
-    EndpointTold(RegistrationId),
+    /// The app was told of this endpoint, which may not be the latest.
+    EndpointTold(RegistrationId, Arc<str>),
     /// The app took something.
     Delivered(AppKey),
     /// Whether a delivery to the app is under way, which vetoes freezing and killing it.

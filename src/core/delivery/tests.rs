@@ -468,7 +468,7 @@ fn the_new_endpoint_goes_out_before_the_messages() {
     assert_eq!(calls[0].1, "endpoint");
     world.done(calls[0].0, CallOutcome::Accepted);
     let outputs = world.drain();
-    assert!(outputs.contains(&Output::EndpointTold(LANE)));
+    assert!(outputs.contains(&Output::EndpointTold(LANE, "https://push.example/new".into())));
     assert_eq!(calls_of(&outputs), ["a"]);
 }
 
