@@ -55,7 +55,8 @@ impl From<RawMessage> for Message {
     fn from(raw: RawMessage) -> Self {
         let encoding = raw.extras.as_ref().and_then(|extras| extras.get(BODY)?.get("encoding")?.as_str());
         let body = match encoding {
-            Some("base64") => match BASE64.decode(&raw.message) {
+            // Gotify takes no empty message, so an empty body is a space.
+            Some("base64") => match BASE64.decode(raw.message.trim()) {
                 Ok(bytes) => IncomingBody::Bytes(bytes.into()),
                 Err(error) => IncomingBody::Undecodable(format!("not base64: {error}")),
             },
@@ -169,6 +170,7 @@ mod tests {
         };
         assert_eq!(with("base64", "gP8="), IncomingBody::Bytes([0x80, 0xff].as_slice().into()));
         assert_eq!(with("base64", "gP8"), IncomingBody::Bytes([0x80, 0xff].as_slice().into()));
+        assert_eq!(with("base64", " "), IncomingBody::Bytes([].as_slice().into()));
         assert!(matches!(with("base64", "*"), IncomingBody::Undecodable(_)));
         assert!(matches!(with("rot13", "a"), IncomingBody::Undecodable(_)));
     }
