@@ -434,6 +434,30 @@ fn an_application_deleted_at_the_server_is_made_anew() {
 }
 
 #[test]
+fn a_late_answer_to_a_registration_made_anew_is_undone_as_well() {
+    let mut world = World::new(Some("0"), vec![channel(1)]);
+    world.applications.clear();
+    world.next = 50;
+    let link = world.connect();
+    world.link(link, LinkEvent::Open);
+    world.pass(SUBSCRIBED);
+    for _ in 0..2 {
+        let (ticket, request) = world.requests().remove(0);
+        world.answer(ticket, &request);
+    }
+    let (late, request) = world.requests().remove(0);
+    assert_eq!((request.method, request.path.as_str()), ("POST", "application"));
+    world.pass(REGISTER_TIMEOUT);
+    world.answer(late, &request);
+    assert_eq!(registered(&world.seen), []);
+    assert_eq!(world.requests()[0].1.path, "application/51");
+    world.pass(60 * SECOND);
+    world.serve();
+    assert_eq!(registered(&world.take()).len(), 1);
+    assert_eq!(world.applications.len(), 1, "of all that were made one is left");
+}
+
+#[test]
 fn the_configured_form_of_endpoints_is_told_when_it_changes() {
     let mut settings = UpstreamSettings::new("g", UpstreamKind::Gotify, "wss://push/");
     settings.endpoint = Some("https://up.example/{channel}/x".into());
