@@ -297,9 +297,8 @@ impl World {
                 trace.push_back(format!("{:10.3} {text}", (self.at - START) as f64 / SEC as f64));
             }
         }
-        match &event {
-            Event::Surroundings(around) => self.phone.told = Some(around.clone()),
-            _ => {}
+        if let Event::Surroundings(around) = &event {
+            self.phone.told = Some(around.clone());
         }
         core.handle(event, both(self.at));
         self.drain();
