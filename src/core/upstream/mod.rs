@@ -6,6 +6,7 @@
 pub mod autopush;
 pub mod backoff;
 pub mod gotify;
+pub mod heartbeat;
 pub mod mqtt;
 pub mod nextpush;
 pub mod ntfy;
