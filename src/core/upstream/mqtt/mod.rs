@@ -1,5 +1,8 @@
 //! MQTT 5 and 3.1.1 (push.md §3e).
 
+mod identity;
+mod wire;
+
 use std::sync::Arc;
 
 use super::{Beginning, Output, Standing};
