@@ -31,7 +31,7 @@ pub enum Session {
     /// ntfy.
     Ntfy(ntfy::Session),
     /// MQTT 5 and 3.1.1.
-    Mqtt(mqtt::Session),
+    Mqtt(Box<mqtt::Session>),
     /// Nextcloud's uppush.
     NextPush(nextpush::Session),
     /// Gotify.
@@ -243,7 +243,7 @@ impl Session {
                 beginning.links,
                 now,
             )),
-            UpstreamKind::Mqtt => Self::Mqtt(mqtt::Session::new(beginning, now)),
+            UpstreamKind::Mqtt => Self::Mqtt(Box::new(mqtt::Session::new(beginning, now))),
             UpstreamKind::NextPush => Self::NextPush(nextpush::Session::new(beginning, now)),
             UpstreamKind::Gotify => Self::Gotify(gotify::Session::new(beginning, now)),
         }
