@@ -27,10 +27,11 @@ use self::{
     device::Device,
 };
 
-/// A CONNECT of 3.1.1 with this client identifier that keeps the session; gives the stream and whether there was one.
+/// A CONNECT of version 5 with this client identifier that would go on with its session; gives the stream and whether
+/// there was one.
 fn intrude(port: u16, client: &str) -> (TcpStream, bool) {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-    let mut connect = vec![0x10, 12 + client.len() as u8, 0, 4, b'M', b'Q', b'T', b'T', 4, 0, 0, 60];
+    let mut connect = vec![0x10, 13 + client.len() as u8, 0, 4, b'M', b'Q', b'T', b'T', 5, 0, 0, 60, 0];
     connect.extend([0, client.len() as u8]);
     connect.extend(client.bytes());
     stream.write_all(&connect).unwrap();
@@ -239,15 +240,17 @@ fn no_more_comes_than_is_allowed_to_be_on_the_way() {
     let mut device = Device::with(broker.port(), |settings| settings.mqtt.receive_maximum = 3);
     let topic = device.register(1);
     device.safe = false;
-    broker.publish_lines(&topic, (0..10).map(|n| n.to_string()));
-    for made_safe in 0..10 {
-        let expected = (made_safe + 3).min(10);
-        device.until("received", |device| device.got.len() == expected);
-        device.idle(Duration::from_millis(30));
-        assert_eq!(device.got.len(), expected);
+    broker.publish_lines(&topic, (0..100).map(|n| n.to_string()));
+    device.until("received", |device| device.got.len() == 3);
+    device.idle(Duration::from_millis(300));
+    assert_eq!(device.got.len(), 3);
+    for made_safe in 1..=100 {
         device.make_one_safe();
+        // mosquitto 2.0.11 fills the window anew with each acknowledgement: there may be nearly twice as many.
+        device.until("received", |device| device.got.len() >= (made_safe + 3).min(100));
+        assert!(device.got.len() <= made_safe + 2 * 3, "{} after {made_safe}", device.got.len());
     }
-    assert_eq!(device.bodies(), (0..10).map(|n| n.to_string()).collect::<Vec<_>>());
+    assert_eq!(device.bodies(), (0..100).map(|n| n.to_string()).collect::<Vec<_>>());
     assert_eq!(device.links, 1);
 }
 

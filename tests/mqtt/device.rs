@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, HashSet},
     io::{ErrorKind, Read, Write},
     net::{Ipv4Addr, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     thread,
     time::{Duration, Instant as Real, SystemTime},
 };
@@ -27,7 +30,6 @@ pub(crate) struct Device {
     pub(crate) login: Option<(&'static str, &'static str)>,
     session: Session,
     stream: Option<(LinkId, TcpStream)>,
-    lives: u8,
     started: Real,
     /// Time passed over while waiting to connect.
     skipped: Duration,
@@ -55,14 +57,13 @@ impl Device {
         let mut settings = UpstreamSettings::new("broker", UpstreamKind::Mqtt, format!("mqtt://127.0.0.1:{port}/"));
         change(&mut settings);
         let (started, remembered) = (Real::now(), BTreeMap::new());
-        let session = begin(&settings, &remembered, &BTreeMap::new(), 0, now(started, Duration::ZERO));
+        let session = begin(&settings, &remembered, &BTreeMap::new(), now(started, Duration::ZERO));
         Self {
             settings,
             port,
             login: None,
             session,
             stream: None,
-            lives: 0,
             started,
             skipped: Duration::ZERO,
             remembered,
@@ -85,8 +86,7 @@ impl Device {
     pub(crate) fn crash(&mut self) {
         self.stream = None;
         self.unsafe_messages.clear();
-        self.lives += 1;
-        self.session = begin(&self.settings, &self.remembered, &self.channels, self.lives, self.now());
+        self.session = begin(&self.settings, &self.remembered, &self.channels, self.now());
     }
 
     /// The link breaks without a word.
@@ -271,7 +271,6 @@ fn begin(
     settings: &UpstreamSettings,
     remembered: &BTreeMap<Arc<str>, Arc<str>>,
     channels: &BTreeMap<RegistrationId, (Arc<str>, Arc<str>)>,
-    life: u8,
     now: Now,
 ) -> Session {
     let channels = channels.iter().map(|(registration, (channel, endpoint))| Channel {
@@ -281,8 +280,9 @@ fn begin(
         endpoint: Arc::clone(endpoint),
     });
     let (network, channels) = (NetworkSettings::default(), channels.collect());
-    // Another one for each test and life, as the daemon has.
-    let seed = std::array::from_fn(|n| (settings.url.as_bytes()[n % settings.url.len()]) ^ life);
+    // Another one for each life, as the daemon has.
+    static LIVES: AtomicU8 = AtomicU8::new(1);
+    let seed = [LIVES.fetch_add(1, Ordering::Relaxed); 32];
     let remembered = remembered.clone();
     Session::new(Beginning { settings, network: &network, remembered, channels, seed, links: LinkIds::new(0) }, now)
 }

@@ -1,7 +1,7 @@
 //! MQTT 5 and 3.1.1 (push.md §3e): a persistent session, one subscription with QoS 1 per registration.
 //!
 //! A message is acknowledged when the core calls it safe, never before, and in the order of arrival, as the specification
-//! demands (MQTT 5.0 §4.6); so the receive maximum bounds what waits here. What identifies a message is in `identity.rs`.
+//! demands (MQTT 5.0 §4.6); the receive maximum bounds what waits here. What identifies a message is in `identity.rs`.
 //!
 //! Version 5 is tried first, and 3.1.1 when the broker refuses 5 or hangs up on it; which one worked is remembered, and 5
 //! looked at again once a day. Every topic is subscribed anew with each link, whether or not the broker says that it has
@@ -59,7 +59,7 @@ const PROVEN: Duration = Duration::from_secs(30);
 const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 /// For so long a refusal of the credentials is the answer to every app; after it an app's registration may try again.
 const TROUBLE_HOLDS: Duration = Duration::from_secs(30);
-/// Messages on the way in 3.1.1, which has no receive maximum; with more the link is given up.
+/// Messages on the way, whatever the broker was asked for; with more the link is given up.
 const UNSAFE_LIMIT: usize = 4096;
 /// Topics to unsubscribe; of more the oldest are forgotten, and found again when a message comes.
 const DEAD_LIMIT: usize = 256;
@@ -211,7 +211,7 @@ impl Session {
             template: beginning.settings.endpoint.clone(),
             client: client.unwrap_or_else(|| new_client(&mut rng)),
             versions: Versions::new(settings.version, remembered("version").as_deref()),
-            ledger: Ledger::new(remembered("era").as_deref(), usize::from(settings.receive_maximum).max(256)),
+            ledger: Ledger::new(remembered("era").as_deref(), 2 * usize::from(settings.receive_maximum).max(128)),
             intervals: Intervals::new((shortest, longest), remembered("heartbeat").as_deref()),
             settings,
             rng,

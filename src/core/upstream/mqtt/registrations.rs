@@ -49,7 +49,6 @@ impl Session {
                     entry.tries = 0;
                     entry.step = Step::Done;
                     self.open -= 1;
-                    self.backoff.succeeded();
                     if !std::mem::replace(&mut entry.told, true) {
                         let (channel, endpoint) = (Arc::clone(&entry.topic), Arc::clone(&entry.endpoint));
                         self.outputs.push_back(Output::Registered { registration, channel, endpoint });

@@ -561,23 +561,16 @@ fn a_topic_nobody_wants_is_acknowledged_and_unsubscribed() {
 }
 
 #[test]
-fn more_on_the_way_than_allowed_ends_the_link() {
-    let mut settings = settings();
-    settings.mqtt.receive_maximum = 3;
-    let mut world = World::with(settings, &[], vec![channel(1, "up/one")]);
-    let link = world.online(true);
-    world.sent();
-    for packet in 1..=4 {
-        world.say(link, message("up/one", packet, false, &packet.to_string()));
+fn more_on_the_way_than_can_be_borne_ends_the_link() {
+    let (mut world, link, topic) = World::registered();
+    for packet in 1..=UNSAFE_LIMIT as u16 {
+        world.say(link, message(&topic, packet, false, &packet.to_string()));
     }
-    let outputs = world.take();
-    assert_eq!(outputs.iter().filter(|output| matches!(output, Output::Message(_))).count(), 3);
-    let sent = outputs.iter().find_map(|output| match output {
-        Output::SendBytes(_, bytes) => Some(bytes.clone()),
-        _ => None,
-    });
-    assert_eq!(packets(&sent.unwrap())[0], (0xe0, vec![0x93, 0]));
-    assert!(outputs.contains(&Output::Close(link)));
+    assert_eq!(world.messages().len(), UNSAFE_LIMIT);
+    world.say(link, message(&topic, 5000, false, "one more"));
+    let bytes = world.sent();
+    assert_eq!(packets(&bytes)[0], (0xe0, vec![0x93, 0]));
+    assert_eq!(world.take().first(), Some(&Output::Close(link)));
 }
 
 #[test]
