@@ -78,7 +78,7 @@ impl Device {
         }
     }
 
-    fn now(&self) -> Now {
+    pub(crate) fn now(&self) -> Now {
         now(self.started, self.skipped)
     }
 

@@ -17,7 +17,7 @@
 //! again and belong to another era; it is empty nearly always.
 //!
 //! An acknowledgement sent is not one received. A packet id counts as acknowledged when the server has answered a ping sent
-//! after it, or has sent so much that its window must have moved on; until then the message may come again.
+//! after it; until then the message may come again. After many acknowledgements a ping is asked for.
 //!
 //! **Guaranteed**, if the broker keeps to the specification: a message has the same id each time it comes, over links,
 //! crashes and restarts of this daemon; two messages have different ids even if their contents are equal. Three gaps,
@@ -37,6 +37,8 @@ use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 
 /// Contents remembered per era; then a new era begins.
 const USED_LIMIT: usize = 512;
+/// Acknowledgements held at most, in windows.
+const HELD_WINDOWS: usize = 16;
 /// Pings on the way at a time; there are never more than two.
 const PINGS_LIMIT: usize = 8;
 /// Exceptions read back at most: a packet id each.
@@ -58,7 +60,7 @@ pub(super) struct Ledger {
     acks: u64,
     /// Pings on the way, and the acknowledgements that went out before each.
     pings: VecDeque<u64>,
-    /// How many acknowledgements the server can owe a look at.
+    /// Acknowledgements after which a ping is wanted.
     window: usize,
     /// Counts links.
     link: u32,
@@ -91,7 +93,7 @@ struct Flight {
 }
 
 impl Ledger {
-    /// What an earlier life remembered. The server has at most `window` messages on the way.
+    /// What an earlier life remembered. After `window` acknowledgements a ping is wanted.
     pub(super) fn new(remembered: Option<&str>, window: usize) -> Self {
         let told = remembered.and_then(parse).unwrap_or_default();
         Self {
@@ -166,10 +168,15 @@ impl Ledger {
             flight.acknowledged = Some(self.acks);
             self.acknowledged.push_back((self.acks, packet));
         }
-        // The server never has more than a window on the way: what it acts on now, it does because of these.
-        while self.acknowledged.len() > self.window {
+        // A server that answers no pings.
+        while self.acknowledged.len() > HELD_WINDOWS * self.window {
             self.received_first();
         }
+    }
+
+    /// Whether a ping would let go of much.
+    pub(super) fn wants_ping(&self) -> bool {
+        self.pings.is_empty() && self.acknowledged.len() >= self.window
     }
 
     /// A ping goes out behind the acknowledgements.
@@ -223,7 +230,7 @@ impl Ledger {
     fn fly(&mut self, packet: u16, content: u128, era: u32) -> Arc<str> {
         // Whether a crash now would find it again.
         self.changed |= self.told.of(packet) != era;
-        if self.flights.len() >= 4 * self.window {
+        if self.flights.len() >= 2 * HELD_WINDOWS * self.window {
             let link = self.link;
             self.flights.retain(|_, flight| flight.link == link);
         }
@@ -553,7 +560,7 @@ mod tests {
         }
         // One for each era, and one for each packet id that could still have come again when it began.
         assert!(world.writes <= (2000 / USED_LIMIT + 1) * 4, "{}", world.writes);
-        assert!(world.ledger.flights.len() <= WINDOW + 3 && world.ledger.acknowledged.len() <= WINDOW);
+        assert!(world.ledger.flights.len() <= 3 && world.ledger.acknowledged.len() <= HELD_WINDOWS * WINDOW);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    BUSY, KEEP_ALIVE_MARGIN, LEAST_PACKET, Link, Online, PROVEN, Proof, REQUEST_TIMEOUT, Session,
+    BUSY, KEEP_ALIVE_MARGIN, LEAST_PACKET, Link, Online, PROVEN, Proof, REQUEST_TIMEOUT, SHORT_LIVES, Session,
     wire::{self, Broken, ConnAck, Connect, Decoder, Incoming, Leave, Refusal},
 };
 use crate::{
@@ -201,14 +201,7 @@ impl Session {
     fn dismissed(&mut self, code: u8, text: Option<&str>, server: Option<&str>, now: Instant) {
         let word = text.map(|text| format!(": {text}")).unwrap_or_default();
         match code {
-            0x8e => {
-                let text = format!(
-                    "another client has taken over the session of \"{}\": two devices were set up from one copy; stop nightporterd \
-                     on one of them and delete its state there",
-                    self.client
-                );
-                self.give_up(&text, now);
-            }
+            0x8e => self.give_up(&self.taken_over(), now),
             0x87 => {
                 self.give_up(
                     &format!("the broker no longer accepts this user (0x87{word}): mend its access rules"),
@@ -225,6 +218,25 @@ impl Session {
                 self.backoff.failed(None, now, &mut self.rng);
             }
         }
+    }
+
+    /// Not every broker says that a session was taken over: mosquitto up to 2.0.11 closes the link without a word. Two
+    /// devices that both come back at once would do nothing else any more.
+    pub(super) fn give_way(&mut self, now: Instant) {
+        if self.short_lives >= SHORT_LIVES {
+            let text = self.taken_over();
+            self.last_error = Some(text.as_str().into());
+            self.trouble = Some(text.into());
+            self.backoff.refused(now, &mut self.rng);
+        }
+    }
+
+    fn taken_over(&self) -> String {
+        format!(
+            "another client seems to use the session of \"{}\": two devices were set up from one copy; stop nightporterd on \
+             one of them and delete its state there",
+            self.client
+        )
     }
 
     fn moved(&mut self, code: u8, server: Option<&str>, now: Instant) {
@@ -251,6 +263,7 @@ impl Session {
 
     /// The link ended without a word: what that says of the network and the version.
     pub(super) fn hung_up(&mut self, now: Now) {
+        self.short_lives += u32::from(matches!(self.link, Link::Online(_)));
         match &self.link {
             Link::Opening { greeted: true, heard: false, version, .. } => {
                 if self.versions.mute(*version, now.wall) {
@@ -335,6 +348,7 @@ impl Session {
             && now.since(online.since) >= PROVEN
         {
             self.backoff.succeeded();
+            self.short_lives = 0;
         }
     }
 

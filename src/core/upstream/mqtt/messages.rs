@@ -74,6 +74,10 @@ impl Session {
             self.send(&wire::puback(arrival.packet), now);
             self.ledger.acknowledged(arrival.packet);
         }
+        if self.ledger.wants_ping() {
+            self.send(&wire::PINGREQ, now);
+            self.ledger.pinged();
+        }
     }
 
     /// What the ledger wants remembered goes ahead of the messages it is about.
@@ -94,7 +98,7 @@ impl Session {
 
     /// Whether one more may be on the way; if not, the link is given up.
     ///
-    /// Not strictly what the broker was asked for: Debian's mosquitto (2.0.11) fills the window anew with each
+    /// Not strictly what the broker was asked for: Debian's mosquitto (2.0.11) sends a whole window more with each
     /// acknowledgement, and would be left for good.
     fn has_room(&mut self, now: Now) -> bool {
         if self.arrivals.len() < UNSAFE_LIMIT {

@@ -61,6 +61,10 @@ const STALE_ATTEMPT: Duration = Duration::from_secs(2);
 const TROUBLE_HOLDS: Duration = Duration::from_secs(30);
 /// Messages on the way, whatever the broker was asked for; with more the link is given up.
 const UNSAFE_LIMIT: usize = 4096;
+/// Acknowledgements after which the broker is asked whether it has them.
+const ACKS_PER_PING: usize = 256;
+/// Links in a row that the broker took and closed before they were [`PROVEN`]: as if somebody else took their place.
+const SHORT_LIVES: u32 = 6;
 /// Topics to unsubscribe; of more the oldest are forgotten, and found again when a message comes.
 const DEAD_LIMIT: usize = 256;
 /// UnifiedPush D-Bus 0.3.0: what an app takes.
@@ -104,6 +108,7 @@ pub struct Session {
     link: Link,
     decoder: Decoder,
     allowed: bool,
+    short_lives: u32,
     backoff: Backoff,
     outputs: VecDeque<Output>,
     state: LinkState,
@@ -211,7 +216,7 @@ impl Session {
             template: beginning.settings.endpoint.clone(),
             client: client.unwrap_or_else(|| new_client(&mut rng)),
             versions: Versions::new(settings.version, remembered("version").as_deref()),
-            ledger: Ledger::new(remembered("era").as_deref(), 2 * usize::from(settings.receive_maximum).max(128)),
+            ledger: Ledger::new(remembered("era").as_deref(), ACKS_PER_PING),
             intervals: Intervals::new((shortest, longest), remembered("heartbeat").as_deref()),
             settings,
             rng,
@@ -226,6 +231,7 @@ impl Session {
             link: Link::Down,
             decoder: Decoder::default(),
             allowed: true,
+            short_lives: 0,
             backoff: Backoff::default(),
             outputs: VecDeque::new(),
             state: LinkState::Idle,
@@ -284,6 +290,7 @@ impl Session {
             LinkEvent::Closed { .. } => {
                 self.hung_up(now);
                 self.ended("the broker closed the connection", now.boot);
+                self.give_way(now.boot);
             }
             LinkEvent::Failed(error) => self.failed(&error, now),
         }

@@ -683,6 +683,25 @@ fn a_session_taken_over_is_not_fought_for() {
 }
 
 #[test]
+fn a_broker_that_takes_and_closes_each_link_is_left_alone() {
+    let (mut world, mut link, _) = World::registered();
+    for _ in 1..SHORT_LIVES {
+        world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+        assert_eq!(world.session.standing().trouble, None);
+        link = world.online(true);
+    }
+    world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+    let standing = world.session.standing();
+    assert!(standing.trouble.is_some());
+    assert!(standing.retry_at.unwrap().since(world.now.boot) >= Duration::from_secs(300));
+    // One that lives ends it.
+    let link = world.online(true);
+    world.pass(PROVEN);
+    world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+    assert_eq!(world.session.standing().trouble, None);
+}
+
+#[test]
 fn a_busy_broker_is_left_alone_for_a_while() {
     for code in [DisconnectReasonCode::ServerBusy, DisconnectReasonCode::QuotaExceeded] {
         let (mut world, link, _) = World::registered();
