@@ -10,7 +10,7 @@ use std::{
 
 use mio::{Events, Interest, Poll, Token};
 
-use super::{DaemonError, Options};
+use super::{DaemonError, Options, watchdog::Watchdog};
 use crate::{
     action::Action,
     config::{Settings, UpstreamSettings},
@@ -73,6 +73,7 @@ pub(super) struct Shell {
     since_rest: usize,
     latest: Instant,
     told_ready: bool,
+    watchdog: Watchdog,
 }
 
 impl Shell {
@@ -138,6 +139,7 @@ impl Shell {
             since_rest: BURST,
             latest: clock::boot(),
             told_ready: false,
+            watchdog: Watchdog::from_env(clock::boot()),
         };
         Ok((shell, snapshot))
     }
@@ -170,6 +172,7 @@ impl Shell {
             if self.store.poll_timeout().is_some() {
                 self.store.handle_timeout(clock::boot());
             }
+            self.watchdog.turn(clock::boot());
         }
     }
 
@@ -233,7 +236,7 @@ impl Shell {
     /// Blocks until something happens or `deadline`.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), DaemonError> {
         let deadline = earliest(deadline, earliest(self.links.poll_timeout(), self.targets.poll_timeout()));
-        let deadline = earliest(deadline, self.store.poll_timeout());
+        let deadline = earliest(deadline, earliest(self.store.poll_timeout(), self.watchdog.poll_timeout()));
         if let Err(error) = self.alarm.set(deadline) {
             return Err(DaemonError::System("cannot set the timer", error));
         }
