@@ -44,7 +44,7 @@ class Machine:
     def _qemu(self, disk, bus, memory, cpus):
         words = [
             f"console={CONSOLE[self.arch]}",
-            "root=/dev/nvme0n1 rw psi=1 quiet systemd.show_status=1 panic=-1",
+            "root=/dev/nvme0n1 rw psi=1 quiet systemd.show_status=1 panic=-1 mitigations=off audit=0",
             f"nightporter.bus={bus}",
         ]
         return [
@@ -163,9 +163,8 @@ class Machine:
         """Opens a session of the user as logind knows it, with the user's own systemd and bus."""
         self.run(f"systemctl start session@{user}.service")
         self.wait_for(f"{user}'s bus", f"test -S /run/user/$(id -u {user})/bus")
-        self.wait_for(
-            f"{user}'s session", f"loginctl list-sessions --no-legend | awk '$3 == \"{user}\"' | grep -v manager"
-        )
+        session = f"loginctl list-sessions --no-legend | awk '$3 == \"{user}\" && $6 == \"user\"' | grep ."
+        self.wait_for(f"{user}'s session", session)
 
     def logout(self, user):
         """Ends that session; the user's systemd ends with it."""
@@ -237,7 +236,7 @@ def payload(path, files):
     for name, source in files.items():
         shutil.copy(source, tree / name)
     size = sum(os.path.getsize(source) for source in files.values()) // 1024 * 5 // 4 + 8192
-    subprocess.run(["mkfs.ext4", "-q", "-q", "-d", tree, path, f"{size}k"], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-d", tree, path, f"{size}k"], check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(tree)
 
 

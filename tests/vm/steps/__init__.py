@@ -1,4 +1,5 @@
 """The steps, in the order they run. Each takes the machine as the steps before it left it, looks, and raises `Failed`.
+It may give back a text with what it measured.
 
 A new step is a function with `@step` in one of the modules below, and its module in the list at the end. `needs` names
 the steps whose doing (not only whose looking) it stands on, for `--only`.

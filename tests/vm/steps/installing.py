@@ -12,6 +12,7 @@ def boots(vm):
     vm.run("grep -qw memory /sys/fs/cgroup/cgroup.controllers && test -e /proc/pressure/memory")
     vm.run("grep -q ^/dev/zram0 /proc/swaps")
     vm.run("test -e /payload/nightporter.deb")
+    return vm.run("systemctl show -P Id dbus.service; systemctl --version | head -1; uname -r").replace("\n", ", ").rstrip(", ")
 
 
 @step(boots)
@@ -67,7 +68,7 @@ def guards_its_bus(vm):
     for method, argument in (("Apps", ""), ("Freeze", "s org.example.App"), ("Kill", "s org.example.App")):
         call = f"busctl --system call org.nightporter1 /org/nightporter1 org.nightporter1.Manager {method} {argument}"
         status, stdout, stderr = vm.try_run(f"runuser -u alice -- {call}")
-        if status == 0 or "denied" not in stderr.lower():
+        if status == 0 or "only root" not in stderr:
             raise Failed(f"alice may call {method}: {status} {stdout}{stderr}")
     # A connector is called by the daemon only.
     call = "busctl --system call org.nightporter1 /org/nightporter1 org.unifiedpush.Connector2 Message 'a{sv}' 0"
