@@ -3,14 +3,14 @@
 from machine import Failed
 
 from . import step
-from .serving import FROZEN, RUNS, push, arrives, registers, reports
+from .serving import RUNS, arrives, freezes, push, registers, reports
 
 
 @step(registers)
 def removal_thaws_and_keeps(vm):
     """Removed while an app is frozen: the app runs, the registrations stay, and are there again when it is back."""
     endpoint = reports(vm, "endpoint")[-1]["endpoint"]
-    vm.wait_for("the freeze", FROZEN)
+    freezes(vm)
     vm.run("dpkg -r nightporter", limit=120)
     vm.run(RUNS)
     vm.run("! systemctl is-active --quiet nightporterd && ! pgrep -x nightporterd")
@@ -27,7 +27,7 @@ def removal_thaws_and_keeps(vm):
 @step(registers)
 def purge_leaves_nothing(vm):
     """Purged, the packages leave no file, no unit, no process and nothing frozen."""
-    vm.wait_for("the freeze", FROZEN)
+    freezes(vm)
     vm.run("dpkg -P nightporter nightporter-relay", limit=120)
     vm.run(RUNS)
     left = vm.run(

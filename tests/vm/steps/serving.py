@@ -43,6 +43,13 @@ def arrives(vm, text, limit=60):
     vm.wait_for(f"the message {text!r}", "cat /run/sample-reports.log", until=lambda log: f'"{text}"' in log, limit=limit)
 
 
+def freezes(vm):
+    """Waits until the app is frozen, after the shell has said that nobody looks at it. A daemon that was started anew
+    does not know it any more, and unknown is foreground."""
+    vm.run(f"busctl --system call org.nightporter1 /org/nightporter1 org.nightporter1.App SetStateOf ss {APP} background")
+    vm.wait_for("the freeze", FROZEN)
+
+
 def main_pid(vm):
     """Of the daemon."""
     return int(vm.run("systemctl show -p MainPID --value nightporterd"))
@@ -87,7 +94,7 @@ def freezes_and_pages_out(vm):
     if before - after < BALLAST * 0.7 or used > stored * 0.8:
         raise Failed(f"{figures}\n{vm.run(f'nightporter --system why {APP}')}")
     why = vm.run(f"nightporter --system why {APP}")
-    if "paged out" not in why.lower():
+    if "page-out" not in why:
         raise Failed(f"why does not tell of it:\n{why}")
     push(vm, "while it is paged out")
     arrives(vm, "while it is paged out")
@@ -98,7 +105,7 @@ def freezes_and_pages_out(vm):
 @step(registers)
 def a_crash_thaws(vm):
     """The daemon killed with SIGKILL while an app is frozen: systemd thaws the app and starts the daemon again."""
-    vm.wait_for("the freeze", FROZEN)
+    freezes(vm)
     # A daemon that comes back thaws as well; that it did not come back in time must not matter.
     vm.run("mkdir -p /run/systemd/system/nightporterd.service.d")
     vm.run("printf '[Service]\\nRestartSec=20\\nRestartSteps=0\\n' >/run/systemd/system/nightporterd.service.d/slow.conf")
@@ -122,7 +129,7 @@ def a_crash_thaws(vm):
 @step(registers)
 def a_wrong_configuration_leaves_nothing_frozen(vm):
     """The daemon ends and cannot start again: it is not tried in vain, and nothing stays frozen."""
-    vm.wait_for("the freeze", FROZEN)
+    freezes(vm)
     vm.run("echo 'unknown = 1' >>/etc/nightporter/nightporter.toml")
     vm.run(f"kill -KILL {main_pid(vm)}")
     vm.wait_for("the thaw", RUNS, limit=30)
@@ -148,7 +155,7 @@ def a_push_starts_a_tombstone(vm):
 def upgrades(vm):
     """dpkg puts in the next version while the app is frozen and messages flow: none is lost, none comes twice."""
     endpoint = reports(vm, "endpoint")[-1]["endpoint"]
-    vm.wait_for("the freeze", FROZEN)
+    freezes(vm)
     texts = [f"upgrade {number}" for number in range(20)]
     # Straight to the server, as senders do: they know nothing of the daemon.
     vm.write("/run/senders.py", SENDER.format(endpoint=endpoint, texts=texts))
