@@ -68,10 +68,9 @@ def is_configured(vm):
 @step(is_configured)
 def registers(vm):
     """A system service registers, the daemon connects for it, and a message comes while it runs."""
-    vm.run("cp /payload/sample.conf /etc/dbus-1/system.d/ && cp /payload/sample1.service /etc/systemd/system/")
+    vm.run("cp /payload/sample.conf /etc/dbus-1/system.d/ && cp /payload/sample*.service /etc/systemd/system/")
     vm.run(f"cp /payload/{APP}.service /usr/share/dbus-1/system-services/")
-    vm.run("systemctl daemon-reload && systemctl reload dbus")
-    vm.run("systemd-run --quiet --unit=sample-reports python3 /payload/sample-reports.py")
+    vm.run("systemctl daemon-reload && systemctl reload dbus && systemctl --quiet enable --now sample-reports")
     vm.wait_for("the reports' socket", "test -S /run/sample-reports")
     vm.run("systemctl start sample1", limit=120)
     vm.wait_for("the sample's registration", "cat /run/sample-reports.log", until=lambda log: '"ready"' in log)
@@ -180,7 +179,7 @@ def upgrades(vm):
 SENDER = """
 import time, urllib.request
 for text in {texts!r}:
-    request = urllib.request.Request({endpoint!r}, text.encode(), {{"TTL": "600"}}, method="POST")
+    request = urllib.request.Request({endpoint!r}, text.encode(), {{"TTL": "3600"}}, method="POST")
     urllib.request.urlopen(request, timeout=60).close()
     time.sleep(0.3)
 """
@@ -190,12 +189,19 @@ for text in {texts!r}:
 def a_reboot_keeps_what_was(vm):
     """After a reboot the registration is there with its endpoint, and a message sent meanwhile comes."""
     endpoint = reports(vm, "endpoint")[-1]["endpoint"]
-    # The sample cannot be started before the reboot: the message stays undelivered until after it.
-    vm.run("systemctl mask --runtime sample1 2>&1 && systemctl stop sample1")
-    push(vm, "before the reboot")
+    # Until the reboot the sample cannot be started: the message stays undelivered.
+    vm.run("mkdir -p /run/systemd/system/sample1.service.d && systemctl stop sample1")
+    vm.run("printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' >/run/systemd/system/sample1.service.d/no.conf")
+    vm.run("systemctl daemon-reload")
+    vm.write("/run/senders.py", SENDER.format(endpoint=endpoint, texts=["before the reboot"]))
+    vm.run("python3 /run/senders.py")
+    vm.wait_for(
+        "the message at the daemon",
+        "nightporter --system status --json",
+        until=lambda text: json.loads(text)["messages_waiting"] == 1,
+    )
     vm.reboot()
-    vm.run("systemd-run --quiet --unit=sample-reports python3 /payload/sample-reports.py")
-    vm.wait_for("the reports' socket", "test -S /run/sample-reports")
+    vm.wait_for("the reports", "test -S /run/sample-reports")
     arrives(vm, "before the reboot", limit=120)
     if [report["endpoint"] for report in reports(vm, "endpoint") if report["endpoint"] != endpoint]:
         raise Failed("the reboot changed the endpoint")
