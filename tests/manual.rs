@@ -134,6 +134,18 @@ fn pages_name_only_pages_that_are_there() {
     }
 }
 
+#[test]
+fn every_page_is_in_one_package() {
+    let lists = ["nightporter", "nightporter-relay"].map(|package| {
+        fs::read_to_string(root().join(format!("debian/{package}.manpages"))).unwrap()
+    });
+    let mut packaged: Vec<PathBuf> = lists.iter().flat_map(|list| list.lines()).map(|line| root().join(line)).collect();
+    packaged.sort();
+    let mut there = pages();
+    there.sort();
+    assert_eq!(packaged, there);
+}
+
 /// As `man --warnings` does, on a terminal of 80 columns, and stricter.
 #[test]
 fn pages_are_set_without_a_warning() {
