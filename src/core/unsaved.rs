@@ -20,8 +20,8 @@ use crate::{
 
 /// Full disks get emptied by people, not by haste.
 const AGAIN: Duration = Duration::from_secs(30);
-/// What an autopush session cannot be found again without.
-const IDENTITY: &str = "uaid";
+/// What a session cannot be found again without: autopush's name for this device, and MQTT's.
+const IDENTITIES: [&str; 2] = ["uaid", "client"];
 
 /// What is on its way to the store or was refused by it. At most one value a key and one entry a registration.
 #[derive(Debug, Default)]
@@ -66,6 +66,10 @@ struct Deletion {
 impl Unsaved {
     pub(super) const fn deadline(&self) -> Option<Instant> {
         self.again_at
+    }
+
+    fn identities(&self, index: usize) -> impl Iterator<Item = &Value> {
+        IDENTITIES.iter().filter_map(move |key| self.values.get(&(index, *key)))
     }
 }
 
@@ -152,7 +156,7 @@ impl Core {
     /// Before a registration is written: what it needs and was refused goes first, into the same transaction, so that no
     /// row outlives a crash with an endpoint this device cannot be found at.
     pub(super) fn identity_first(&mut self, index: usize) {
-        if self.unsaved.values.get(&(index, IDENTITY)).is_some_and(|value| value.refused) {
+        if self.unsaved.identities(index).any(|value| value.refused) {
             self.save_again();
         }
     }
@@ -161,7 +165,7 @@ impl Core {
     /// refused. If so it is written again behind that.
     pub(super) fn waits_for_identity(&mut self, id: RegistrationId, ticket: StoreTicket) -> bool {
         let Some(index) = self.upstream_of(id) else { return false };
-        let waits = self.unsaved.values.get(&(index, IDENTITY)).is_some_and(|value| value.since < ticket);
+        let waits = self.unsaved.identities(index).any(|value| value.since < ticket);
         if waits {
             self.unsaved.registrations.insert(id);
             self.save_again();

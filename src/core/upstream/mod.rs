@@ -6,6 +6,7 @@
 pub mod autopush;
 pub mod backoff;
 pub mod gotify;
+pub mod heartbeat;
 pub mod mqtt;
 pub mod nextpush;
 pub mod ntfy;
@@ -30,7 +31,7 @@ pub enum Session {
     /// ntfy.
     Ntfy(ntfy::Session),
     /// MQTT 5 and 3.1.1.
-    Mqtt(mqtt::Session),
+    Mqtt(Box<mqtt::Session>),
     /// Nextcloud's uppush.
     NextPush(nextpush::Session),
     /// Gotify.
@@ -245,7 +246,7 @@ impl Session {
                 beginning.links,
                 now,
             )),
-            UpstreamKind::Mqtt => Self::Mqtt(mqtt::Session::new(beginning, now)),
+            UpstreamKind::Mqtt => Self::Mqtt(Box::new(mqtt::Session::new(beginning, now))),
             UpstreamKind::NextPush => Self::NextPush(nextpush::Session::new(beginning, now)),
             UpstreamKind::Gotify => Self::Gotify(gotify::Session::new(beginning, now)),
         }
