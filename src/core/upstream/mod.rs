@@ -11,6 +11,8 @@ pub mod mqtt;
 pub mod nextpush;
 pub mod ntfy;
 mod quiet;
+mod rest;
+mod sse;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
