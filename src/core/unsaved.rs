@@ -21,7 +21,7 @@ use crate::{
 /// Full disks get emptied by people, not by haste.
 const AGAIN: Duration = Duration::from_secs(30);
 /// What a session cannot be found again without: autopush's name for this device, and MQTT's.
-const IDENTITIES: [&str; 2] = ["uaid", "client"];
+const IDENTITIES: [&str; 3] = ["uaid", "client", "device"];
 
 /// What is on its way to the store or was refused by it. At most one value a key and one entry a registration.
 #[derive(Debug, Default)]

@@ -2,6 +2,7 @@
 
 mod options;
 mod shell;
+mod watchdog;
 
 use std::{io, path::PathBuf};
 

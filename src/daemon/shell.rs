@@ -10,7 +10,7 @@ use std::{
 
 use mio::{Events, Interest, Poll, Token};
 
-use super::{DaemonError, Options};
+use super::{DaemonError, Options, watchdog::Watchdog};
 use crate::{
     action::Action,
     config::{Proxy, Settings, UpstreamSettings},
@@ -82,6 +82,7 @@ pub(super) struct Shell {
     latest: Instant,
     resumes: OneResume,
     told_ready: bool,
+    watchdog: Watchdog,
 }
 
 impl Shell {
@@ -165,6 +166,7 @@ impl Shell {
             latest: clock::boot(),
             resumes: OneResume::default(),
             told_ready: false,
+            watchdog: Watchdog::from_env(clock::boot()),
         };
         Ok((shell, snapshot))
     }
@@ -197,6 +199,7 @@ impl Shell {
             if self.store.poll_timeout().is_some() {
                 self.store.handle_timeout(clock::boot());
             }
+            self.watchdog.turn(clock::boot());
         }
     }
 
@@ -295,7 +298,7 @@ impl Shell {
     /// Blocks until something happens or `deadline`; a sleeping machine is woken for `wake`.
     fn wait(&mut self, deadline: Option<Instant>, wake: Option<Instant>) -> Result<(), DaemonError> {
         let deadline = earliest(deadline, earliest(self.links.poll_timeout(), self.targets.poll_timeout()));
-        let deadline = earliest(deadline, self.store.poll_timeout());
+        let deadline = earliest(deadline, earliest(self.store.poll_timeout(), self.watchdog.poll_timeout()));
         let waking = self.waking.as_mut().map_or(Ok(()), |waking| waking.set(wake));
         if let Err(error) = self.alarm.set(deadline).and(waking) {
             return Err(DaemonError::System("cannot set the timer", error));

@@ -23,6 +23,8 @@ pub(crate) struct AppState {
     pub(crate) activatable: bool,
     pub(crate) wishes: Vec<Wish>,
     pub(crate) instance: Option<u64>,
+    /// The instance it has or had last.
+    latest: Option<u64>,
     started_in: Option<u32>,
 }
 
@@ -94,6 +96,7 @@ pub(crate) fn apps(rng: &mut Rng) -> Vec<AppState> {
                 })
                 .collect(),
             instance: None,
+            latest: None,
             started_in: None,
         })
         .collect()
@@ -140,6 +143,7 @@ impl World {
             },
         );
         self.apps[app].instance = Some(n);
+        self.apps[app].latest = Some(n);
         self.owner_changed(app);
         self.settle_in(app, n);
         if for_push && self.rng.chance(3000) {
@@ -505,8 +509,10 @@ impl World {
                     && let Some(instance) = self.instances.get_mut(&n)
                 {
                     instance.heard = Some((life, bus, *claim));
-                    self.apps[instance.app].declared = true;
                 }
+                // It may have ended since it said so.
+                let said = |app: &&mut AppState| app.latest == Some(u64::from(caller.pid));
+                self.apps.iter_mut().filter(said).for_each(|app| app.declared = true);
             }
             BusEvent::Call { request: Request::Unregister { token, .. }, .. } => {
                 let wishes = |app: &&AppState| app.wishes.iter().any(|wish| wish.token == *token);

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use super::{
-    BUSY, KEEP_ALIVE_MARGIN, LEAST_PACKET, Link, Online, PROVEN, Proof, REQUEST_TIMEOUT, SHORT_LIVES, Session,
+    BUSY, Challenger, KEEP_ALIVE_MARGIN, LEAST_PACKET, Link, Online, PROVEN, Proof, REQUEST_TIMEOUT, SHORT_LIVES,
+    Session,
     wire::{self, Broken, ConnAck, Connect, Decoder, Incoming, Leave, Refusal},
 };
 use crate::{
     config::MqttVersion,
     core::upstream::{Output, PROOF_TIMEOUT},
-    event::{LinkError, LinkId},
+    event::{LinkError, LinkEvent, LinkId},
     model::FailureReason,
     time::{Instant, Now},
     view::LinkState,
@@ -58,6 +59,7 @@ impl Session {
             }
             Link::Online(online) => {
                 online.heard = now.boot;
+                self.doubt_at = None;
                 if let Some(proof) = online.proof.take()
                     && !std::mem::take(&mut online.moved)
                 {
@@ -66,6 +68,9 @@ impl Session {
                 online.version
             }
         };
+        if matches!(self.link, Link::Online(_)) {
+            self.dismiss_challenger();
+        }
         let link = self.link_id();
         self.decoder.feed(bytes);
         loop {
@@ -149,6 +154,7 @@ impl Session {
         self.intervals.connected(now);
         self.ledger.connected(ack.session_present);
         self.subscribe_all(now.boot);
+        self.doubt_at = None;
         self.link = Link::Online(Online {
             id,
             version,
@@ -354,6 +360,8 @@ impl Session {
 
     fn link_gone(&mut self) {
         self.link = Link::Down;
+        self.doubt_at = None;
+        self.dismiss_challenger();
         self.decoder = Decoder::default();
         self.arrivals.clear();
         self.arrivals.shrink_to(16);
@@ -399,6 +407,52 @@ impl Session {
     pub(super) fn prove(&mut self, now: Instant) {
         if matches!(&self.link, Link::Online(online) if online.proof.is_none()) {
             self.ping(now);
+        }
+    }
+
+    /// The link has not answered yet: another is begun.
+    pub(super) fn doubt(&mut self, now: Now) {
+        self.doubt_at = None;
+        if self.challenger.is_none() && self.backoff.allows(now.boot) {
+            let id = self.links.take();
+            self.challenger = Some(Challenger { id, asked: now.boot, login: None });
+            self.outputs.push_back(Output::Connect { link: id, path: String::new(), headers: Vec::new() });
+        }
+    }
+
+    pub(super) fn handle_challenger(&mut self, event: LinkEvent, now: Now) {
+        match event {
+            LinkEvent::Login(login) => {
+                if let Some(challenger) = &mut self.challenger {
+                    challenger.login = Some(login);
+                }
+            }
+            LinkEvent::Open => {
+                let challenger = self.challenger.take();
+                self.drop_link("replaced: it did not answer after the network changed", now.boot);
+                self.adopt(challenger, now);
+                self.greet(now.boot);
+            }
+            LinkEvent::Closed { .. } | LinkEvent::Failed(_) => self.challenger = None,
+            LinkEvent::Text(_) | LinkEvent::Bytes(_) | LinkEvent::Ping | LinkEvent::Pong => {}
+        }
+    }
+
+    /// The challenger takes the place of a link that is gone, unless there is to be none.
+    pub(super) fn adopt(&mut self, challenger: Option<Challenger>, now: Now) {
+        let Some(Challenger { id, asked, login }) = challenger else { return };
+        if matches!(self.link, Link::Down) && self.trouble.is_none() && self.allowed {
+            self.backoff.clear();
+            let version = self.versions.pick(now.wall);
+            self.link = Link::Opening { id, asked, version, login, greeted: false, heard: false };
+        } else {
+            self.outputs.push_back(Output::Close(id));
+        }
+    }
+
+    pub(super) fn dismiss_challenger(&mut self) {
+        if let Some(Challenger { id, .. }) = self.challenger.take() {
+            self.outputs.push_back(Output::Close(id));
         }
     }
 

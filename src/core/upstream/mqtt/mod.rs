@@ -34,8 +34,8 @@ use rand_chacha::{
 
 use self::{identity::Ledger, versions::Versions, wire::Decoder};
 use super::{
-    Beginning, CONNECT_TIMEOUT, Channel, Heartbeat, LinkIds, Output, REGISTER_TIMEOUT, Standing, backoff::Backoff,
-    heartbeat::Intervals, quiet::Quiet,
+    Beginning, CONNECT_TIMEOUT, Channel, DOUBT, Heartbeat, LinkIds, Output, REGISTER_TIMEOUT, Standing,
+    backoff::Backoff, heartbeat::Intervals, quiet::Quiet,
 };
 use crate::{
     config::{MqttSettings, MqttVersion},
@@ -106,6 +106,9 @@ pub struct Session {
     /// Messages not acknowledged yet on this link, in the order of arrival.
     arrivals: VecDeque<Arrival>,
     link: Link,
+    /// After a change of the network: when a link that has not answered is doubted, or an attempt has had its chance.
+    doubt_at: Option<Instant>,
+    challenger: Option<Challenger>,
     decoder: Decoder,
     allowed: bool,
     short_lives: u32,
@@ -172,6 +175,14 @@ enum Link {
     Online(Online),
 }
 
+/// Made beside a link in doubt. It says nothing before that is given up: the broker has a session on one link only.
+#[derive(Debug)]
+struct Challenger {
+    id: LinkId,
+    asked: Instant,
+    login: Option<Login>,
+}
+
 #[derive(Debug)]
 struct Online {
     id: LinkId,
@@ -229,6 +240,8 @@ impl Session {
             last_packet: 0,
             arrivals: VecDeque::new(),
             link: Link::Down,
+            doubt_at: None,
+            challenger: None,
             decoder: Decoder::default(),
             allowed: true,
             short_lives: 0,
@@ -274,6 +287,11 @@ impl Session {
 
     /// An event on a link.
     pub fn handle_link(&mut self, link: LinkId, event: LinkEvent, now: Now) {
+        if self.challenger.as_ref().is_some_and(|challenger| challenger.id == link) {
+            self.handle_challenger(event, now);
+            self.settle(now);
+            return;
+        }
         if self.link_id() != Some(link) {
             return;
         }
@@ -288,11 +306,17 @@ impl Session {
             // What a WebSocket has beside its binary frames says nothing here.
             LinkEvent::Text(_) | LinkEvent::Ping | LinkEvent::Pong => {}
             LinkEvent::Closed { .. } => {
+                let challenger = self.challenger.take();
                 self.hung_up(now);
                 self.ended("the broker closed the connection", now.boot);
                 self.give_way(now.boot);
+                self.adopt(challenger, now);
             }
-            LinkEvent::Failed(error) => self.failed(&error, now),
+            LinkEvent::Failed(error) => {
+                let challenger = self.challenger.take();
+                self.failed(&error, now);
+                self.adopt(challenger, now);
+            }
         }
         self.settle(now);
     }
@@ -311,6 +335,11 @@ impl Session {
                 self.drop_link("the link was dead: the broker did not answer", now.boot);
                 self.backoff.at_once(now.boot);
             }
+            Link::Opening { .. } if self.doubt_at.is_some_and(|at| at <= now.boot) => {
+                self.drop_link("tried again because the network changed", now.boot);
+                self.backoff.at_once(now.boot);
+            }
+            Link::Online(_) if self.doubt_at.is_some_and(|at| at <= now.boot) => self.doubt(now),
             Link::Online(online) if self.ping_at(online).is_some_and(|at| at <= now.boot) => self.ping(now.boot),
             Link::Down | Link::Opening { .. } | Link::Online(_) => {}
         }
@@ -320,13 +349,22 @@ impl Session {
     /// The network came back or changed, or the machine woke up.
     pub fn handle_network(&mut self, now: Now) {
         match &self.link {
-            Link::Online(online) if online.proof.is_none() => self.ping(now.boot),
+            Link::Online(online) => {
+                self.doubt_at.get_or_insert(now.boot + DOUBT);
+                if online.proof.is_none() {
+                    self.ping(now.boot);
+                }
+            }
             Link::Opening { asked, .. } if now.boot.since(*asked) >= STALE_ATTEMPT => {
                 self.drop_link("tried again because the network changed", now.boot);
                 self.backoff.at_once(now.boot);
             }
+            Link::Opening { asked, .. } => {
+                self.doubt_at = Some(*asked + STALE_ATTEMPT);
+                self.backoff.own_event();
+            }
             Link::Down if self.allowed && !self.entries.is_empty() => self.backoff.at_once(now.boot),
-            Link::Down | Link::Opening { .. } | Link::Online(_) => {}
+            Link::Down => {}
         }
         self.settle(now);
     }
@@ -432,10 +470,10 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let (link, online) = match &self.link {
             Link::Down => (self.backoff.retry_at().filter(|_| self.allowed), false),
-            Link::Opening { asked, .. } => (Some(*asked + CONNECT_TIMEOUT), false),
+            Link::Opening { asked, .. } => (earliest(Some(*asked + CONNECT_TIMEOUT), self.doubt_at), false),
             Link::Online(online) => {
                 let ping = online.proof.map(|proof| proof.by).or_else(|| self.ping_at(online));
-                (earliest(ping, online.leave_by), true)
+                (earliest(earliest(ping, online.leave_by), self.doubt_at), true)
             }
         };
         let at = self.requests.values().fold(link, |at, request| earliest(at, Some(request.deadline)));

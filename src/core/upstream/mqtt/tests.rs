@@ -120,6 +120,16 @@ impl World {
         panic!("it never connects");
     }
 
+    /// The link asked for last, which was asked for at once.
+    fn connect(&mut self) -> LinkId {
+        self.drain();
+        let asked = self.seen.iter().rposition(|output| matches!(output, Output::Connect { .. }));
+        let Output::Connect { link, .. } = self.seen.remove(asked.expect("no link is asked for")) else {
+            unreachable!()
+        };
+        link
+    }
+
     /// The bytes put out since the last look; other outputs stay.
     fn sent(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -798,6 +808,59 @@ fn a_change_of_network_proves_the_link_and_teaches_nothing() {
     world.seen = outputs;
     world.online(true);
     assert_eq!(world.session.standing().heartbeat.unwrap().interval, heartbeat::START);
+}
+
+#[test]
+fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
+    let (mut world, link, _) = World::registered();
+    world.take();
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let other = world.connect();
+    assert_eq!(world.sent(), wire::PINGREQ);
+    world.say(link, vec![0xd0, 0]);
+    assert_eq!(world.take(), [Output::Close(other)]);
+    world.pass(60 * SECOND);
+    assert_eq!(world.take(), []);
+}
+
+#[test]
+fn a_challenger_takes_the_place_of_a_link_that_does_not_answer() {
+    let (mut world, link, topic) = World::registered();
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let other = world.connect();
+    world.sent();
+    world.link(other, LinkEvent::Login(Login { username: Some("u".into()), password: None }));
+    world.link(other, LinkEvent::Open);
+    assert!(world.seen.contains(&Output::Close(link)), "the broker has a session on one link only");
+    let connect = world.sent();
+    assert_eq!(connect.first(), Some(&0x10), "CONNECT, and nothing before it");
+    assert!(connect.ends_with(&[0, 1, b'u']), "with the login of its own link");
+    world.say(other, connack(true, ConnectReasonCode::Success, Vec::new()));
+    assert_eq!(world.grant(other, 1), [topic]);
+    // It breaks while the next challenger is on its way.
+    world.session.handle_network(world.now);
+    world.pass(DOUBT);
+    let third = world.connect();
+    world.link(other, LinkEvent::Failed(LinkError::Io("reset".into())));
+    world.link(third, LinkEvent::Open);
+    world.say(third, connack(true, ConnectReasonCode::Success, Vec::new()));
+    assert_eq!(world.session.standing().state, LinkState::Online);
+}
+
+#[test]
+fn an_attempt_that_was_young_when_the_network_changed_is_soon_made_anew() {
+    let mut world = World::new();
+    world.register(1);
+    let link = world.connect();
+    world.pass(SECOND);
+    world.session.handle_network(world.now);
+    world.drain();
+    assert!(!world.seen.contains(&Output::Close(link)));
+    world.pass(SECOND);
+    assert!(world.seen.contains(&Output::Close(link)));
+    assert_ne!(world.connect(), link);
 }
 
 #[test]
