@@ -20,7 +20,7 @@ const START: Duration = Duration::from_secs(20);
 pub(crate) struct Broker {
     program: PathBuf,
     dir: tempfile::TempDir,
-    port: u16,
+    address: SocketAddr,
     child: Option<Child>,
 }
 
@@ -33,23 +33,29 @@ impl Broker {
 
     /// The same, after `prepare` has had the directory.
     pub(crate) fn start_with(settings: &str, prepare: impl Fn(&Path)) -> Self {
+        Self::start_on(Ipv4Addr::LOCALHOST, settings, prepare)
+    }
+
+    /// The same on another address of this machine.
+    pub(crate) fn start_on(host: Ipv4Addr, settings: &str, prepare: impl Fn(&Path)) -> Self {
         let program = program();
         let mut last = None;
         // Another process may take the port between our looking and the broker's listening.
         for _ in 0..5 {
             let dir = tempfile::tempdir().unwrap();
             prepare(dir.path());
-            let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+            let address = TcpListener::bind((host, 0)).unwrap().local_addr().unwrap();
             let at = dir.path().display();
             let anonymous = if settings.contains("allow_anonymous") { "" } else { "allow_anonymous true\n" };
             let text = format!(
-                "user root\nlistener {port} 127.0.0.1\n{anonymous}persistence true\npersistence_location {at}/\n\
+                "user root\nlistener {} {host}\n{anonymous}persistence true\npersistence_location {at}/\n\
                  autosave_interval 1\nautosave_on_changes true\nlog_dest file {at}/log\nlog_type all\n\
                  max_queued_messages 0\n{}\n",
+                address.port(),
                 settings.replace("{dir}", &at.to_string())
             );
             fs::write(dir.path().join("mosquitto.conf"), text).unwrap();
-            let mut broker = Self { program: program.clone(), dir, port, child: None };
+            let mut broker = Self { program: program.clone(), dir, address, child: None };
             match broker.try_start() {
                 Ok(()) => return broker,
                 Err(error) => last = Some(error),
@@ -75,8 +81,12 @@ impl Broker {
         }
     }
 
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(crate) const fn port(&self) -> u16 {
-        self.port
+        self.address.port()
     }
 
     pub(crate) fn log(&self) -> String {
@@ -99,7 +109,18 @@ impl Broker {
 
     fn publisher(&self, topic: &str, more: &[&str]) -> Command {
         let mut command = Command::new("mosquitto_pub");
-        command.args(["-V", "5", "-h", "127.0.0.1", "-p", &self.port.to_string(), "-q", "1", "-t", topic]);
+        command.args([
+            "-V",
+            "5",
+            "-h",
+            &self.address.ip().to_string(),
+            "-p",
+            &self.port().to_string(),
+            "-q",
+            "1",
+            "-t",
+            topic,
+        ]);
         command.args(more).stdin(Stdio::null());
         command
     }
@@ -117,7 +138,7 @@ impl Broker {
             if let Some(status) = child.try_wait()? {
                 return Err(io::Error::other(format!("ended with {status}: {}", self.log())));
             }
-            if TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))).is_ok() {
+            if TcpStream::connect(self.address()).is_ok() {
                 self.child = Some(child);
                 return Ok(());
             }
@@ -141,7 +162,7 @@ impl Drop for Broker {
 }
 
 /// Whatever `tests/setup/mosquitto` provides.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     if let Some(given) = env::var_os("NIGHTPORTER_TEST_MOSQUITTO").filter(|given| !given.is_empty()) {
         return PathBuf::from(given);
     }

@@ -17,7 +17,7 @@ const START: Duration = Duration::from_secs(20);
 pub(crate) struct Ntfy {
     program: PathBuf,
     dir: tempfile::TempDir,
-    port: u16,
+    address: SocketAddr,
     child: Option<Child>,
 }
 
@@ -25,21 +25,26 @@ impl Ntfy {
     /// Starts one with its stored messages on disk. `settings` are further lines of its `server.yml`, with
     /// `{dir}` for a directory of its own.
     pub(crate) fn start(settings: &str) -> Self {
+        Self::start_on(Ipv4Addr::LOCALHOST, settings)
+    }
+
+    /// The same on another address of this machine.
+    pub(crate) fn start_on(host: Ipv4Addr, settings: &str) -> Self {
         let program = program();
         let mut last = None;
         // Another process may take the port between our looking and ntfy's listening.
         for _ in 0..5 {
             let dir = tempfile::tempdir().unwrap();
-            let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+            let address = TcpListener::bind((host, 0)).unwrap().local_addr().unwrap();
             let at = dir.path().display();
             let text = format!(
-                "base-url: \"http://127.0.0.1:{port}\"\nlisten-http: \"127.0.0.1:{port}\"\ncache-file: \"{at}/cache.db\"\n\
+                "base-url: \"http://{address}\"\nlisten-http: \"{address}\"\ncache-file: \"{at}/cache.db\"\n\
                  attachment-cache-dir: \"{at}/attachments\"\nlog-file: \"{at}/ntfy.log\"\nbehind-proxy: true\n\
                  web-root: disable\n{}\n",
                 settings.replace("{dir}", &at.to_string())
             );
             fs::write(dir.path().join("server.yml"), text).unwrap();
-            let mut ntfy = Self { program: program.clone(), dir, port, child: None };
+            let mut ntfy = Self { program: program.clone(), dir, address, child: None };
             match ntfy.try_start() {
                 Ok(()) => return ntfy,
                 Err(error) => last = Some(error),
@@ -64,12 +69,16 @@ impl Ntfy {
         }
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(crate) fn port(&self) -> u16 {
-        self.port
+        self.address.port()
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}/", self.port)
+        format!("http://{}/", self.address)
     }
 
     /// What it has logged; with `log-level: debug` every connection.
@@ -103,7 +112,7 @@ impl Ntfy {
                 let said = fs::read_to_string(self.dir.path().join("ntfy.out")).unwrap_or_default();
                 return Err(io::Error::other(format!("ended with {status}: {said} {}", self.log())));
             }
-            let healthy = Publisher::new(self.port)
+            let healthy = Publisher::to(self.address())
                 .and_then(|mut client| client.request("GET", "v1/health", &[], b""))
                 .is_ok_and(|answer| answer.status == 200);
             if healthy {
@@ -130,7 +139,7 @@ impl Drop for Ntfy {
 }
 
 /// `NIGHTPORTER_TEST_NTFY`, or whatever `tests/setup/ntfy` provides.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     if let Some(given) = env::var_os("NIGHTPORTER_TEST_NTFY").filter(|given| !given.is_empty()) {
         let path = PathBuf::from(given);
         assert!(path.is_file(), "NIGHTPORTER_TEST_NTFY={} is not there", path.display());
@@ -160,7 +169,10 @@ pub(crate) struct Answer {
 
 impl Publisher {
     pub(crate) fn new(port: u16) -> io::Result<Self> {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Self::to((Ipv4Addr::LOCALHOST, port).into())
+    }
+
+    pub(crate) fn to(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -210,7 +222,9 @@ impl Publisher {
 
     fn answer(&mut self) -> io::Result<Answer> {
         let mut line = String::new();
-        self.stream.read_line(&mut line)?;
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
         let status = status.ok_or_else(|| io::Error::other(format!("no HTTP: {line:?}")))?;
         let (mut length, mut chunked) = (0, false);

@@ -58,24 +58,45 @@ impl Drop for Bus {
     }
 }
 
+/// What a daemon is started with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setup<'a> {
+    /// The upstream's kind.
+    pub(crate) kind: &'a str,
+    /// Where it is.
+    pub(crate) url: &'a str,
+    /// Further keys of it.
+    pub(crate) upstream: &'a str,
+    /// Further sections.
+    pub(crate) more: &'a str,
+    /// A process in whose network namespace it is to run, if not in the test's own.
+    pub(crate) beside: Option<u32>,
+}
+
 /// The daemon, its configuration and its state.
 pub(crate) struct Porter {
     child: Option<Child>,
+    beside: Option<u32>,
     bus: String,
     dir: tempfile::TempDir,
     client: Connection,
 }
 
 impl Porter {
-    /// Starts it with one upstream at `url`. `upstream` are further keys of that, `more` further sections.
+    /// Starts it with one ntfy server at `url`. `upstream` are further keys of that, `more` further sections.
     pub(crate) fn start(bus: &Bus, url: &str, upstream: &str, more: &str) -> Self {
+        Self::with(bus, Setup { kind: "ntfy", url, upstream, more, beside: None })
+    }
+
+    pub(crate) fn with(bus: &Bus, setup: Setup<'_>) -> Self {
+        let Setup { kind, url, upstream, more, beside } = setup;
         let dir = tempfile::tempdir().unwrap();
         let config = format!(
-            "profile = \"tombstone\"\n[[upstream]]\nname = \"home\"\nkind = \"ntfy\"\nurl = \"{url}\"\n{upstream}\n{more}\n"
+            "profile = \"tombstone\"\n[[upstream]]\nname = \"home\"\nkind = \"{kind}\"\nurl = \"{url}\"\n{upstream}\n{more}\n"
         );
         fs::write(dir.path().join("nightporter.toml"), config).unwrap();
         let client = zbus::block_on(Builder::address(bus.address.as_str()).build()).unwrap();
-        let mut porter = Self { child: None, bus: bus.address.clone(), dir, client };
+        let mut porter = Self { child: None, beside, bus: bus.address.clone(), dir, client };
         porter.start_again();
         porter
     }
@@ -91,7 +112,17 @@ impl Porter {
     /// Starts it on the state that is there, and waits until it serves the bus.
     pub(crate) fn start_again(&mut self) {
         let log = File::options().create(true).append(true).open(self.dir.path().join("daemon.log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_nightporterd"))
+        let program = env!("CARGO_BIN_EXE_nightporterd");
+        let mut command = match self.beside {
+            // It becomes the daemon: the process is the same.
+            Some(beside) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/proc/{beside}/ns/net")).arg("--").arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        let child = command
             .arg("--user")
             .arg("--config")
             .arg(self.dir.path().join("nightporter.toml"))
