@@ -17,12 +17,23 @@ mod server;
 #[expect(dead_code, reason = "made for the tests of ntfy; shared")]
 mod world;
 
+#[path = "standins"]
+#[expect(dead_code, reason = "made for the tests of the sessions; shared")]
+mod stand_in {
+    pub(crate) mod faults;
+    pub(crate) mod gotify;
+    pub(crate) mod http;
+    pub(crate) mod nextpush;
+}
+
 #[path = "reach/net.rs"]
 mod net;
 #[path = "reach/scenario.rs"]
 mod scenario;
 #[path = "reach/servers.rs"]
 mod servers;
+#[path = "reach/standins.rs"]
+mod standins;
 
 use std::net::Ipv4Addr;
 
@@ -96,4 +107,14 @@ fn the_relay_while_the_daemon_is_killed() {
     if inside("the_relay_while_the_daemon_is_killed") {
         kills(&Household::start_on(Ipv4Addr::LOCALHOST));
     }
+}
+
+#[test]
+fn nextpush_through_broken_streams_and_a_killed_daemon() {
+    standins::nextpush();
+}
+
+#[test]
+fn gotify_through_broken_streams_and_a_killed_daemon() {
+    standins::gotify();
 }

@@ -23,6 +23,8 @@ const WHILE_KILLED: usize = 400;
 const SHORT_OUTAGE: Duration = Duration::from_secs(10);
 /// The link's return is judged by the quickest of so many: a busy machine is not the daemon's fault.
 const TRIES: usize = 3;
+/// After a new link ntfy is looked at once more: a cut in between would meet an attempt under way, as few cuts do.
+const SETTLING: Duration = Duration::from_secs(8);
 const APPS: usize = 4;
 /// A second time would come by then.
 const AFTERMATH: Duration = Duration::from_millis(700);
@@ -54,6 +56,7 @@ pub(crate) fn outages(start: fn() -> Box<dyn Server>) {
     post.arrives(&porter);
     let restart = restarted.elapsed();
     porter.wait_online();
+    thread::sleep(SETTLING);
 
     let cut = |post: &mut Post, net: &mut Net, how, time: Duration, label: &str, count| {
         let began = Instant::now();

@@ -92,6 +92,15 @@ impl Backoff {
         self.retry_at = Some(now.max(self.not_before));
     }
 
+    /// A link ended that was still to be proved after this phone's network changed: that it is dead says nothing of the
+    /// server, which may have given it up long ago. Tried at once, unless another attempt is `under_way`.
+    pub fn ended_in_doubt(&mut self, under_way: bool, now: Instant) {
+        match under_way {
+            true => self.own_event(),
+            false => self.at_once(now),
+        }
+    }
+
     /// The network changed while an attempt is under way that may or may not know: should it fail, the next follows soon.
     pub const fn own_event(&mut self) {
         self.doublings = 0;

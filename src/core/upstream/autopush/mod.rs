@@ -216,8 +216,10 @@ impl Session {
         if current != Some(link) {
             return;
         }
+        let last = event.is_last();
+        let doubted = last && matches!(&self.link, Link::Online(online) if online.proof_by.is_some());
         if let Link::Online(online) = &mut self.link
-            && !event.is_last()
+            && !last
         {
             online.heard = now.boot;
             (online.proof_by, online.doubt_at) = (None, None);
@@ -234,6 +236,9 @@ impl Session {
             LinkEvent::Ping | LinkEvent::Pong | LinkEvent::Login(_) => {}
             LinkEvent::Closed { code, reason } => self.closed(code, &reason, now.boot),
             LinkEvent::Failed(error) => self.failed(&error, now.boot),
+        }
+        if doubted {
+            self.backoff.ended_in_doubt(!matches!(self.link, Link::Down), now.boot);
         }
         self.settle(now.boot);
     }

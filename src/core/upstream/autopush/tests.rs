@@ -457,6 +457,17 @@ fn a_returning_network_proves_the_link_within_ten_seconds() {
 }
 
 #[test]
+fn a_link_that_ends_while_it_is_in_doubt_is_made_anew_at_once() {
+    let mut world = World::new(Some("u1"), vec![channel(1)]);
+    let link = world.online();
+    world.session.handle_network(world.now);
+    world.take();
+    world.link(link, LinkEvent::Closed { code: Some(1011), reason: "pong came too late".into() });
+    let outputs = world.take();
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn an_attempt_that_was_young_when_the_network_changed_is_soon_made_anew() {
     let mut world = World::new(Some("u1"), vec![channel(1)]);
     let link = world.connect();

@@ -187,11 +187,13 @@ impl Session {
     /// An event on a link.
     pub fn handle_link(&mut self, link: LinkId, event: LinkEvent, now: Now) {
         let now = now.boot;
+        let mut doubted = false;
         let current = match &mut self.link {
             Link::Down => return,
             Link::Connecting { id, .. } => *id,
             Link::Online(online) => {
                 if online.id == link {
+                    doubted = event.is_last() && online.proof_by.is_some();
                     (online.heard, online.proof_by) = (now, None);
                 }
                 online.id
@@ -207,6 +209,9 @@ impl Session {
             LinkEvent::Ping | LinkEvent::Pong | LinkEvent::Login(_) => {}
             LinkEvent::Closed { code, reason } => self.closed(code, &reason, now),
             LinkEvent::Failed(error) => self.failed(&error, now),
+        }
+        if doubted {
+            self.backoff.ended_in_doubt(!matches!(self.link, Link::Down), now);
         }
         self.settle(now);
     }

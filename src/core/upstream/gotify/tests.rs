@@ -557,6 +557,17 @@ fn silence_and_a_changed_network_end_a_dead_link() {
 }
 
 #[test]
+fn a_link_that_ends_while_it_is_in_doubt_is_made_anew_at_once() {
+    let mut world = World::new(Some("0"), vec![channel(1)]);
+    let link = world.online();
+    world.session.handle_network(world.now);
+    world.take();
+    world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+    let outputs = world.take();
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn where_links_are_not_allowed_there_is_none() {
     let mut world = World::new(Some("0"), vec![channel(1)]);
     let link = world.online();

@@ -295,6 +295,9 @@ impl Session {
         if self.link_id() != Some(link) {
             return;
         }
+        let doubted = event.is_last()
+            && (self.doubt_at.is_some() || self.challenger.is_some())
+            && matches!(self.link, Link::Online(_));
         match event {
             LinkEvent::Login(given) => {
                 if let Link::Opening { login, .. } = &mut self.link {
@@ -317,6 +320,9 @@ impl Session {
                 self.failed(&error, now);
                 self.adopt(challenger, now);
             }
+        }
+        if doubted && self.trouble.is_none() {
+            self.backoff.ended_in_doubt(!matches!(self.link, Link::Down), now.boot);
         }
         self.settle(now);
     }

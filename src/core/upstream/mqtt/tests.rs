@@ -811,6 +811,16 @@ fn a_change_of_network_proves_the_link_and_teaches_nothing() {
 }
 
 #[test]
+fn a_link_that_ends_while_it_is_in_doubt_is_made_anew_at_once() {
+    let (mut world, link, _) = World::registered();
+    world.session.handle_network(world.now);
+    world.take();
+    world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+    let outputs = world.take();
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn a_link_in_doubt_is_challenged_and_keeps_its_place_if_it_answers_first() {
     let (mut world, link, _) = World::registered();
     world.take();

@@ -210,6 +210,7 @@ impl Session {
         if stream.id != link {
             return;
         }
+        let doubted = event.is_last() && stream.proof_by.is_some();
         match event {
             LinkEvent::Open => stream.open = true,
             LinkEvent::Bytes(bytes) => {
@@ -221,6 +222,9 @@ impl Session {
             LinkEvent::Text(_) | LinkEvent::Ping | LinkEvent::Pong | LinkEvent::Login(_) => {}
             LinkEvent::Closed { .. } => self.ended(now.boot),
             LinkEvent::Failed(error) => self.failed(&error, now.boot),
+        }
+        if doubted {
+            self.backoff.ended_in_doubt(!matches!(self.link, Link::Down), now.boot);
         }
         self.settle(now.boot);
     }

@@ -602,6 +602,17 @@ fn after_a_change_of_the_network_the_stream_has_ten_seconds() {
 }
 
 #[test]
+fn a_link_that_ends_while_it_is_in_doubt_is_made_anew_at_once() {
+    let mut world = World::new(Some("d1"), vec![channel(1)]);
+    let link = world.online();
+    world.session.handle_network(world.now);
+    world.take();
+    world.link(link, LinkEvent::Closed { code: None, reason: String::new() });
+    let outputs = world.take();
+    assert!(outputs.iter().any(|output| matches!(output, Output::Connect { .. })), "{outputs:?}");
+}
+
+#[test]
 fn an_attempt_from_before_the_network_came_back_is_made_again() {
     let mut world = World::new(Some("d1"), vec![channel(1)]);
     let (link, ..) = world.connect();

@@ -204,6 +204,7 @@ impl Session {
         else {
             return;
         };
+        let doubted = event.is_last() && stream.proof_by.is_some();
         stream.heard = now.boot;
         (stream.proof_by, stream.doubt_at) = (None, None);
         if self.main.as_ref().is_some_and(|main| main.id == link)
@@ -238,6 +239,9 @@ impl Session {
                 self.backoff.failed(None, now.boot, &mut self.rng);
             }
             LinkEvent::Failed(error) => self.failed(link, &error, now.boot),
+        }
+        if doubted {
+            self.backoff.ended_in_doubt(self.next.is_some(), now.boot);
         }
         self.settle(now.boot);
     }
