@@ -109,7 +109,7 @@ fn every_kind_of_upstream_has_its_page() {
         let described: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(".It ")).collect();
         for subjects in [&["Urgency"][..], &["TTL"], &["Collapse", "Topic"], &["Acknowledgement"]] {
             let said = |item: &&str| subjects.iter().any(|subject| item.contains(subject));
-            assert!(described.iter().any(|item| said(item)), "{name}.7 does not say what becomes of {subjects:?}");
+            assert!(described.iter().any(said), "{name}.7 does not say what becomes of {subjects:?}");
         }
         assert!(overview.contains(&format!(".Xr {name} 7")), "nightporter-upstreams.7 does not name {name}(7)");
     }
