@@ -78,6 +78,7 @@ impl Delivery {
             held_until,
             topic: arrival.topic,
             persisted: false,
+            durable_first: arrival.durable_first,
             unsafe_count: 1,
             attempts: 0,
         };
@@ -132,13 +133,20 @@ impl Delivery {
             self.persist_again();
         }
         let Some((registration, entry)) = self.entry_mut(seq) else { return };
+        let waited = std::mem::take(&mut entry.durable_first);
         if !ok {
+            // A message that may come twice is better than none.
             self.store_retry_at = Some(now.boot + STORE_RETRY);
-            return;
+        } else if !entry.persisted {
+            self.persisted(seq);
         }
-        if entry.persisted {
-            return;
+        if waited && let Some(app) = self.lanes.get(&registration).map(|lane| lane.app.clone()) {
+            self.settle(&app, now);
         }
+    }
+
+    fn persisted(&mut self, seq: MessageSeq) {
+        let Some((registration, entry)) = self.entry_mut(seq) else { return };
         entry.persisted = true;
         let id = Arc::clone(&entry.id);
         let count = std::mem::take(&mut entry.unsafe_count);
