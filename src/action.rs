@@ -185,13 +185,8 @@ pub enum StoreOp {
 
 impl StoreOp {
     /// Whether the operation may wait for company: nothing is lost but work if the power goes before it is written.
-    pub fn is_lazy(&self) -> bool {
-        match self {
-            Self::EndMessage(..) | Self::PutApp(_) => true,
-            // Cursors, and what is learnt. Without the others a device or a message is not known again.
-            Self::PutUpstream { key, .. } => matches!(&**key, "cursor" | "last" | "heartbeat" | "version"),
-            _ => false,
-        }
+    pub const fn is_lazy(&self) -> bool {
+        matches!(self, Self::EndMessage(..) | Self::PutUpstream { .. } | Self::PutApp(_))
     }
 }
 

@@ -117,11 +117,6 @@ impl Core {
             || self.stores.values().any(|waiting| *waiting == Stored::Registration(id))
     }
 
-    /// Whether a crash could still take back the value of that key.
-    pub(super) fn is_unsaved_value(&self, index: usize, key: &'static str) -> bool {
-        self.unsaved.values.contains_key(&(index, key))
-    }
-
     pub(super) fn value_stored(&mut self, ticket: StoreTicket, index: usize, key: &'static str, ok: bool, now: Now) {
         let Some(value) = self.unsaved.values.get_mut(&(index, key)).filter(|value| value.latest == ticket) else {
             return;

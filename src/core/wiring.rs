@@ -103,7 +103,6 @@ impl Core {
             topic: message.topic,
             urgency,
             by_policy,
-            durable_first: self.is_unsaved_value(index, upstream::ID_ROOT),
         };
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => {

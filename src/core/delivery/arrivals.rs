@@ -78,7 +78,6 @@ impl Delivery {
             held_until,
             topic: arrival.topic,
             persisted: false,
-            durable_first: arrival.durable_first,
             unsafe_count: 1,
             attempts: 0,
         };
@@ -133,20 +132,13 @@ impl Delivery {
             self.persist_again();
         }
         let Some((registration, entry)) = self.entry_mut(seq) else { return };
-        let waited = std::mem::take(&mut entry.durable_first);
         if !ok {
-            // A message that may come twice is better than none.
             self.store_retry_at = Some(now.boot + STORE_RETRY);
-        } else if !entry.persisted {
-            self.persisted(seq);
+            return;
         }
-        if waited && let Some(app) = self.lanes.get(&registration).map(|lane| lane.app.clone()) {
-            self.settle(&app, now);
+        if entry.persisted {
+            return;
         }
-    }
-
-    fn persisted(&mut self, seq: MessageSeq) {
-        let Some((registration, entry)) = self.entry_mut(seq) else { return };
         entry.persisted = true;
         let id = Arc::clone(&entry.id);
         let count = std::mem::take(&mut entry.unsafe_count);

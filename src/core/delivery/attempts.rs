@@ -217,7 +217,6 @@ impl Delivery {
         } else {
             let Some(entry) = lane.queue.first_mut() else { return };
             match &entry.body {
-                _ if entry.durable_first => return,
                 Body::Inline(body) => (
                     Cargo::Message(entry.seq),
                     Handover::Message {

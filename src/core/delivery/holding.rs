@@ -199,7 +199,7 @@ impl Delivery {
 impl Lane {
     /// What could be handed over one after the other if the app were ready.
     fn reachable(&self) -> impl Iterator<Item = &Entry> {
-        self.queue.iter().take_while(|entry| !entry.durable_first && !matches!(entry.body, Body::Fetching { .. }))
+        self.queue.iter().take_while(|entry| !matches!(entry.body, Body::Fetching { .. }))
     }
 
     /// Whether something could be sent now if the app were ready.

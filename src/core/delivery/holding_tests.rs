@@ -152,7 +152,6 @@ fn what_has_expired_meanwhile_wakes_nobody() {
         topic: None,
         urgency: Urgency::Low,
         by_policy: true,
-        durable_first: false,
     };
     world.delivery.arrived(arrival, world.now);
     assert!(world.drain().iter().any(|output| matches!(output, Output::Held { by_policy: true, .. })));
@@ -264,7 +263,6 @@ fn attachments_wait_while_roaming() {
         topic: None,
         urgency: Urgency::High,
         by_policy: false,
-        durable_first: false,
     };
     let fetches = |outputs: &[Output]| outputs.iter().filter(|o| matches!(o, Output::Fetch { .. })).count();
     world.delivery.arrived(attachment("a", world.now.wall + DAY * 2), world.now);
@@ -379,7 +377,6 @@ impl Model {
                     topic: topic.then(|| "t".into()),
                     urgency,
                     by_policy: false,
-                    durable_first: false,
                 };
                 self.sent.push(Sent { id, lane, urgency, at: world.now.boot, expires });
                 world.delivery.arrived(arrival, world.now);

@@ -103,9 +103,6 @@ pub struct Arrival {
     pub urgency: Urgency,
     /// The urgency is what the app's messages count as, because the upstream's protocol says none.
     pub by_policy: bool,
-    /// It is not handed over before it is durable: what its id rests on is on its way to the store, and after a crash it
-    /// would come again under another.
-    pub durable_first: bool,
 }
 
 /// The bytes of a message to hand in.

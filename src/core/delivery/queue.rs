@@ -45,8 +45,6 @@ pub(super) struct Entry {
     pub(super) topic: Option<Arc<str>>,
     /// Durable in the store.
     pub(super) persisted: bool,
-    /// Not to be handed over before that.
-    pub(super) durable_first: bool,
     /// How many times the upstream waits to hear that it is safe; zero once told.
     pub(super) unsafe_count: u32,
     /// Tries that failed.
@@ -96,7 +94,6 @@ impl Queue {
             held_until,
             topic: stored.topic,
             persisted: true,
-            durable_first: false,
             unsafe_count: 0,
             attempts: 0,
         });

@@ -90,7 +90,6 @@ impl World {
             topic: topic.map(Arc::from),
             urgency,
             by_policy: false,
-            durable_first: false,
         };
         self.delivery.arrived(arrival, self.now)
     }
@@ -162,32 +161,6 @@ fn a_message_is_handed_over_at_once_and_safe_when_accepted_or_persisted_whicheve
     assert_eq!(safe(&world.drain()), ["b"]);
     world.done(ticket, CallOutcome::Accepted);
     assert_eq!(safe(&world.drain()), [""; 0], "told once");
-}
-
-#[test]
-fn what_must_be_durable_first_waits_for_the_store_and_what_follows_it_too() {
-    for taken in [true, false] {
-        let mut world = World::ready();
-        let first = Arrival {
-            registration: LANE,
-            id: "a".into(),
-            body: ArrivalBody::Bytes(b"a".as_slice().into()),
-            expires: world.now.wall + SECOND * 1000,
-            topic: None,
-            urgency: Urgency::Normal,
-            by_policy: false,
-            durable_first: true,
-        };
-        world.delivery.arrived(first, world.now);
-        world.push("b");
-        world.push_to(OTHER_LANE, "other", None);
-        assert_eq!(calls_of(&world.drain()), ["other"]);
-        world.delivery.stored(MessageSeq(1), taken, world.now);
-        let calls = world.calls();
-        assert_eq!(calls[0].1, "a", "a full disk does not hold it up");
-        world.done(calls[0].0, CallOutcome::Accepted);
-        assert_eq!(world.calls()[0].1, "b");
-    }
 }
 
 #[test]
@@ -428,7 +401,6 @@ fn empty_oversized_and_undecodable_messages_are_dropped_with_a_reason_and_acknow
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
-            durable_first: false,
         };
         assert_eq!(world.delivery.arrived(arrival, world.now), Admission::Unusable);
         let outputs = world.drain();
@@ -448,7 +420,6 @@ fn an_attachment_keeps_its_place_and_is_not_safe_before_it_is_here() {
         topic: None,
         urgency: Urgency::Normal,
         by_policy: false,
-        durable_first: false,
     };
     world.delivery.arrived(arrival, world.now);
     world.push("b");
@@ -480,7 +451,6 @@ fn an_attachment_that_is_gone_is_given_up() {
         topic: None,
         urgency: Urgency::Normal,
         by_policy: false,
-        durable_first: false,
     };
     world.delivery.arrived(arrival, world.now);
     world.drain();
@@ -516,7 +486,6 @@ fn a_full_disk_loses_nothing_and_turns_away_what_memory_cannot_hold() {
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
-            durable_first: false,
         };
         match world.delivery.arrived(arrival, world.now) {
             Admission::Queued => {
@@ -554,7 +523,6 @@ fn bodies_that_are_durable_do_not_fill_the_memory() {
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
-            durable_first: false,
         };
         world.delivery.arrived(arrival, world.now);
         world.delivery.stored(MessageSeq(n), true, world.now);

@@ -53,10 +53,6 @@ pub struct Channel {
     pub endpoint: Arc<str>,
 }
 
-/// The key of the value that ids of messages are made with (MQTT): a message made with one that a crash may take back is
-/// not handed over before it is durable.
-pub const ID_ROOT: &str = "era";
-
 /// What a session wants done or known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {

@@ -20,13 +20,13 @@
 //! after it; until then the message may come again. After many acknowledgements a ping is asked for.
 //!
 //! **Guaranteed**, if the broker keeps to the specification: a message has the same id each time it comes, over links,
-//! crashes and restarts of this daemon; two messages have different ids even if their contents are equal. Two gaps,
-//! both of them about the moment of a failure: (1) a message lost on the way when the link broke, with the very content
+//! crashes and restarts of this daemon; two messages have different ids even if their contents are equal. Three gaps,
+//! all of them about the moment of a failure: (1) a message lost on the way when the link broke, with the very content
 //! and packet id of one whose acknowledgement was under way on that link, cannot be told from that one coming again, by
-//! anybody; it is taken for the same. Payloads of Web Push are encrypted and never equal. (2) A broker that itself falls
-//! back behind our acknowledgements (killed without its state on disk) may send old messages as new ones. A sender closes
-//! both with the user property `id`. A crash while the text is on its way to the disk opens none: the core hands messages
-//! of that moment over only when they, and with them the text, are durable (`ID_ROOT`); a full disk alone changes that.
+//! anybody; it is taken for the same. Payloads of Web Push are encrypted and never equal. (2) A crash in the milliseconds
+//! while the text is on its way to the disk may give messages of that moment another id when they come again. (3) A broker
+//! that itself falls back behind our acknowledgements (killed without its state on disk) may send old messages as new
+//! ones. A sender closes all three with the user property `id`.
 
 use std::{
     collections::{BTreeMap, HashSet, VecDeque},

@@ -9,7 +9,7 @@ use super::{
     wire::{self, Leave, Publish},
 };
 use crate::{
-    core::upstream::{ID_ROOT, IncomingBody, IncomingMessage, Output, quiet::hint},
+    core::upstream::{IncomingBody, IncomingMessage, Output, quiet::hint},
     model::{RegistrationId, Urgency},
     time::{Instant, Now},
 };
@@ -83,7 +83,7 @@ impl Session {
     /// What the ledger wants remembered goes ahead of the messages it is about.
     pub(super) fn remember_era(&mut self) {
         if let Some(value) = self.ledger.take_changed() {
-            self.outputs.push_back(Output::Remember { key: ID_ROOT, value });
+            self.outputs.push_back(Output::Remember { key: "era", value });
         }
     }
 
