@@ -5,14 +5,14 @@
 //! refuses is written again until it is there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
-use super::{Core, Stored};
+use super::{Core, Stored, upstream::IncomingMessage};
 use crate::{
-    action::StoreOp,
+    action::{NAMING, StoreOp},
     event::StoreTicket,
     model::{Bus, RegistrationId},
     time::{Instant, Now},
@@ -34,6 +34,9 @@ pub(super) struct Unsaved {
     /// Other rows on their way, by number: the latest for each.
     rows: BTreeMap<u64, Row>,
     next_row: u64,
+    /// Messages that wait until what their ids rest on is durable, by upstream. A session has a bound on messages that are
+    /// not safe.
+    nameless: BTreeMap<usize, VecDeque<IncomingMessage>>,
     /// Values that wait for registrations to be durable.
     held: BTreeMap<(usize, &'static str), Arc<str>>,
     again_at: Option<Instant>,
@@ -66,6 +69,11 @@ struct Deletion {
 impl Unsaved {
     pub(super) const fn deadline(&self) -> Option<Instant> {
         self.again_at
+    }
+
+    /// Whether any message waits here.
+    pub(super) fn holds_messages(&self) -> bool {
+        !self.nameless.is_empty()
     }
 
     fn identities(&self, index: usize) -> impl Iterator<Item = &Value> {
@@ -117,6 +125,16 @@ impl Core {
             || self.stores.values().any(|waiting| *waiting == Stored::Registration(id))
     }
 
+    /// Keeps a message back whose id a crash could still change: its app would take it twice for two. Gives it back when
+    /// nothing holds it up. A full disk does not: then it is better had twice than not at all.
+    pub(super) fn hold_nameless(&mut self, index: usize, message: IncomingMessage) -> Option<IncomingMessage> {
+        if self.unsaved.values.get(&(index, NAMING)).is_none_or(|value| value.refused) {
+            return Some(message);
+        }
+        self.unsaved.nameless.entry(index).or_default().push_back(message);
+        None
+    }
+
     pub(super) fn value_stored(&mut self, ticket: StoreTicket, index: usize, key: &'static str, ok: bool, now: Now) {
         let Some(value) = self.unsaved.values.get_mut(&(index, key)).filter(|value| value.latest == ticket) else {
             return;
@@ -126,6 +144,11 @@ impl Core {
         } else {
             value.refused = true;
             self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+        if key == NAMING {
+            for message in self.unsaved.nameless.remove(&index).unwrap_or_default() {
+                self.on_message(index, message, now);
+            }
         }
     }
 
