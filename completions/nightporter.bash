@@ -37,6 +37,9 @@ _nightporter() {
             nightporter,man)
                 cmd="nightporter__subcmd__man"
                 ;;
+            nightporter,move)
+                cmd="nightporter__subcmd__move"
+                ;;
             nightporter,push)
                 cmd="nightporter__subcmd__push"
                 ;;
@@ -76,6 +79,9 @@ _nightporter() {
             nightporter__subcmd__help,man)
                 cmd="nightporter__subcmd__help__subcmd__man"
                 ;;
+            nightporter__subcmd__help,move)
+                cmd="nightporter__subcmd__help__subcmd__move"
+                ;;
             nightporter__subcmd__help,push)
                 cmd="nightporter__subcmd__help__subcmd__push"
                 ;;
@@ -101,7 +107,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why freeze thaw kill push report demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move push report demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -187,7 +193,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why freeze thaw kill push report demo completions man help"
+            opts="status apps show why freeze thaw kill move push report demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -285,6 +291,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__man)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__move)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -398,6 +418,20 @@ _nightporter() {
             ;;
         nightporter__subcmd__man)
             opts="-h --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__move)
+            opts="-h --all --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -10,6 +10,8 @@ mod crashes;
 mod delivery;
 #[path = "daemon/lifecycle.rs"]
 mod lifecycle;
+#[path = "daemon/moves.rs"]
+mod moves;
 #[path = "daemon/registration.rs"]
 mod registration;
 #[path = "daemon/start.rs"]

@@ -1,11 +1,17 @@
 //! The MQTT session against the real mosquitto: registering, redelivery, outages, crashes, limits.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 
 #[path = "mqtt/broker.rs"]
 mod broker;
+#[path = "mqtt/daemon.rs"]
+mod daemon;
 #[path = "mqtt/device.rs"]
 mod device;
+
+#[path = "ntfy/world.rs"]
+#[expect(dead_code, reason = "made for the tests of ntfy; shared")]
+mod world;
 
 use std::{
     io::{Read, Write},

@@ -207,6 +207,9 @@ fn the_panel_unregisters_an_app_and_the_app_is_told() {
     assert!(world.panel().clients.is_empty());
 }
 
+/// The servers ping at least as often, in seconds.
+const PING: u64 = 300;
+
 /// The user's own program.
 fn user() -> Caller {
     Caller {
@@ -316,8 +319,12 @@ impl World {
         while self.secs < end {
             // Whole seconds suffice, and long pauses are stepped through quickly.
             let due = self.core.poll_timeout().map_or(end, |at| at.as_nanos().div_ceil(1_000_000_000));
-            self.secs = due.clamp(self.secs + 1, end);
+            self.secs = due.min(self.secs + PING).clamp(self.secs + 1, end);
             self.handle(Event::Tick);
+            let links: Vec<LinkId> = self.links.keys().copied().collect();
+            for link in links {
+                self.handle(Event::Link(link, LinkEvent::Ping));
+            }
         }
     }
 

@@ -93,11 +93,18 @@ impl Monitor {
     /// Asks the kernel for the next thing; it answers one dump at a time.
     fn ask(&mut self) {
         let Some(question) = self.questions.pop() else { return };
-        let mut message = Vec::with_capacity(HEADER + ROUTE_BODY);
-        message.extend_from_slice(&((HEADER + ROUTE_BODY) as u32).to_ne_bytes());
+        // With another length the kernel complains of leftover bytes in its log.
+        let length = HEADER
+            + match question {
+                libc::RTM_GETADDR => ADDRESS_BODY,
+                libc::RTM_GETROUTE => ROUTE_BODY,
+                _ => LINK_BODY,
+            };
+        let mut message = Vec::with_capacity(length);
+        message.extend_from_slice(&(length as u32).to_ne_bytes());
         message.extend_from_slice(&question.to_ne_bytes());
         message.extend_from_slice(&((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
-        message.resize(HEADER + ROUTE_BODY, 0);
+        message.resize(length, 0);
         if let Err(error) = send(self.socket.as_raw_fd(), &message, MsgFlags::empty()) {
             // Then the first refresh of an address counts as a return: one attempt too many.
             log::debug!("cannot read the network's present state: {error}");

@@ -56,7 +56,8 @@ pub(crate) fn page() -> Result<String, Failure> {
         "nightporter report \\-\\-json | jq .saved\n",
         "nightporter demo \\-\\-apps 20 \\-\\-json figures.json\n",
         ".fi\n",
-        ".SH \"SEE ALSO\"\n\\fBnightporterd\\fR(8), \\fBnightporter\\-relay\\fR(1)\n",
+        ".SH \"SEE ALSO\"\n\\fBnightporter.toml\\fR(5), \\fBnightporter\\-upstreams\\fR(7), ",
+        "\\fBnightporter\\-relay\\fR(8), \\fBnightporterd\\fR(8)\n",
     ));
     Ok(page)
 }

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     action::HttpRequest,
     config::{NetworkSettings, UpstreamKind, UpstreamSettings},
-    core::upstream::{Channel, IncomingBody, IncomingMessage, REGISTER_TIMEOUT},
+    core::upstream::{Channel, IncomingBody, IncomingMessage, REGISTER_TIMEOUT, backoff::CROWD_LIMIT},
     event::LinkError,
     time::UnixTime,
 };
@@ -360,7 +360,7 @@ fn another_connection_is_not_fought_but_ones_own_former_one_is_no_other() {
     let link = world.online();
     assert_eq!(world.session.standing().trouble, None);
     world.say(link, "close", json!({}));
-    assert!(world.session.standing().retry_at.unwrap().since(world.now.boot) <= 2 * SECOND);
+    assert!(world.session.standing().retry_at.unwrap().since(world.now.boot) <= CROWD_LIMIT);
     let link = world.online();
     world.say(link, "close", json!({}));
     assert!(world.session.standing().retry_at.unwrap().since(world.now.boot) >= 300 * SECOND);
