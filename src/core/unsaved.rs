@@ -264,3 +264,82 @@ fn is_same_row(one: &StoreOp, other: &StoreOp) -> bool {
     (former(one).is_some() && former(one) == former(other))
         || (preference(one).is_some() && preference(one) == preference(other))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        action::Action,
+        config::Settings,
+        core::upstream::IncomingBody,
+        event::{Event, StoreError},
+        model::{AppKey, ConnectorVersion, Registration, Snapshot},
+        time::UnixTime,
+    };
+
+    fn core() -> (Core, Now) {
+        let settings =
+            Settings::parse("[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b.example/\"\n").unwrap();
+        let registration = Registration {
+            id: RegistrationId(1),
+            app: AppKey::new(Bus::Session(1000), "org.example.App"),
+            token: "token".into(),
+            description: "".into(),
+            vapid: None,
+            version: ConnectorVersion::V2,
+            upstream: "b".into(),
+            channel: "up/one".into(),
+            endpoint: "mqtt://b.example/up/one".into(),
+            told: true,
+        };
+        let snapshot = Snapshot {
+            registrations: vec![registration],
+            next_registration: 2,
+            next_message: 1,
+            ..Snapshot::default()
+        };
+        let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
+        (Core::new(settings, [7; 32], snapshot, now), now)
+    }
+
+    fn message(id: &str) -> IncomingMessage {
+        IncomingMessage {
+            registration: RegistrationId(1),
+            id: id.into(),
+            body: IncomingBody::Bytes([1].into()),
+            expires: None,
+            topic: None,
+            urgency: None,
+        }
+    }
+
+    /// The tickets under which the era was written, and the ids of the messages taken on.
+    fn drain(core: &mut Core) -> (Vec<StoreTicket>, Vec<String>) {
+        let (mut eras, mut messages) = (Vec::new(), Vec::new());
+        while let Some(action) = core.poll_action() {
+            match action {
+                Action::Store(StoreOp::PutUpstream { key, .. }, ticket) if *key == *NAMING => eras.extend(ticket),
+                Action::Store(StoreOp::PutMessage(message), _) => messages.push(message.id.to_string()),
+                _ => {}
+            }
+        }
+        (eras, messages)
+    }
+
+    #[test]
+    fn a_message_waits_until_what_its_id_rests_on_is_durable() {
+        for result in [Ok(()), Err(StoreError::Full)] {
+            let (mut core, now) = core();
+            drain(&mut core);
+            core.remember(0, NAMING, "1;".into());
+            for id in ["one", "two"] {
+                assert_eq!(core.hold_nameless(0, message(id)), None);
+            }
+            let (tickets, messages) = drain(&mut core);
+            assert_eq!((tickets.len(), messages), (1, Vec::new()));
+            core.handle(Event::Stored(tickets[0], result), now);
+            assert_eq!(drain(&mut core).1, ["one", "two"], "in order, on a full disk too");
+            assert_eq!(core.hold_nameless(0, message("three")), Some(message("three")));
+        }
+    }
+}
