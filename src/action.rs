@@ -183,10 +183,17 @@ pub enum StoreOp {
     DeleteApp(AppKey),
 }
 
+/// The key of [`StoreOp::PutUpstream`] on which the ids of messages rest: MQTT's era.
+pub const NAMING: &str = "era";
+
 impl StoreOp {
-    /// Whether the operation may wait for company: nothing is lost but work if the power goes before it is written.
-    pub const fn is_lazy(&self) -> bool {
-        matches!(self, Self::EndMessage(..) | Self::PutUpstream { .. } | Self::PutApp(_))
+    /// Whether the operation may wait for company: nothing is lost but work if the power goes before it is written. Not
+    /// what messages are known again by: they wait for it ([`NAMING`]).
+    pub fn is_lazy(&self) -> bool {
+        match self {
+            Self::PutUpstream { key, .. } => **key != *NAMING,
+            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_)),
+        }
     }
 }
 

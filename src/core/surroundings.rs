@@ -89,7 +89,7 @@ impl Core {
     /// Lets the machine sleep, or keeps it awake.
     pub(super) fn mind_sleep(&mut self, now: Now) {
         if self.sleep.cares() {
-            let busy = self.delivery.is_busy();
+            let busy = self.delivery.is_busy() || self.unsaved.holds_messages();
             let actions: Vec<Action> = std::iter::from_fn(|| self.sleep.next(busy, now.boot)).collect();
             self.actions.extend(actions);
         }

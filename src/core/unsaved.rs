@@ -5,14 +5,14 @@
 //! refuses is written again until it is there.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
-use super::{Core, Stored};
+use super::{Core, Stored, upstream::IncomingMessage};
 use crate::{
-    action::StoreOp,
+    action::{NAMING, StoreOp},
     event::StoreTicket,
     model::{Bus, RegistrationId},
     time::{Instant, Now},
@@ -34,6 +34,9 @@ pub(super) struct Unsaved {
     /// Other rows on their way, by number: the latest for each.
     rows: BTreeMap<u64, Row>,
     next_row: u64,
+    /// Messages that wait until what their ids rest on is durable, by upstream. A session has a bound on messages that are
+    /// not safe.
+    nameless: BTreeMap<usize, VecDeque<IncomingMessage>>,
     /// Values that wait for registrations to be durable.
     held: BTreeMap<(usize, &'static str), Arc<str>>,
     again_at: Option<Instant>,
@@ -66,6 +69,11 @@ struct Deletion {
 impl Unsaved {
     pub(super) const fn deadline(&self) -> Option<Instant> {
         self.again_at
+    }
+
+    /// Whether any message waits here.
+    pub(super) fn holds_messages(&self) -> bool {
+        !self.nameless.is_empty()
     }
 
     fn identities(&self, index: usize) -> impl Iterator<Item = &Value> {
@@ -117,6 +125,16 @@ impl Core {
             || self.stores.values().any(|waiting| *waiting == Stored::Registration(id))
     }
 
+    /// Keeps a message back whose id a crash could still change: its app would take it twice for two. Gives it back when
+    /// nothing holds it up. A full disk does not: then it is better had twice than not at all.
+    pub(super) fn hold_nameless(&mut self, index: usize, message: IncomingMessage) -> Option<IncomingMessage> {
+        if self.unsaved.values.get(&(index, NAMING)).is_none_or(|value| value.refused) {
+            return Some(message);
+        }
+        self.unsaved.nameless.entry(index).or_default().push_back(message);
+        None
+    }
+
     pub(super) fn value_stored(&mut self, ticket: StoreTicket, index: usize, key: &'static str, ok: bool, now: Now) {
         let Some(value) = self.unsaved.values.get_mut(&(index, key)).filter(|value| value.latest == ticket) else {
             return;
@@ -126,6 +144,11 @@ impl Core {
         } else {
             value.refused = true;
             self.unsaved.again_at = Some(now.boot + AGAIN);
+        }
+        if key == NAMING {
+            for message in self.unsaved.nameless.remove(&index).unwrap_or_default() {
+                self.on_message(index, message, now);
+            }
         }
     }
 
@@ -240,4 +263,83 @@ fn is_same_row(one: &StoreOp, other: &StoreOp) -> bool {
     }
     (former(one).is_some() && former(one) == former(other))
         || (preference(one).is_some() && preference(one) == preference(other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        action::Action,
+        config::Settings,
+        core::upstream::IncomingBody,
+        event::{Event, StoreError},
+        model::{AppKey, ConnectorVersion, Registration, Snapshot},
+        time::UnixTime,
+    };
+
+    fn core() -> (Core, Now) {
+        let settings =
+            Settings::parse("[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b.example/\"\n").unwrap();
+        let registration = Registration {
+            id: RegistrationId(1),
+            app: AppKey::new(Bus::Session(1000), "org.example.App"),
+            token: "token".into(),
+            description: "".into(),
+            vapid: None,
+            version: ConnectorVersion::V2,
+            upstream: "b".into(),
+            channel: "up/one".into(),
+            endpoint: "mqtt://b.example/up/one".into(),
+            told: true,
+        };
+        let snapshot = Snapshot {
+            registrations: vec![registration],
+            next_registration: 2,
+            next_message: 1,
+            ..Snapshot::default()
+        };
+        let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
+        (Core::new(settings, [7; 32], snapshot, now), now)
+    }
+
+    fn message(id: &str) -> IncomingMessage {
+        IncomingMessage {
+            registration: RegistrationId(1),
+            id: id.into(),
+            body: IncomingBody::Bytes([1].into()),
+            expires: None,
+            topic: None,
+            urgency: None,
+        }
+    }
+
+    /// The tickets under which the era was written, and the ids of the messages taken on.
+    fn drain(core: &mut Core) -> (Vec<StoreTicket>, Vec<String>) {
+        let (mut eras, mut messages) = (Vec::new(), Vec::new());
+        while let Some(action) = core.poll_action() {
+            match action {
+                Action::Store(StoreOp::PutUpstream { key, .. }, ticket) if *key == *NAMING => eras.extend(ticket),
+                Action::Store(StoreOp::PutMessage(message), _) => messages.push(message.id.to_string()),
+                _ => {}
+            }
+        }
+        (eras, messages)
+    }
+
+    #[test]
+    fn a_message_waits_until_what_its_id_rests_on_is_durable() {
+        for result in [Ok(()), Err(StoreError::Full)] {
+            let (mut core, now) = core();
+            drain(&mut core);
+            core.remember(0, NAMING, "1;".into());
+            for id in ["one", "two"] {
+                assert_eq!(core.hold_nameless(0, message(id)), None);
+            }
+            let (tickets, messages) = drain(&mut core);
+            assert_eq!((tickets.len(), messages), (1, Vec::new()));
+            core.handle(Event::Stored(tickets[0], result), now);
+            assert_eq!(drain(&mut core).1, ["one", "two"], "in order, on a full disk too");
+            assert_eq!(core.hold_nameless(0, message("three")), Some(message("three")));
+        }
+    }
 }

@@ -65,7 +65,11 @@ impl Core {
                 self.register_failed(index, registration, reason, text, now);
             }
             upstream::Output::Lost { registration, text } => self.registration_lost(index, registration, &text, now),
-            upstream::Output::Message(message) => self.on_message(index, message, now),
+            upstream::Output::Message(message) => {
+                if let Some(message) = self.hold_nameless(index, message) {
+                    self.on_message(index, message, now);
+                }
+            }
             upstream::Output::Remember { key, value } => {
                 self.remember(index, key, value.into());
             }
@@ -86,7 +90,7 @@ impl Core {
         }
     }
 
-    fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
+    pub(super) fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
         let latest = now.wall + self.settings.limits.max_age;
         let registration = message.registration;
         let by_policy = message.urgency.is_none();

@@ -23,8 +23,9 @@
 //! crashes and restarts of this daemon; two messages have different ids even if their contents are equal. Three gaps,
 //! all of them about the moment of a failure: (1) a message lost on the way when the link broke, with the very content
 //! and packet id of one whose acknowledgement was under way on that link, cannot be told from that one coming again, by
-//! anybody; it is taken for the same. Payloads of Web Push are encrypted and never equal. (2) A crash in the milliseconds
-//! while the text is on its way to the disk may give messages of that moment another id when they come again. (3) A broker
+//! anybody; it is taken for the same. Payloads of Web Push are encrypted and never equal. (2) While
+//! the disk takes nothing the text cannot be written, and a crash may give messages of that time another id when they come
+//! again; otherwise the core hands none on before it is durable. (3) A broker
 //! that itself falls back behind our acknowledgements (killed without its state on disk) may send old messages as new
 //! ones. A sender closes all three with the user property `id`.
 
