@@ -56,9 +56,9 @@ pub(crate) fn outages(start: fn() -> Box<dyn Server>) {
     post.arrives(&porter);
     let restart = restarted.elapsed();
     porter.wait_online();
-    thread::sleep(SETTLING);
 
     let cut = |post: &mut Post, net: &mut Net, how, time: Duration, label: &str, count| {
+        thread::sleep(SETTLING);
         let began = Instant::now();
         let before = post.apps.messages(&post.names[0]).len();
         net.cut(how);
