@@ -84,7 +84,8 @@ pub struct Core {
     routes: Routes,
     /// Feeds the sessions made from now on.
     seeds: ChaCha12Rng,
-    messages: Messages,
+    /// By bus: what one user gets is none of another's business.
+    messages: BTreeMap<Bus, Messages>,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
     /// None until something has said what they are.
@@ -297,6 +298,10 @@ impl Core {
     }
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
+        if owner.is_none() && !self.buses.contains(&app.bus) {
+            // That there is no bus does not mean that the app has ended, and is no reason to start it.
+            return;
+        }
         let Some(presence) = self.apps.get_mut(app) else { return };
         presence.known = true;
         match owner {

@@ -179,10 +179,11 @@ impl Lasting {
         .await
     }
 
-    /// An order while there is no bus: nobody can be called.
+    /// An order while there is no bus: nobody owns anything, nobody can be called.
     fn refuse(&mut self, order: Action) {
         match order {
             Action::Watch(app) => {
+                self.event(BusEvent::OwnerChanged(app.clone(), None));
                 self.watched.insert(app);
             }
             Action::Unwatch(app) => {
@@ -196,12 +197,12 @@ impl Lasting {
 /// Answers an order that needs a bus there is none of.
 pub(super) fn refuse(order: Action, tell: impl FnOnce(BusEvent)) {
     match order {
+        Action::Watch(app) => tell(BusEvent::OwnerChanged(app, None)),
         Action::Call { ticket, .. } => {
             tell(BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into())));
         }
         Action::Start(app) => tell(BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))),
-        // A reply to somebody who is gone; a watch, which holds from the bus's return on: that there is no bus does not
-        // mean that the app has ended, and is no reason to start it.
+        // A reply to somebody who is gone.
         _ => {}
     }
 }
