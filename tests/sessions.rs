@@ -114,6 +114,19 @@ fn a_message_waits_until_its_user_logs_in_again() {
     // Her app does not run in the new session; it is started for the message.
     wait("what waited", || (machine.at(alice).bodies(CHAT) == ["while away"]).then_some(()));
     assert_eq!(machine.at(bob).bodies(CHAT), ["meanwhile"]);
+
+    // Her account is deleted.
+    let forget = ["forget-user", "5"];
+    assert!(!machine.cli(&forget).status.success(), "she is still logged in");
+    machine.log_out(alice);
+    wait("her logout", || (machine.count_log("user 5: logged out") == 2).then_some(()));
+    let output = machine.cli(&forget);
+    assert!(output.status.success(), "{output:?}");
+    wait("her endpoint to be gone", || {
+        (machine.relay.post(&alices, &[("TTL", "60")], b"x").status != 201).then_some(())
+    });
+    machine.post(&bobs, "as ever");
+    wait("bob's message", || (machine.at(bob).bodies(CHAT) == ["meanwhile", "as ever"]).then_some(()));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use nightporter::{
-    action::{Action, PanelState, Reply, StoreOp},
+    action::{Action, ErrorKind, PanelState, Reply, StoreOp},
     config::{Credentials, SecretSource, Settings, UpstreamKind, UpstreamSettings},
     core::Core,
     event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, PanelRequest, Query, Request},
@@ -288,6 +288,34 @@ fn users_are_invisible_to_one_another() {
     world.ask(other, Request::Panel(PanelRequest::ForceUnregister("token".into())));
     assert_eq!(of(&world, buses[0]), first);
     assert_eq!(world.registrations.len(), 2);
+}
+
+#[test]
+fn a_user_whose_account_is_gone_is_forgotten_by_root_alone() {
+    let mut world = World::new(HOME);
+    world.register(CHAT, None);
+    world.move_to(None, "second");
+    let channel = world.registration(CHAT).channel;
+    let root = Caller { bus: Bus::System, uid: 0, ..user() };
+    let forget = || Request::ForgetUser(1000);
+    assert!(matches!(world.ask(root.clone(), forget()), Reply::Error(ErrorKind::Refused, _)), "logged in");
+    world.handle(Event::Bus(BusEvent::Down(Bus::Session(1000), "logged out".into())));
+    for caller in [
+        user(),
+        Caller { uid: 0, ..user() },
+        Caller { bus: Bus::System, ..user() },
+        Caller { sandboxed: true, ..root.clone() },
+    ] {
+        let reply = world.ask(caller, forget());
+        assert!(matches!(reply, Reply::Error(ErrorKind::NotAuthorized, _)), "{reply:?}");
+    }
+    world.push("second", &channel, "v1");
+    assert_eq!((world.registrations.len(), world.messages.len(), world.preferences.len()), (1, 1, 1));
+    assert_eq!(world.ask(root.clone(), Request::ForgetUser(1001)), Reply::Done);
+    assert_eq!(world.registrations.len(), 1);
+    assert_eq!(world.ask(root, forget()), Reply::Done);
+    assert_eq!((world.registrations.len(), world.preferences.len(), world.former.len()), (0, 0, 0));
+    assert_eq!(world.unregistered("second"), [channel]);
 }
 
 /// A user who logs out: what comes meanwhile waits, and nobody is started for it.

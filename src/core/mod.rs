@@ -276,6 +276,7 @@ impl Core {
                 Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
                 Request::Query(query) => self.query(call, &caller, query, now),
                 Request::Move { service, upstream } => self.move_apps(call, &caller, service, &upstream),
+                Request::ForgetUser(uid) => self.forget_user(call, &caller, uid, now),
                 Request::Panel(request) => self.panel(call, &caller, request, now),
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
             },

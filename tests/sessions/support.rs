@@ -12,7 +12,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -102,6 +102,13 @@ impl Machine {
     pub(crate) fn wait_up(&self, uid: u32, times: usize) {
         let text = format!("user {uid} bus: ready");
         wait(&format!("{times} × {text:?}"), || (self.count_log(&text) == times).then_some(()));
+    }
+
+    /// `nightporter`, by root, with the system's daemon.
+    pub(crate) fn cli(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nightporter"));
+        command.arg("--system").args(arguments).env("DBUS_SYSTEM_BUS_ADDRESS", self.system.address());
+        command.output().unwrap()
     }
 
     pub(crate) fn daemon_pid(&self) -> u32 {
