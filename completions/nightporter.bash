@@ -25,6 +25,9 @@ _nightporter() {
             nightporter,demo)
                 cmd="nightporter__subcmd__demo"
                 ;;
+            nightporter,forget-user)
+                cmd="nightporter__subcmd__forget__subcmd__user"
+                ;;
             nightporter,freeze)
                 cmd="nightporter__subcmd__freeze"
                 ;;
@@ -67,6 +70,9 @@ _nightporter() {
             nightporter__subcmd__help,demo)
                 cmd="nightporter__subcmd__help__subcmd__demo"
                 ;;
+            nightporter__subcmd__help,forget-user)
+                cmd="nightporter__subcmd__help__subcmd__forget__subcmd__user"
+                ;;
             nightporter__subcmd__help,freeze)
                 cmd="nightporter__subcmd__help__subcmd__freeze"
                 ;;
@@ -107,7 +113,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move push report demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move forget-user push report demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -178,6 +184,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__forget__subcmd__user)
+            opts="-h --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__freeze)
             opts="-h --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -193,7 +213,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why freeze thaw kill move push report demo completions man help"
+            opts="status apps show why freeze thaw kill move forget-user push report demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -235,6 +255,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__demo)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__forget__subcmd__user)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

@@ -306,6 +306,8 @@ pub enum Request {
         /// The upstream's name.
         upstream: Arc<str>,
     },
+    /// `org.nightporter1.Manager.ForgetUser`: all that is kept for a user goes, at the servers as well.
+    ForgetUser(u32),
     /// `org.kde.kunifiedpush.Management` (push.md §1.8).
     Panel(PanelRequest),
     /// `org.nightporter1.Manager`: acting on an app.

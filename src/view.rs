@@ -77,6 +77,19 @@ pub struct Messages {
 }
 
 impl Messages {
+    /// Counts what others have counted.
+    pub const fn add(&mut self, other: &Self) {
+        self.received += other.received;
+        self.duplicates += other.duplicates;
+        self.accepted += other.accepted;
+        self.expired += other.expired;
+        self.replaced += other.replaced;
+        self.given_up += other.given_up;
+        self.overflowed += other.overflowed;
+        self.unregistered += other.unregistered;
+        self.unusable += other.unusable;
+    }
+
     /// Counts one ending.
     pub fn ended(&mut self, ending: Ending) {
         let counter = match ending {

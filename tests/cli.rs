@@ -261,7 +261,9 @@ fn help_shows_the_commands_and_not_the_packagers_ones() {
     let output = run(NOWHERE, NOWHERE, &["--help"]);
     assert_eq!(output.status.code(), Some(0));
     let help = String::from_utf8(output.stdout).unwrap();
-    for command in ["status", "apps", "show", "why", "freeze", "thaw", "kill", "move", "push", "report", "demo"] {
+    for command in
+        ["status", "apps", "show", "why", "freeze", "thaw", "kill", "move", "forget-user", "push", "report", "demo"]
+    {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is missing:\n{help}");
     }
     assert!(!help.contains("completions"));

@@ -382,6 +382,22 @@ fn the_session_is_never_touched() {
 }
 
 #[test]
+fn what_a_users_bus_says_of_another_users_process_is_not_believed() {
+    let mut porter = Porter::new();
+    let (root, init) = (App::forking(), std::process::id());
+    for (bus, process) in [
+        (Bus::Session(4_002_001), root.process()),
+        (Bus::Session(4_002_001), Process { uid: 4_002_001, ..root.process() }),
+        (Bus::Session(4_002_001), Process { pid: init, uid: 0, pidfd: pidfd(init) }),
+    ] {
+        let refused = porter.targets.adopt(&AppKey::new(bus, "org.example.Chat"), process);
+        assert!(refused.is_err(), "{refused:?}");
+    }
+    // On the system bus apps run as whom they like.
+    assert!(porter.targets.adopt(&AppKey::new(Bus::System, "org.example.Chat"), root.process()).is_ok());
+}
+
+#[test]
 fn neither_the_porter_nor_what_it_runs_below() {
     let mut porter = Porter::new();
     let key = AppKey::new(Bus::Session(0), "org.example.Me");
@@ -735,7 +751,8 @@ impl Porter {
     }
 
     fn adopt(&mut self, app: &App) -> (TargetId, ProcessFacts) {
-        let key = AppKey::new(Bus::Session(0), format!("org.example.App{}", app.pid()));
+        let own = nix::unistd::geteuid().as_raw();
+        let key = AppKey::new(Bus::Session(own), format!("org.example.App{}", app.pid()));
         self.targets.adopt(&key, app.process()).unwrap()
     }
 

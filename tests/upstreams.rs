@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use nightporter::{
-    action::{Action, PanelState, Reply, StoreOp},
+    action::{Action, ErrorKind, PanelState, Reply, StoreOp},
     config::{Credentials, SecretSource, Settings, UpstreamKind, UpstreamSettings},
     core::Core,
     event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, PanelRequest, Query, Request},
@@ -205,6 +205,138 @@ fn the_panel_unregisters_an_app_and_the_app_is_told() {
     assert!(world.registrations.is_empty());
     assert_eq!(world.told.last(), Some(&(CHAT.to_owned(), "".into())));
     assert!(world.panel().clients.is_empty());
+}
+
+/// Two users, each with an app of the same name and token, and a third one's program that asks for everything.
+#[test]
+fn users_are_invisible_to_one_another() {
+    let mut world = World::new(HOME);
+    let buses = [1000, 1001].map(Bus::Session);
+    world.handle(Event::Bus(BusEvent::Up(buses[1])));
+    world.running.insert(CHAT.to_owned(), true);
+    let app_on = |bus| Caller { bus, owner: owner(CHAT), owns_service: true, ..user() };
+    for bus in buses {
+        let uid = if bus == buses[0] { 1000 } else { 1001 };
+        let register = Request::Register {
+            service: CHAT.into(),
+            token: "token".into(),
+            description: "".into(),
+            vapid: None,
+            version: ConnectorVersion::V2,
+            upstream: None,
+        };
+        assert_eq!(world.ask(Caller { uid, ..app_on(bus) }, register), Reply::Registered);
+    }
+    world.register(MAIL, None);
+    let of = |world: &World, bus: Bus| {
+        let found = world.registrations.values().find(|r| r.app == AppKey::new(bus, CHAT));
+        found.expect("it is registered").clone()
+    };
+    let [first, second] = buses.map(|bus| of(&world, bus));
+    assert_ne!((first.id, &first.endpoint), (second.id, &second.endpoint));
+    // A message for the first.
+    assert_eq!(world.push("first", &first.channel, "v1"), ["v1"]);
+
+    let other = Caller { bus: buses[1], uid: 1001, ..user() };
+    let third = Caller { bus: Bus::Session(1002), uid: 1002, ..user() };
+    let system = Caller { bus: Bus::System, uid: 1002, ..user() };
+    let root = Caller { bus: Bus::System, uid: 0, ..user() };
+    let seen = [user(), other.clone(), third.clone(), system.clone(), root].map(|caller| {
+        let status = world.status(&caller);
+        let upstream = status.upstreams[0].registrations;
+        (status.apps, status.registrations, upstream, status.messages.received, status.buses.len())
+    });
+    assert_eq!(seen, [(2, 2, 2, 1, 1), (1, 1, 1, 0, 1), (0, 0, 0, 0, 0), (0, 0, 0, 0, 0), (3, 3, 3, 1, 2)]);
+    for query in [
+        Query::Show(MAIL.into()),
+        Query::Why(MAIL.into()),
+        Query::Endpoints(MAIL.into()),
+        Query::Show(CHAT.into()),
+        Query::Endpoints(CHAT.into()),
+    ] {
+        let reply = world.ask(third.clone(), Request::Query(query.clone()));
+        assert!(matches!(reply, Reply::Error(..)), "{query:?}: {reply:?}");
+    }
+    let Reply::Json(apps) = world.ask(other.clone(), Request::Query(Query::Apps)) else { panic!() };
+    assert!(apps.contains(CHAT) && !apps.contains(MAIL), "{apps}");
+    let (call, request) = (CallId(9000), Request::Query(Query::Report));
+    world.handle(Event::Bus(BusEvent::Call { call, caller: other.clone(), request }));
+    world.pass(25);
+    let Some(Reply::Json(report)) = world.replies.remove(&call.0) else { panic!() };
+    assert!(!report.contains(MAIL), "{report}");
+    let Reply::Json(endpoints) = world.ask(other.clone(), Request::Query(Query::Endpoints(CHAT.into()))) else {
+        panic!()
+    };
+    assert!(endpoints.contains(&*second.endpoint) && !endpoints.contains(&*first.endpoint), "{endpoints}");
+
+    // Nor can one be acted on by another: by its own calls, by hand, or by the panel.
+    let unregister = || Request::Unregister { token: "token".into(), version: ConnectorVersion::V2 };
+    for caller in [app_on(Bus::Session(1002)), app_on(Bus::System), third.clone(), system] {
+        world.ask(caller, unregister());
+    }
+    let freeze = Request::Command { service: MAIL.into(), command: nightporter::event::Command::Freeze };
+    assert!(matches!(world.ask(other.clone(), freeze), Reply::Error(..)));
+    let claim = nightporter::event::Claim::Background;
+    assert!(matches!(
+        world.ask(other.clone(), Request::Declare { service: Some(MAIL.into()), claim }),
+        Reply::Error(..)
+    ));
+    assert_eq!(world.ask(other.clone(), Request::Move { service: None, upstream: "second".into() }), Reply::Done);
+    assert_eq!((&*of(&world, buses[0]).upstream, &*of(&world, buses[1]).upstream), ("first", "second"));
+    world.ask(third, Request::Panel(PanelRequest::ForceUnregister("token".into())));
+    assert_eq!(world.registrations.len(), 3);
+    world.ask(other, Request::Panel(PanelRequest::ForceUnregister("token".into())));
+    assert_eq!(of(&world, buses[0]), first);
+    assert_eq!(world.registrations.len(), 2);
+}
+
+#[test]
+fn a_user_whose_account_is_gone_is_forgotten_by_root_alone() {
+    let mut world = World::new(HOME);
+    world.register(CHAT, None);
+    world.move_to(None, "second");
+    let channel = world.registration(CHAT).channel;
+    let root = Caller { bus: Bus::System, uid: 0, ..user() };
+    let forget = || Request::ForgetUser(1000);
+    assert!(matches!(world.ask(root.clone(), forget()), Reply::Error(ErrorKind::Refused, _)), "logged in");
+    world.handle(Event::Bus(BusEvent::Down(Bus::Session(1000), "logged out".into())));
+    for caller in [
+        user(),
+        Caller { uid: 0, ..user() },
+        Caller { bus: Bus::System, ..user() },
+        Caller { sandboxed: true, ..root.clone() },
+    ] {
+        let reply = world.ask(caller, forget());
+        assert!(matches!(reply, Reply::Error(ErrorKind::NotAuthorized, _)), "{reply:?}");
+    }
+    world.push("second", &channel, "v1");
+    assert_eq!((world.registrations.len(), world.messages.len(), world.preferences.len()), (1, 1, 1));
+    assert_eq!(world.ask(root.clone(), Request::ForgetUser(1001)), Reply::Done);
+    assert_eq!(world.registrations.len(), 1);
+    assert_eq!(world.ask(root, forget()), Reply::Done);
+    assert_eq!((world.registrations.len(), world.preferences.len(), world.former.len()), (0, 0, 0));
+    assert_eq!(world.unregistered("second"), [channel]);
+}
+
+/// A user who logs out: what comes meanwhile waits, and nobody is started for it.
+#[test]
+fn messages_wait_for_a_user_to_log_in_again() {
+    let mut world = World::new(HOME);
+    world.register(CHAT, None);
+    let bus = Bus::Session(1000);
+    world.handle(Event::Bus(BusEvent::Down(bus, "logged out".into())));
+    // A watch that was on its way is answered like this.
+    world.handle(Event::Bus(BusEvent::OwnerChanged(AppKey::new(bus, CHAT), None)));
+    let channel = world.registration(CHAT).channel;
+    assert!(world.push("first", &channel, "v1").is_empty());
+    world.pass(24 * 3600);
+    assert_eq!(world.messages.len(), 1, "it is kept, and no try is counted");
+    assert!(!world.why(CHAT).contains("start"), "{}", world.why(CHAT));
+    world.taken.clear();
+    world.handle(Event::Bus(BusEvent::Up(bus)));
+    world.pass(2);
+    assert_eq!(world.taken, ["v1"]);
+    assert!(world.messages.is_empty());
 }
 
 /// The servers ping at least as often, in seconds.

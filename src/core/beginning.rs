@@ -29,7 +29,6 @@ use crate::{
     config::{NetworkSettings, Settings, UpstreamSettings},
     model::{AppKey, AppRecord, Bus, FormerRoute, RegistrationId, Snapshot, StoredMessage},
     time::Now,
-    view::Messages,
 };
 
 impl Core {
@@ -69,7 +68,7 @@ impl Core {
             unsaved: Unsaved::default(),
             routes: Routes::new(&snapshot),
             seeds,
-            messages: Messages::default(),
+            messages: BTreeMap::new(),
             damaged: snapshot.damaged,
             store_trouble: None,
             surroundings: None,

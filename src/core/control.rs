@@ -6,7 +6,7 @@ use super::{Core, access, lifecycle::RefusalKind};
 use crate::{
     action::{ErrorKind, Reply},
     event::{CallId, Caller, Claim, Command},
-    model::AppKey,
+    model::{AppKey, Bus},
     time::Now,
 };
 
@@ -69,6 +69,27 @@ impl Core {
                 self.reply(call, Reply::Error(kind, refusal.text));
             }
         }
+    }
+
+    /// Of a user who is gone for good nothing is kept. Root's business, and only while that user is not logged in.
+    pub(super) fn forget_user(&mut self, call: CallId, caller: &Caller, uid: u32, now: Now) {
+        let bus = Bus::Session(uid);
+        if caller.bus != Bus::System || !self.may_control(caller) {
+            let text = "only root may do this, on the system bus".into();
+            return self.reply(call, Reply::Error(ErrorKind::NotAuthorized, text));
+        }
+        if self.buses.contains(&bus) {
+            let text = format!("user {uid} is logged in");
+            return self.reply(call, Reply::Error(ErrorKind::Refused, text));
+        }
+        let apps: Vec<AppKey> = self.apps.keys().filter(|app| app.bus == bus).cloned().collect();
+        log::info!("user {uid}: forgotten, with {} apps", apps.len());
+        for app in apps {
+            self.forget_app(&app, now);
+        }
+        self.forget_preferences(bus);
+        self.messages.remove(&bus);
+        self.reply(call, Reply::Done);
     }
 
     pub(super) fn command_done(&mut self, app: &AppKey, command: Command, result: Result<(), String>) {

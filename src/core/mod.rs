@@ -84,7 +84,8 @@ pub struct Core {
     routes: Routes,
     /// Feeds the sessions made from now on.
     seeds: ChaCha12Rng,
-    messages: Messages,
+    /// By bus: what one user gets is none of another's business.
+    messages: BTreeMap<Bus, Messages>,
     damaged: Option<Arc<str>>,
     store_trouble: Option<StoreError>,
     /// None until something has said what they are.
@@ -275,6 +276,7 @@ impl Core {
                 Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
                 Request::Query(query) => self.query(call, &caller, query, now),
                 Request::Move { service, upstream } => self.move_apps(call, &caller, service, &upstream),
+                Request::ForgetUser(uid) => self.forget_user(call, &caller, uid, now),
                 Request::Panel(request) => self.panel(call, &caller, request, now),
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
             },
@@ -297,6 +299,10 @@ impl Core {
     }
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
+        if owner.is_none() && !self.buses.contains(&app.bus) {
+            // That there is no bus does not mean that the app has ended, and is no reason to start it.
+            return;
+        }
         let Some(presence) = self.apps.get_mut(app) else { return };
         presence.known = true;
         match owner {

@@ -94,7 +94,10 @@ impl Core {
                 since_secs: now.boot.since(standing.since).as_secs(),
                 retry_in_secs: standing.retry_at.map(|at| at.since(now.boot).as_secs()),
                 last_error: standing.last_error.as_deref().map(str::to_owned),
-                registrations: standing.registrations,
+                registrations: match all {
+                    true => standing.registrations,
+                    false => self.seen_on(caller, &upstream.settings.name),
+                },
                 heartbeat_secs: standing.heartbeat.map(|beat| beat.interval.as_secs()),
                 heartbeat_by: standing
                     .heartbeat
@@ -102,11 +105,15 @@ impl Core {
             }
         });
         let upstreams = upstreams.collect();
+        let mut messages = view::Messages::default();
+        for (_, counted) in self.messages.iter().filter(|(bus, _)| sees_bus(caller, **bus)) {
+            messages.add(counted);
+        }
         view::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             profile: self.settings.profile,
             upstreams,
-            buses: self.buses.iter().map(Bus::to_string).collect(),
+            buses: self.buses.iter().filter(|bus| sees_bus(caller, **bus)).map(Bus::to_string).collect(),
             apps: self.apps.keys().filter(visible).count(),
             registrations,
             messages_waiting: if all {
@@ -114,12 +121,16 @@ impl Core {
             } else {
                 self.apps.keys().filter(visible).map(|app| self.delivery.waiting_for(app)).sum()
             },
-            messages: self.messages,
+            messages,
             surroundings: self.surroundings_view(self.may_control(caller)),
             min_urgency: Some(minimum.urgency),
             min_urgency_reason: Some(minimum.sentence()),
             troubles,
         }
+    }
+
+    fn seen_on(&self, caller: &Caller, upstream: &str) -> usize {
+        self.registry.iter().filter(|r| *r.upstream == *upstream && sees(caller, &r.app)).count()
     }
 
     fn app_list(&self, caller: &Caller, now: Now) -> Vec<view::App> {
@@ -254,7 +265,11 @@ impl Core {
 
 /// One user's apps are invisible to another; root on the system bus sees all.
 fn sees(caller: &Caller, app: &AppKey) -> bool {
-    app.bus == caller.bus || (caller.bus == Bus::System && caller.uid == 0)
+    sees_bus(caller, app.bus)
+}
+
+fn sees_bus(caller: &Caller, bus: Bus) -> bool {
+    bus == caller.bus || (caller.bus == Bus::System && caller.uid == 0)
 }
 
 fn json(document: &impl Serialize) -> Reply {

@@ -145,6 +145,14 @@ impl Core {
         }
     }
 
+    /// Nobody on the bus prefers anything any more.
+    pub(super) fn forget_preferences(&mut self, bus: Bus) {
+        let gone: Vec<_> = self.routes.preferences.extract_if(.., |(other, _), _| *other == bus).collect();
+        for ((bus, service), _) in gone {
+            self.store_surely(StoreOp::DeletePreference(bus, service));
+        }
+    }
+
     /// From now on the app, or all apps of the bus, use this upstream. False when too many preferences are kept already.
     pub(super) fn prefer(&mut self, bus: Bus, service: Option<Arc<str>>, upstream: Arc<str>) -> bool {
         let key = (bus, service);

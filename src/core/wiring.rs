@@ -11,9 +11,9 @@ use super::{
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Ending, RegistrationId, TargetId},
+    model::{AppKey, Bus, Ending, RegistrationId, TargetId},
     time::Now,
-    view::LinkState,
+    view::{LinkState, Messages},
 };
 
 impl Core {
@@ -110,18 +110,24 @@ impl Core {
         };
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => {
-                self.messages.received += 1;
+                self.count(registration).received += 1;
                 if by_policy {
                     self.note_policy(registration, urgency, now);
                 }
             }
-            Admission::Duplicate => self.messages.duplicates += 1,
-            Admission::Unusable => self.messages.unusable += 1,
+            Admission::Duplicate => self.count(registration).duplicates += 1,
+            Admission::Unusable => self.count(registration).unusable += 1,
             Admission::NoRoom => {
                 let name = self.upstreams.get(index).map(|upstream| &*upstream.settings.name).unwrap_or_default();
                 log::debug!("upstream {name}: a message is left at the server until the disk can be written");
             }
         }
+    }
+
+    /// What is counted for the bus that the registration is on; one that is gone counts for nobody else.
+    fn count(&mut self, registration: RegistrationId) -> &mut Messages {
+        let bus = self.registry.get(registration).map_or(Bus::System, |registration| registration.app.bus);
+        self.messages.entry(bus).or_default()
     }
 
     fn on_delivery(&mut self, output: delivery::Output, now: Now) {
@@ -130,8 +136,8 @@ impl Core {
                 let seq = message.seq;
                 self.store(StoreOp::PutMessage(message), Some(Stored::Message(seq)));
             }
-            delivery::Output::End(seq, ending) => {
-                self.messages.ended(ending);
+            delivery::Output::End(bus, seq, ending) => {
+                self.messages.entry(bus).or_default().ended(ending);
                 if ending != Ending::Unregistered {
                     self.store(StoreOp::EndMessage(seq, ending), None);
                 }

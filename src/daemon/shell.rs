@@ -30,6 +30,7 @@ use crate::{
         store::{Holdback, Store},
         surroundings::Surroundings,
         timer::{Alarm, OneResume, ResumeWatch},
+        users,
     },
     time::{Instant, earliest},
 };
@@ -137,8 +138,11 @@ impl Shell {
             sender.clone(),
             Jobs::default(),
         );
-        let (surroundings, watching) = Surroundings::new(None, settings.urgency.low_battery, sender.clone());
-        let bus = BusThread::spawn_with(addresses(options)?, settings.kde_panel, sender.clone(), watching)
+        // The system's daemon serves the users who are logged in.
+        let (usher, roster) = (!options.user).then(users::roster).unzip();
+        let (surroundings, watching) =
+            Surroundings::with_users(None, settings.urgency.low_battery, usher, sender.clone());
+        let bus = BusThread::spawn_with(addresses(options)?, roster, settings.kde_panel, sender.clone(), watching)
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,

@@ -18,3 +18,4 @@ pub mod store;
 pub mod surroundings;
 pub mod timer;
 pub mod tls;
+pub mod users;

@@ -128,7 +128,7 @@ impl World {
         let poll = Poll::new().unwrap();
         let (sender, inbox) = inbox::channel(poll.registry(), Token(0)).unwrap();
         let (surroundings, task) = surroundings::Surroundings::new(Some(daemon.address()), LOW_BATTERY, sender.clone());
-        let bus = BusThread::spawn_with(Vec::new(), false, sender, task).unwrap();
+        let bus = BusThread::spawn_with(Vec::new(), None, false, sender, task).unwrap();
         Self { poll, inbox, bus: Some(bus), surroundings }
     }
 

@@ -52,6 +52,14 @@ pub(crate) enum Command {
     /// The app is told its new endpoint, and what is on its way along the old one still arrives. `nightporter status`
     /// lists the upstreams by name.
     Move(Move),
+    /// Forget all registrations, waiting messages and choices of a user whose account is gone
+    ///
+    /// To be run as root after deluser(8): the account's number may be given to somebody else some day. Refused while that
+    /// user is logged in. What the user's apps have registered stays otherwise, however long the user is away.
+    ForgetUser {
+        /// The user's number
+        uid: u32,
+    },
     /// Send a test message to an app through its real push server
     ///
     /// The text is not encrypted. Apps that decrypt what they get (RFC 8291) will ignore it; that the daemon woke them

@@ -101,6 +101,11 @@ impl Daemon {
         self.call("Move", &(app.unwrap_or_default(), upstream)).map(drop)
     }
 
+    /// Has the system's daemon forget a user.
+    pub(crate) fn forget_user(&self, uid: u32) -> Result<(), Failure> {
+        self.call("ForgetUser", &uid).map(drop)
+    }
+
     fn call<B: Serialize + DynamicType>(&self, method: &str, body: &B) -> Result<Message, Failure> {
         let reply = self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, body);
         block_on(reply).map_err(|error| failure(&error))

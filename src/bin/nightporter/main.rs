@@ -72,6 +72,10 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Thaw(app) => act(&daemon()?, "Thaw", "thawed", &app),
         Command::Kill(app) => act(&daemon()?, "Kill", "ended; the next push starts it again", &app),
         Command::Move(args) => relocate(&daemon()?, &args),
+        Command::ForgetUser { uid } => {
+            daemon()?.forget_user(uid)?;
+            Ok(format!("User {uid}: forgotten\n"))
+        }
         Command::Push(args) => push::run(&daemon()?, &args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => {

@@ -472,7 +472,7 @@ impl Model {
                 Output::Persist(message) => {
                     self.seqs.insert(message.seq, message);
                 }
-                Output::End(seq, ending) => {
+                Output::End(_, seq, ending) => {
                     let message = self.seqs.remove(&seq).expect("what ends was there");
                     if ending == Ending::Expired {
                         assert!(message.expires <= self.world.now.wall);

@@ -30,7 +30,7 @@ use crate::{
     config::{Limits, Settings, UrgencySettings},
     event::{DeliveryTicket, FetchTicket},
     model::{
-        AppKey, ConnectorVersion, Ending, Message, MessageSeq, Owner, Registration, RegistrationId, StoredMessage,
+        AppKey, Bus, ConnectorVersion, Ending, Message, MessageSeq, Owner, Registration, RegistrationId, StoredMessage,
         Urgency,
     },
     time::{Instant, Now, UnixTime, earliest},
@@ -127,7 +127,7 @@ pub enum Output {
     /// Write the message; answer with [`Delivery::stored`].
     Persist(Message),
     /// The message's life ended; `persisted` says whether the store knows it.
-    End(MessageSeq, Ending),
+    End(Bus, MessageSeq, Ending),
     /// Read the body back; answer with [`Delivery::body`].
     LoadBody(MessageSeq),
     /// Download an attachment; answer with [`Delivery::fetched`].
@@ -338,7 +338,7 @@ impl Delivery {
             for _ in 0..entry.unsafe_count {
                 self.outputs.push_back(Output::Safe(registration, Arc::clone(&entry.id)));
             }
-            self.outputs.push_back(Output::End(entry.seq, Ending::Unregistered));
+            self.outputs.push_back(Output::End(lane.app.bus, entry.seq, Ending::Unregistered));
         }
         if let Some(app) = self.apps.get_mut(&lane.app) {
             app.lanes.retain(|id| *id != registration);
@@ -473,6 +473,7 @@ impl Delivery {
     fn end(&mut self, seq: MessageSeq, ending: Ending) {
         let Some(registration) = self.waiting.remove(&seq) else { return };
         let Some(lane) = self.lanes.get_mut(&registration) else { return };
+        let bus = lane.app.bus;
         let Some(entry) = lane.queue.remove(seq) else { return };
         let flies = lane.flight.as_ref().is_some_and(|flight| flight.cargo == Cargo::Message(seq));
         self.inline_bytes -= entry.body.inline_len();
@@ -485,7 +486,7 @@ impl Delivery {
         for _ in 0..entry.unsafe_count {
             self.outputs.push_back(Output::Safe(registration, Arc::clone(&entry.id)));
         }
-        self.outputs.push_back(Output::End(seq, ending));
+        self.outputs.push_back(Output::End(bus, seq, ending));
     }
 
     fn entry_mut(&mut self, seq: MessageSeq) -> Option<(RegistrationId, &mut Entry)> {

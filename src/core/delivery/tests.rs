@@ -133,7 +133,7 @@ pub(super) fn ended(outputs: &[Output]) -> Vec<Ending> {
     outputs
         .iter()
         .filter_map(|output| match output {
-            Output::End(_, ending) => Some(*ending),
+            Output::End(_, _, ending) => Some(*ending),
             _ => None,
         })
         .collect()

@@ -11,7 +11,7 @@ use std::{
 
 use rustix::fs::OFlags;
 
-use crate::model::Bus;
+use crate::{model::Bus, sys::users::User};
 
 /// How a name's service file says it is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,9 +29,16 @@ const SIZE: u64 = 64 * 1024;
 /// Files looked at in one directory when none has the name's own file name.
 const FILES: usize = 4096;
 
-/// The service file of `name` on `bus`, from the first directory that has one.
+/// The service file of `name` on `bus`, which is the system's or the daemon's own, from the first directory that has one.
 pub(super) fn find(bus: Bus, name: &str) -> Option<ServiceFile> {
     directories(bus).iter().find_map(|directory| find_in(directory, name))
+}
+
+/// The service file of `name` on another user's session bus. To be called with that user's rights.
+pub(super) fn find_of(user: &User, name: &str) -> Option<ServiceFile> {
+    // The password database may be asked over the network; this thread may wait for it.
+    let home = nix::unistd::User::from_uid(user.uid.into()).ok().flatten().map(|user| user.dir);
+    services(shares_of(user, home.as_deref())).iter().find_map(|directory| find_in(directory, name))
 }
 
 fn find_in(directory: &Path, name: &str) -> Option<ServiceFile> {
@@ -118,33 +125,31 @@ fn split_words(text: &str) -> Option<Vec<String>> {
 
 /// Where service files of `bus` are, most important first.
 fn directories(bus: Bus) -> Vec<PathBuf> {
-    let uid = match bus {
-        Bus::System => {
-            return [
-                "/etc/dbus-1/system-services",
-                "/run/dbus-1/system-services",
-                "/usr/local/share/dbus-1/system-services",
-                "/usr/share/dbus-1/system-services",
-                "/lib/dbus-1/system-services",
-            ]
-            .map(PathBuf::from)
-            .to_vec();
-        }
-        Bus::Session(uid) => uid,
-    };
-    let shares = if uid == rustix::process::geteuid().as_raw() {
-        own_shares(|name| env::var(name).ok().filter(|value| !value.is_empty()))
-    } else {
-        // Another user's environment is not ours to know; these are the defaults plus Flatpak's exports.
-        let uid_dir = PathBuf::from(format!("/run/user/{uid}"));
-        let home = nix::unistd::User::from_uid(uid.into()).ok().flatten().map(|user| user.dir);
-        let mut shares = vec![uid_dir];
-        shares.extend(home.iter().map(|home| home.join(".local/share")));
-        shares.extend(home.iter().map(|home| home.join(".local/share/flatpak/exports/share")));
-        shares.extend(["/var/lib/flatpak/exports/share", "/usr/local/share", "/usr/share"].map(PathBuf::from));
-        shares
-    };
+    match bus {
+        Bus::System => [
+            "/etc/dbus-1/system-services",
+            "/run/dbus-1/system-services",
+            "/usr/local/share/dbus-1/system-services",
+            "/usr/share/dbus-1/system-services",
+            "/lib/dbus-1/system-services",
+        ]
+        .map(PathBuf::from)
+        .to_vec(),
+        Bus::Session(_) => services(own_shares(|name| env::var(name).ok().filter(|value| !value.is_empty()))),
+    }
+}
+
+fn services(shares: Vec<PathBuf>) -> Vec<PathBuf> {
     shares.into_iter().filter(|share| share.is_absolute()).map(|share| share.join("dbus-1/services")).collect()
+}
+
+/// Another user's environment is not ours to know; these are the defaults plus Flatpak's exports.
+fn shares_of(user: &User, home: Option<&Path>) -> Vec<PathBuf> {
+    let mut shares = vec![user.runtime_dir.clone()];
+    shares.extend(home.map(|home| home.join(".local/share")));
+    shares.extend(home.map(|home| home.join(".local/share/flatpak/exports/share")));
+    shares.extend(["/var/lib/flatpak/exports/share", "/usr/local/share", "/usr/share"].map(PathBuf::from));
+    shares
 }
 
 /// `$XDG_RUNTIME_DIR`, `$XDG_DATA_HOME` and `$XDG_DATA_DIRS` with their defaults (XDG base directory specification).
@@ -243,6 +248,10 @@ mod tests {
         });
         assert_eq!(shares, ["/run/user/7", "/home/u/.local/share", "/a", "/b"].map(PathBuf::from));
         assert!(directories(Bus::System).contains(&PathBuf::from("/usr/share/dbus-1/system-services")));
-        assert!(directories(Bus::Session(4_000_000)).contains(&PathBuf::from("/run/user/4000000/dbus-1/services")));
+        let user = User { uid: 7, gid: 7, runtime_dir: "/run/user/7".into() };
+        let found = services(shares_of(&user, Some(Path::new("/home/u"))));
+        let expected = ["/run/user/7/dbus-1/services", "/home/u/.local/share/dbus-1/services"].map(PathBuf::from);
+        assert_eq!(found.get(..2), Some(&expected[..]));
+        assert!(services(shares_of(&user, None)).contains(&PathBuf::from("/usr/share/dbus-1/services")));
     }
 }

@@ -40,7 +40,9 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
         APP => &["SetState", "SetStateOf"],
-        MANAGER => &["Status", "Apps", "Show", "Why", "Report", "Endpoints", "Freeze", "Thaw", "Kill", "Move"],
+        MANAGER => {
+            &["Status", "Apps", "Show", "Why", "Report", "Endpoints", "Freeze", "Thaw", "Kill", "Move", "ForgetUser"]
+        }
         MANAGEMENT => &[
             "status",
             "errorMessage",
@@ -155,6 +157,7 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="service" type="s" direction="in"/>
     <arg name="upstream" type="s" direction="in"/>
   </method>
+  <method name="ForgetUser"><arg name="uid" type="u" direction="in"/></method>
   <property name="Version" type="s" access="read">
     <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>

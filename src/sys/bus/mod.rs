@@ -23,20 +23,27 @@ mod wire;
 
 use std::{
     collections::BTreeMap,
-    future::{Future, ready},
+    future::{Future, poll_fn, ready},
     io,
+    pin::pin,
     sync::mpsc::{self, RecvTimeoutError},
+    task::Poll,
     thread,
     time::Duration,
 };
 
 use async_channel::Receiver;
+use futures_core::Stream;
 use zruntime::{Shared, Task};
 
-use super::inbox::{Incoming, Sender};
+use self::session::Way;
+use super::{
+    inbox::{Incoming, Sender},
+    users::{Roster, USERS, User, errand::Errands},
+};
 use crate::{
     action::Action,
-    event::{CallId, Event},
+    event::{BusEvent, CallId, Event},
     model::{AppKey, Bus},
 };
 
@@ -71,16 +78,18 @@ impl BusThread {
     /// # Errors
     /// When no thread can be made.
     pub fn spawn(buses: Vec<BusAddress>, panel: bool, sender: Sender) -> io::Result<Self> {
-        Self::spawn_with(buses, panel, sender, ready(()))
+        Self::spawn_with(buses, None, panel, sender, ready(()))
     }
 
-    /// [`BusThread::spawn`] with one task more on the same thread: a thread costs memory. It is cancelled when the thread
-    /// ends.
+    /// [`BusThread::spawn`] that also serves the session bus of every user in `roster` while that user is in it (they get
+    /// `Up` and `Down` as well), with one task more on the same thread: a thread costs memory. It is cancelled when the
+    /// thread ends.
     ///
     /// # Errors
     /// When no thread can be made.
     pub fn spawn_with(
         buses: Vec<BusAddress>,
+        roster: Option<Roster>,
         panel: bool,
         sender: Sender,
         beside: impl Future<Output = ()> + Send + 'static,
@@ -92,7 +101,7 @@ impl BusThread {
             let _end = end;
             zbus::block_on(async {
                 let beside = zruntime::spawn(beside);
-                route(buses, panel, receiver, sender).await;
+                route(buses, roster, panel, receiver, sender).await;
                 let _ = beside.cancel().await;
             });
         })?;
@@ -115,43 +124,135 @@ impl BusThread {
     }
 }
 
-/// Hands every order to its bus.
-async fn route(buses: Vec<BusAddress>, panel: bool, orders: Receiver<Action>, inbox: Sender) {
-    let mut routes: Vec<(async_channel::Sender<Action>, Task<(), Shared>)> = Vec::new();
-    let mut indices = BTreeMap::new();
-    for (index, address) in (0_u16..).zip(buses) {
-        // Unbounded like the one it is filled from.
-        let (sender, receiver) = async_channel::unbounded();
-        indices.insert(address.bus, usize::from(index));
-        let first_call = u64::from(index) << INDEX_SHIFT;
-        routes.push((sender, zruntime::spawn(session::serve(address, panel, receiver, inbox.clone(), first_call))));
+enum Input {
+    Order(Action),
+    Users(Vec<User>),
+    Stop,
+}
+
+/// Hands every order to its bus, until there are no more.
+async fn route(
+    buses: Vec<BusAddress>,
+    mut roster: Option<Roster>,
+    panel: bool,
+    orders: Receiver<Action>,
+    inbox: Sender,
+) {
+    let mut routes =
+        Routes { panel, inbox, errands: Errands::default(), open: BTreeMap::new(), users: Vec::new(), next: 0 };
+    for BusAddress { bus, address } in buses {
+        routes.add(bus, Way::Address(address));
     }
-    while let Ok(order) = orders.recv().await {
-        let index = match &order {
-            Action::Reply(CallId(call), _) => usize::try_from(call >> INDEX_SHIFT).ok(),
+    let mut orders = pin!(orders);
+    loop {
+        let input = poll_fn(|context| {
+            if let Some(heard) = &mut roster
+                && let Poll::Ready(users) = heard.poll_changed(context)
+            {
+                match users {
+                    Some(users) => return Poll::Ready(Input::Users(users)),
+                    None => roster = None,
+                }
+            }
+            orders.as_mut().poll_next(context).map(|order| order.map_or(Input::Stop, Input::Order))
+        });
+        match input.await {
+            Input::Order(order) => routes.order(order),
+            Input::Users(users) => routes.present(users).await,
+            Input::Stop => break,
+        }
+    }
+    // All at once: none waits for another's last words.
+    let (ends, tasks): (Vec<_>, Vec<_>) = routes.open.into_values().map(|route| (route.orders, route.task)).unzip();
+    drop(ends);
+    for task in tasks {
+        let _ = task.await;
+    }
+}
+
+/// The buses served now.
+struct Routes {
+    panel: bool,
+    inbox: Sender,
+    errands: Errands,
+    /// By the index in their calls, which is used again only when all others have been: an answer to who is gone must
+    /// not reach who came instead.
+    open: BTreeMap<u16, Route>,
+    users: Vec<User>,
+    next: u16,
+}
+
+struct Route {
+    bus: Bus,
+    // Unbounded like the one it is filled from.
+    orders: async_channel::Sender<Action>,
+    task: Task<(), Shared>,
+}
+
+impl Routes {
+    fn add(&mut self, bus: Bus, way: Way) {
+        // There are far fewer buses than numbers.
+        while self.open.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        let index = self.next;
+        self.next = index.wrapping_add(1);
+        let (orders, receiver) = async_channel::unbounded();
+        let first_call = u64::from(index) << INDEX_SHIFT;
+        let task = session::serve(bus, way, self.panel, receiver, self.inbox.clone(), first_call);
+        self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task) });
+    }
+
+    /// Serves these users' buses and no others'.
+    async fn present(&mut self, mut users: Vec<User>) {
+        if users.len() > USERS {
+            log::warn!("{} users are logged in; {USERS} of them are served", users.len());
+            users.truncate(USERS);
+        }
+        let gone: Vec<User> = self.users.extract_if(.., |user| !users.contains(user)).collect();
+        for User { uid, .. } in gone {
+            let bus = Bus::Session(uid);
+            for (_, route) in self.open.extract_if(.., |_, route| route.bus == bus) {
+                // Nothing is heard of it any more after this.
+                route.task.cancel().await;
+            }
+            log::info!("{bus}: logged out");
+            self.tell(BusEvent::Down(bus, "its user is not logged in".into()));
+        }
+        for user in users {
+            let bus = Bus::Session(user.uid);
+            if !self.open.values().any(|route| route.bus == bus) {
+                log::info!("{bus}: logged in");
+                self.users.push(user.clone());
+                self.add(bus, Way::User(user, self.errands.clone()));
+            }
+        }
+    }
+
+    fn order(&self, order: Action) {
+        let route = match &order {
+            Action::Reply(CallId(call), _) => {
+                u16::try_from(call >> INDEX_SHIFT).ok().and_then(|index| self.open.get(&index))
+            }
             Action::Watch(AppKey { bus, .. })
             | Action::Unwatch(AppKey { bus, .. })
             | Action::Call { app: AppKey { bus, .. }, .. }
             | Action::Start(AppKey { bus, .. })
-            | Action::PanelChanged(bus) => indices.get(bus).copied(),
-            other => {
-                log::error!("the bus thread was given {other:?}");
-                continue;
-            }
+            | Action::PanelChanged(bus) => self.open.values().find(|route| route.bus == *bus),
+            other => return log::error!("the bus thread was given {other:?}"),
         };
-        match index.and_then(|index| routes.get(index)) {
-            Some((route, _)) => {
-                // It is closed only below.
-                let _ = route.try_send(order);
+        match route {
+            Some(route) => {
+                // It is closed only when it is taken out.
+                let _ = route.orders.try_send(order);
             }
             // An app of a bus that is not served now.
-            None => session::refuse(order, |event| {
-                let _ = inbox.send(Incoming::Event(Event::Bus(event)));
-            }),
+            None => session::refuse(order, |event| self.tell(event)),
         }
     }
-    for (route, task) in routes {
-        route.close();
-        let _ = task.await;
+
+    fn tell(&self, event: BusEvent) {
+        // False means that the loop is gone, and this thread about to end.
+        let _ = self.inbox.send(Incoming::Event(Event::Bus(event)));
     }
 }

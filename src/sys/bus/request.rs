@@ -284,6 +284,7 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             let service = (!service.is_empty()).then(|| service.into());
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
+        "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),
         _ => {
             let service = arguments::<&str>(body)?;
             check_service(service)?;
@@ -437,6 +438,9 @@ mod tests {
             assert_eq!(about, meant.clone().map_or(About::Nobody, About::Service));
             assert_eq!((request, wording), (Request::Move { service: meant, upstream: "home".into() }, Wording::Empty));
         }
+        let (request, ..) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), "ForgetUser", &7_u32));
+        assert_eq!(request, Request::ForgetUser(7));
+        assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), "ForgetUser", &"7").unwrap_err().name, INVALID_ARGS);
         for wrong in [("no name", "home"), ("org.a.B", ""), ("", "\n"), ("", &*"x".repeat(65))] {
             assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), "Move", &wrong).unwrap_err().name, INVALID_ARGS);
         }

@@ -15,7 +15,6 @@ use zbus::{Connection, Message, MessageStream, connection::Builder, message::Typ
 use zruntime::{SharedRuntime, Task};
 
 use super::{
-    BusAddress,
     calls::Calls,
     deliver::Deliveries,
     interfaces::NAMES,
@@ -29,13 +28,18 @@ use crate::{
     action::Action,
     event::{BusEvent, CallOutcome, Event, StartOutcome},
     model::{AppKey, Bus},
-    sys::inbox::{Incoming, Process, Sender},
+    sys::{
+        inbox::{Incoming, Process, Sender},
+        users::{User, door::Door, errand::Errands},
+    },
 };
 
 /// A bus that does not finish the handshake within this is as good as absent.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Between two attempts to connect, first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// For what is still to be said when the daemon ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Messages handled before what they caused is written.
 const BATCH: usize = 64;
 /// RequestName without flags: nobody may take the names from us, and if somebody has them we wait in line, so that the
@@ -45,45 +49,71 @@ const WAIT_IN_LINE: u32 = 0;
 /// in line, and that owner's end is seen by watching the name.
 const NOT_IN_LINE: u32 = 4;
 
+/// How a bus is reached.
+#[derive(Clone, Debug)]
+pub(super) enum Way {
+    /// With the daemon's own rights, at this address or where this kind of bus usually is.
+    Address(Option<String>),
+    /// With a user's, at that user's own bus.
+    User(User, Errands),
+}
+
 /// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
-pub(super) async fn serve(address: BusAddress, panel: bool, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
-    let panel = panel && matches!(address.bus, Bus::Session(_));
+pub(super) async fn serve(bus: Bus, way: Way, panel: bool, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+    let panel = panel && matches!(bus, Bus::Session(_));
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,
-        Err(error) => return log::error!("no runtime for the {} bus: {error}", address.bus),
+        Err(error) => return log::error!("no runtime for the {bus} bus: {error}"),
     };
-    let mut lasting = Lasting { bus: address.bus, inbox, watched: BTreeSet::new(), next_call, told_down: false };
+    let mut door = match &way {
+        Way::Address(_) => None,
+        Way::User(user, errands) => Some(Door::new(user.clone(), errands.clone())),
+    };
+    let mut lasting = Lasting { bus, way, inbox, watched: BTreeSet::new(), next_call, told_down: false };
     let mut orders = pin!(orders);
     let mut delay = RETRY.0;
     loop {
-        let attempt = runtime.timeout(CONNECT_LIMIT, connect(&address));
-        let ended = match lasting.while_down(orders.as_mut(), attempt).await {
-            None => return,
-            Some(Ok(Ok(connection))) => {
-                let ended = Session::new(&mut lasting, connection, panel).run(orders.as_mut()).await;
-                match ended {
-                    Ended::Stopped => return,
-                    Ended::Lost { text, was_up } => {
-                        if was_up {
-                            delay = RETRY.0;
-                        }
-                        text
-                    }
-                }
-            }
-            Some(Ok(Err(error))) => format!("cannot connect: {error}"),
-            Some(Err(_)) => "cannot connect: it does not answer".into(),
+        let address = match &lasting.way {
+            Way::Address(address) => address.clone(),
+            Way::User(..) => None,
         };
+        let attempt = async {
+            match &mut door {
+                Some(door) => door.connect().await,
+                None => match runtime.timeout(CONNECT_LIMIT, connect(address, bus)).await {
+                    Ok(connected) => connected.map_err(|error| error.to_string()),
+                    Err(_) => Err("it does not answer".into()),
+                },
+            }
+        };
+        let (ended, was_up) = match lasting.while_down(orders.as_mut(), attempt).await {
+            None => return,
+            Some(Ok(connection)) => match Session::new(&mut lasting, connection, panel).run(orders.as_mut()).await {
+                Ended::Stopped => return,
+                Ended::Lost { text, was_up } => (text, was_up),
+            },
+            Some(Err(error)) => (format!("cannot connect: {error}"), false),
+        };
+        if was_up {
+            delay = RETRY.0;
+            door.iter_mut().for_each(Door::succeeded);
+        }
         lasting.down(&ended);
-        if lasting.while_down(orders.as_mut(), runtime.sleep(delay)).await.is_none() {
+        let wait = async {
+            match &mut door {
+                Some(door) => door.wait().await,
+                None => runtime.sleep(delay).await,
+            }
+        };
+        if lasting.while_down(orders.as_mut(), wait).await.is_none() {
             return;
         }
         delay = (delay * 2).min(RETRY.1);
     }
 }
 
-async fn connect(address: &BusAddress) -> zbus::Result<Connection> {
-    let builder = match (&address.address, address.bus) {
+async fn connect(address: Option<String>, bus: Bus) -> zbus::Result<Connection> {
+    let builder = match (&address, bus) {
         (Some(address), _) => Builder::address(address.as_str()),
         (None, Bus::System) => Builder::system(),
         (None, Bus::Session(_)) => Builder::session(),
@@ -94,6 +124,7 @@ async fn connect(address: &BusAddress) -> zbus::Result<Connection> {
 /// What outlasts a connection.
 struct Lasting {
     bus: Bus,
+    way: Way,
     inbox: Sender,
     watched: BTreeSet<AppKey>,
     next_call: u64,
@@ -106,7 +137,11 @@ impl Lasting {
         if self.told_down {
             return log::debug!("{} bus: {text}", self.bus);
         }
-        log::error!("{} bus: {text}", self.bus);
+        match self.way {
+            // Sessions come and go, and some never have a bus.
+            Way::User(..) => log::info!("{} bus: {text}", self.bus),
+            Way::Address(_) => log::error!("{} bus: {text}", self.bus),
+        }
         self.told_down = true;
         self.event(BusEvent::Down(self.bus, text.to_owned()));
     }
@@ -256,10 +291,7 @@ impl<'a> Session<'a> {
                     Input::Message(message) => self.message(message),
                     Input::Order(order) => self.order(order),
                     Input::Stop => {
-                        let out = self.wire.drain();
-                        if let Err(error) = self.connection.send_all(&out).await {
-                            log::debug!("{} bus: the last words were not sent: {error}", self.lasting.bus);
-                        }
+                        self.say_last_words().await;
                         return Ended::Stopped;
                     }
                     Input::Broken(text) => return self.lost(text),
@@ -276,6 +308,19 @@ impl<'a> Session<'a> {
                 orders_first = !orders_first;
                 input = next;
             }
+        }
+    }
+
+    async fn say_last_words(&mut self) {
+        let out = self.wire.drain();
+        let sent = self.connection.send_all(&out);
+        let sent = match SharedRuntime::current() {
+            // Nobody waits for a bus that does not read.
+            Ok(runtime) => runtime.timeout(LAST_WORDS, sent).await.map_err(|_| "it does not read".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = sent.and_then(|sent| sent.map_err(|error| error.to_string())) {
+            log::debug!("{} bus: the last words were not sent: {error}", self.lasting.bus);
         }
     }
 
@@ -319,8 +364,9 @@ impl<'a> Session<'a> {
             return;
         }
         let (connection, inbox, starting) = (self.connection.clone(), self.lasting.inbox.clone(), app.clone());
+        let way = self.lasting.way.clone();
         let task = zruntime::spawn(async move {
-            let outcome = start::start(connection, starting.clone()).await;
+            let outcome = start::start(connection, way, starting.clone()).await;
             let _ = inbox.send(Incoming::Event(Event::Bus(BusEvent::Started(starting, outcome))));
         });
         self.starts.insert(app, task);

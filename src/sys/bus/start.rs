@@ -5,6 +5,7 @@
 use std::{
     future::{Future, poll_fn},
     pin::pin,
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +16,7 @@ use zruntime::SharedRuntime;
 
 use super::{
     activation::{self, ServiceFile},
+    session::Way,
     unit,
     wire::BUS_NAME,
 };
@@ -30,12 +32,12 @@ const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
 const SYSTEMD_MANAGER: &str = "org.freedesktop.systemd1.Manager";
 
 /// Starts the app and waits for the word of whoever starts it.
-pub(super) async fn start(connection: Connection, app: AppKey) -> StartOutcome {
+pub(super) async fn start(connection: Connection, way: Way, app: AppKey) -> StartOutcome {
     if app.is_unique_name() {
         return StartOutcome::NotActivatable;
     }
     let limited = match SharedRuntime::current() {
-        Ok(runtime) => runtime.timeout(LIMIT, attempt(&connection, &app)).await,
+        Ok(runtime) => runtime.timeout(LIMIT, attempt(&connection, &way, &app)).await,
         Err(error) => return StartOutcome::Failed(format!("no runtime: {error}")),
     };
     match limited {
@@ -46,17 +48,25 @@ pub(super) async fn start(connection: Connection, app: AppKey) -> StartOutcome {
     }
 }
 
-async fn attempt(connection: &Connection, app: &AppKey) -> StartOutcome {
+async fn attempt(connection: &Connection, way: &Way, app: &AppKey) -> StartOutcome {
     if has_owner(connection, &app.service).await {
         return StartOutcome::Started;
     }
     if has_owner(connection, SYSTEMD).await
-        && let Some(file) = activation::find(app.bus, &app.service)
+        && let Some(file) = service_file(way, app).await
         && let Some(outcome) = by_systemd(connection, app, &file).await
     {
         return outcome;
     }
     by_bus(connection, app).await
+}
+
+/// What is in a user's directories is read as that user.
+async fn service_file(way: &Way, app: &AppKey) -> Option<ServiceFile> {
+    let Way::User(user, errands) = way else { return activation::find(app.bus, &app.service) };
+    let (searched, name) = (user.clone(), Arc::clone(&app.service));
+    let found = errands.run(user, move || activation::find_of(&searched, &name)).await;
+    found.inspect_err(|error| log::warn!("{app}: no service file is looked for: {error}")).ok().flatten()
 }
 
 /// `None` when systemd has nothing to start it by, and the bus may.

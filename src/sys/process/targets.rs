@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     event::{Event, Outcome},
-    model::{AppKey, Freezer, ProcessFacts, TargetId},
+    model::{AppKey, Bus, Freezer, ProcessFacts, TargetId},
     sys::{
         clock,
         inbox::{Process, Sender},
@@ -152,7 +152,7 @@ impl Targets {
     /// # Errors
     /// As a sentence part, when it has ended, is not the one meant, or there are 4096 already.
     pub fn adopt(&mut self, app: &AppKey, process: Process) -> Result<(TargetId, ProcessFacts), Arc<str>> {
-        let main = identify(&process)?;
+        let main = identify(app, &process)?;
         let id = TargetId(NEXT_TARGET.fetch_add(1, Ordering::Relaxed));
         let survey = self.world.survey(&app.service, main, &[])?;
         let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
@@ -429,7 +429,7 @@ impl Drop for Targets {
 }
 
 /// The start time that belongs to the process behind the pidfd.
-fn identify(process: &Process) -> Result<Member, Arc<str>> {
+fn identify(app: &AppKey, process: &Process) -> Result<Member, Arc<str>> {
     let gone = || Arc::from("its process has ended");
     let dir = ProcDir::open(process.pid).map_err(|_| gone())?;
     let main = Member::of(&dir.stat().map_err(|_| gone())?);
@@ -444,8 +444,15 @@ fn identify(process: &Process) -> Result<Member, Arc<str>> {
     if !same {
         return Err(format!("its pidfd is not that of process {}", process.pid).into());
     }
-    if !uids.is_some_and(|uids| uids.contains(&process.uid)) {
+    let runs_as = |uid: u32| uids.as_ref().is_some_and(|uids| uids.contains(&uid));
+    if !runs_as(process.uid) {
         return Err(format!("process {} does not run as user {}", process.pid, process.uid).into());
+    }
+    // A session bus belongs to its user, who may have it name any process: none but that user's own is touched for it.
+    if let Bus::Session(owner) = app.bus
+        && !uids.is_some_and(|uids| uids.iter().all(|uid| *uid == owner))
+    {
+        return Err(format!("process {} is not user {owner}'s alone", process.pid).into());
     }
     Ok(main)
 }

@@ -30,6 +30,10 @@ pub(super) enum Pending {
     Properties(Object),
     /// Inhibit.
     Inhibitor(Mode),
+    /// ListUsers.
+    Users,
+    /// GetAll of the user with this uid.
+    User(u32),
 }
 
 /// A reply, or the text of an error.
@@ -39,7 +43,7 @@ pub(super) type Response = Result<Message, String>;
 #[derive(Debug, Default)]
 pub(super) struct Calls {
     out: Vec<Message>,
-    // Bounded: one per service, rule, object followed and inhibitor; the bus answers for who is gone.
+    // Bounded: one per service, rule, object followed, inhibitor and user; the bus answers for who is gone.
     pending: HashMap<NonZeroU32, (Arc<str>, Pending)>,
 }
 

@@ -1,9 +1,9 @@
 //! What the machine is in, as the services of the system bus say: power (UPower), the network (NetworkManager,
-//! ModemManager), and sleep (logind). Absent services are normal, and so is an absent system bus: then nothing is known.
+//! ModemManager), sleep and who is logged in (logind). Absent services are normal, and so is an absent system bus: then nothing is known.
 //!
 //! - `session`: one connection: who is there, what is read from them and when that is told.
 //! - `facts`: properties as they come in; `upower`, `network_manager`: what to read, and what it means.
-//! - `logind`: locks against sleep. `settling`: when a change is told. `calls`: what waits for a reply.
+//! - `logind`: locks against sleep. `users`: who is logged in. `settling`: when a change is told. `calls`: what waits for a reply.
 //!
 //! It runs on the bus thread ([`super::bus::BusThread::spawn_with`]) and sleeps while nothing changes: no timer, and match
 //! rules for the very objects that matter.
@@ -15,6 +15,7 @@ mod network_manager;
 mod session;
 mod settling;
 mod upower;
+mod users;
 
 use std::{
     fmt,
@@ -30,14 +31,14 @@ use futures_core::Stream;
 use zbus::{Connection, connection::Builder};
 use zruntime::SharedRuntime;
 
-use self::{session::Session, settling::Settling};
-use super::inbox::Sender;
+use self::{session::Session, settling::Settling, users::Users};
+use super::{inbox::Sender, users::Usher};
 use crate::{model, sys::clock, time::Instant};
 
 /// A bus that does not finish the handshake within this is as good as absent.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// After a connection that broke, it is tried again after each of these; then, and where there never was one, only when
-/// [`Surroundings::look_again`] says so.
+/// [`Surroundings::look_again`] says so. Where users are served the last goes on and on: without logind nobody is.
 const RETRIES: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(15), Duration::from_secs(60)];
 
 /// The loop's hold on the services of the system bus. Dropped, everything ends: locks are let go.
@@ -73,10 +74,23 @@ impl Surroundings {
         low_battery: u8,
         inbox: Sender,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        Self::with_users(address, low_battery, None, inbox)
+    }
+
+    /// [`Surroundings::new`] that says to `usher` who is logged in as well.
+    pub fn with_users(
+        address: Option<String>,
+        low_battery: u8,
+        usher: Option<Usher>,
+        inbox: Sender,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let wishes = Arc::new(Mutex::new(Wishes::default()));
         let (ring, rung) = async_channel::bounded(1);
         let bell = Bell { wishes: Arc::clone(&wishes), rung: Box::pin(rung) };
-        (Self { wishes, ring }, serve(address, Settling::new(low_battery), inbox, bell))
+        (
+            Self { wishes, ring },
+            serve(address, Lasting { inbox, bell, settling: Settling::new(low_battery), users: usher.map(Users::new) }),
+        )
     }
 
     /// Holds sleep off, or no more: `Action::StayAwake`. After five minutes without a word it is not held off any more.
@@ -156,14 +170,14 @@ struct Lasting {
     inbox: Sender,
     bell: Bell,
     settling: Settling,
+    users: Option<Users>,
 }
 
-async fn serve(address: Option<String>, settling: Settling, inbox: Sender, bell: Bell) {
+async fn serve(address: Option<String>, mut lasting: Lasting) {
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,
         Err(error) => return log::error!("no runtime for the system bus: {error}"),
     };
-    let mut lasting = Lasting { inbox, bell, settling };
     let mut said = false;
     let mut retries = [].iter();
     loop {
@@ -184,8 +198,9 @@ async fn serve(address: Option<String>, settling: Settling, inbox: Sender, bell:
         } else {
             log::info!("system bus: {text}; nothing is known of power, network and sleep");
         }
-        let until = retries.next().map(|delay| clock::boot() + *delay);
-        if !lasting.while_down(until).await {
+        let next = retries.next();
+        let again = next.or(RETRIES.last().filter(|_| lasting.users.is_some()));
+        if !lasting.while_down(again.map(|delay| clock::boot() + *delay), next.is_none()).await {
             return;
         }
     }
@@ -196,12 +211,12 @@ async fn connect(address: Option<&str>) -> zbus::Result<Connection> {
 }
 
 impl Lasting {
-    /// Waits until it is worth trying again; false when told to stop.
-    async fn while_down(&mut self, until: Option<Instant>) -> bool {
+    /// Waits until it is worth trying again; false when told to stop. `lost`: it is not expected back soon.
+    async fn while_down(&mut self, until: Option<Instant>, lost: bool) -> bool {
         loop {
             let now = clock::boot();
             // What was known is known no more, unless it is back soon.
-            self.tell(model::Surroundings::default(), until.is_none(), now);
+            self.tell(model::Surroundings::default(), lost, now);
             if until.is_some_and(|until| until <= now) {
                 return true;
             }

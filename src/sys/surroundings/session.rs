@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_core::Stream;
-use zbus::{Connection, Message, MessageStream, Variant, message::Type};
+use zbus::{Connection, Message, MessageStream, ObjectPath, Variant, message::Type};
 
 use super::{
     Lasting, Turn,
@@ -19,6 +19,7 @@ use super::{
     facts::{Facts, Known, Object, Service},
     logind::{self, Inhibitors},
     network_manager, upower,
+    users::Users,
 };
 use crate::{
     event::Event,
@@ -79,7 +80,13 @@ impl<'a> Session<'a> {
             self.calls.ask_bus("AddMatch", &owner_rule(service), Pending::Match);
             self.calls.ask_bus("GetNameOwner", service.name(), Pending::Owner(service));
         }
-        self.calls.ask_bus("AddMatch", &sleep_rule(), Pending::Match);
+        self.calls.ask_bus("AddMatch", &logind_rule("PrepareForSleep"), Pending::Match);
+        if self.lasting.users.is_some() {
+            // Before the list is asked for, so that nobody comes between.
+            for member in ["UserNew", "UserRemoved"] {
+                self.calls.ask_bus("AddMatch", &logind_rule(member), Pending::Match);
+            }
+        }
         let stay_awake = self.lasting.bell.wishes().stay_awake;
         self.inhibitors.stay_awake(&mut self.calls, stay_awake, clock::boot());
         let ended = loop {
@@ -119,6 +126,7 @@ impl<'a> Session<'a> {
         if let Some(event) = self.inhibitors.vanished() {
             self.lasting.event(event);
         }
+        self.lasting.users.iter_mut().for_each(Users::vanished);
         ended
     }
 
@@ -166,6 +174,16 @@ impl<'a> Session<'a> {
             }
             Pending::Properties(object) => self.properties(object, serial, response),
             Pending::Inhibitor(mode) => self.inhibitors.answered(mode, serial, response),
+            Pending::Users => {
+                if let Some(users) = &mut self.lasting.users {
+                    users.listed(&mut self.calls, serial, response);
+                }
+            }
+            Pending::User(uid) => {
+                if let Some(users) = &mut self.lasting.users {
+                    users.described(uid, serial, response);
+                }
+            }
         }
     }
 
@@ -209,6 +227,18 @@ impl<'a> Session<'a> {
                     self.lasting.event(event);
                 }
             }
+            (Some(logind::MANAGER), member @ ("UserNew" | "UserRemoved"))
+                if self.is(Service::Logind, sender.as_str()) =>
+            {
+                if let Some(users) = &mut self.lasting.users
+                    && let Ok((uid, path)) = body.deserialize::<(u32, ObjectPath<'_>)>()
+                {
+                    match member {
+                        "UserNew" => users.came(&mut self.calls, uid, path.as_str()),
+                        _ => users.left(&mut self.calls, uid),
+                    }
+                }
+            }
             (Some(PROPERTIES), "PropertiesChanged") if body.len() <= LARGEST_BODY => {
                 let Some(path) = header.path() else { return };
                 let Ok((interface, changed, gone)) =
@@ -247,10 +277,11 @@ impl<'a> Session<'a> {
         }
         if self.owners.remove(&service).is_some() {
             self.gone.insert(service, clock::boot() + RESTART);
-            if service == Service::Logind
-                && let Some(event) = self.inhibitors.vanished()
-            {
-                self.lasting.event(event);
+            if service == Service::Logind {
+                if let Some(event) = self.inhibitors.vanished() {
+                    self.lasting.event(event);
+                }
+                self.lasting.users.iter_mut().for_each(Users::vanished);
             }
         }
         // Gone, or about to be read anew.
@@ -259,7 +290,10 @@ impl<'a> Session<'a> {
             self.gone.remove(&service);
             self.owners.insert(service, Arc::clone(&owner));
             if service == Service::Logind {
-                self.inhibitors.appeared(&mut self.calls, owner);
+                self.inhibitors.appeared(&mut self.calls, Arc::clone(&owner));
+                if let Some(users) = &mut self.lasting.users {
+                    users.appeared(&mut self.calls, owner);
+                }
             }
             self.follow();
         }
@@ -356,9 +390,9 @@ fn owner_rule(service: Service) -> String {
     )
 }
 
-fn sleep_rule() -> String {
+fn logind_rule(member: &str) -> String {
     format!(
-        "type='signal',sender='{}',path='{}',interface='{}',member='PrepareForSleep'",
+        "type='signal',sender='{}',path='{}',interface='{}',member='{member}'",
         Service::Logind.name(),
         logind::PATH,
         logind::MANAGER

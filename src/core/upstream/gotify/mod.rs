@@ -9,7 +9,7 @@
 //! **What was missed** is fetched page by page after each connect, see `catch_up.rs`. How far back is remembered as
 //! `last`: an id up to which nothing of ours is unsafe. It only spares work, because what is safe has been deleted; it may
 //! lag, and lags on purpose, so that other applications' messages do not write to flash. The first page is asked for
-//! [`SUBSCRIBED`] after the handshake: Gotify answers that *before* it subscribes the stream.
+//! `SUBSCRIBED` after the handshake: Gotify answers that *before* it subscribes the stream.
 //!
 //! Registrations are made over a link that has caught up, so that there is an id before the first endpoint is told. An
 //! application that the user has deleted at the server is noticed there, once in a while, and made anew.
