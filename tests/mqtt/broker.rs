@@ -126,6 +126,9 @@ impl Broker {
     }
 
     fn try_start(&mut self) -> io::Result<()> {
+        // Whoever answers at the port may be another test's.
+        let running = |log: String| log.matches(" running").count();
+        let before = running(self.log());
         let mut child = Command::new(&self.program)
             .arg("-c")
             .arg(self.dir.path().join("mosquitto.conf"))
@@ -138,7 +141,7 @@ impl Broker {
             if let Some(status) = child.try_wait()? {
                 return Err(io::Error::other(format!("ended with {status}: {}", self.log())));
             }
-            if TcpStream::connect(self.address()).is_ok() {
+            if running(self.log()) > before && TcpStream::connect(self.address()).is_ok() {
                 self.child = Some(child);
                 return Ok(());
             }
