@@ -85,6 +85,9 @@ pub enum Action {
     },
     /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
     Start(AppKey),
+    /// Look whether something speaks against holding an app still, or on: locks, devices, file systems, its unit. Ends with
+    /// `Event::Inspected` within 5 s.
+    Inspect(TargetId),
     /// Hold an app still. Ends with an `Outcome` within 2 s; what cannot be frozen is rolled back.
     Freeze(TargetId),
     /// Let an app run. Ends with an `Outcome`.

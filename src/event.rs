@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     config::UpstreamSettings,
-    model::{AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Secret, Surroundings, TargetId},
+    model::{
+        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Secret, Surroundings, TargetId, Veto,
+        Window,
+    },
 };
 
 /// One thing that happened.
@@ -35,6 +38,12 @@ pub enum Event {
     Outcome(TargetId, Outcome),
     /// The process behind the target ended.
     TargetGone(TargetId),
+    /// What is watched all the time says of the target: all that speaks against holding it still, at each change.
+    Vetoes(TargetId, Vec<Veto>),
+    /// The answer to `Action::Inspect`: all that was found to speak against holding it still.
+    Inspected(TargetId, Result<Vec<Veto>, Arc<str>>),
+    /// All windows of the session on this bus, at each change; `None`: nothing tells of them (any more).
+    Windows(Bus, Option<Vec<Window>>),
     /// An app's memory, as asked with `Action::Sample`.
     Sampled(TargetId, Result<Memory, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.

@@ -102,6 +102,98 @@ pub enum Freezer {
     Signal,
 }
 
+/// Why an app must not be held still although nobody looks at it: what the system says of it (lifecycle.md §6).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Veto {
+    /// Which kind: its name is shown by `nightporter why`.
+    pub kind: VetoKind,
+    /// A sentence with the app as its subject: "it plays sound (PipeWire stream \"Lollypop\")". At most 200 bytes.
+    pub reason: Arc<str>,
+}
+
+/// The kinds of [`Veto`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VetoKind {
+    /// A running PipeWire node that plays: holding its client still silences everybody (lifecycle.md §0.2).
+    Playback,
+    /// A running PipeWire node that records: microphone, camera, screen.
+    Capture,
+    /// An MPRIS player that says `Playing`.
+    MediaPlayer,
+    /// A call is ringing or under way.
+    Call,
+    /// It holds logind's lock against sleep.
+    SleepInhibitor,
+    /// It holds logind's, or the session's, lock against idling.
+    IdleInhibitor,
+    /// It holds a file lock that a process which is not held still waits for (`/proc/locks`).
+    AwaitedLock,
+    /// It owns the clipboard: pasting would hang.
+    Clipboard,
+    /// It serves a file system (FUSE) or answers permission events (fanotify).
+    FileSystem,
+    /// Its unit has a watchdog, which would kill it.
+    Watchdog,
+    /// Its unit has a pending job, or is not in a state to be held.
+    UnitJob,
+    /// It has a tray item: the shell calls it.
+    Tray,
+    /// It serves a name that others call.
+    Service,
+    /// It uses a device: camera, sound, serial.
+    Device,
+    /// A portal's dialogue, screen cast or other session of it is open.
+    Portal,
+    /// A screen reader or another help for seeing, hearing and moving.
+    Accessibility,
+    /// An input method or on-screen keyboard.
+    InputMethod,
+    /// The lock screen, or what rings in an emergency.
+    LockScreen,
+}
+
+impl VetoKind {
+    /// The name, as `nightporter why` shows it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Playback => "playback",
+            Self::Capture => "capture",
+            Self::MediaPlayer => "media-player",
+            Self::Call => "call",
+            Self::SleepInhibitor => "sleep-inhibitor",
+            Self::IdleInhibitor => "idle-inhibitor",
+            Self::AwaitedLock => "awaited-lock",
+            Self::Clipboard => "clipboard",
+            Self::FileSystem => "file-system",
+            Self::Watchdog => "watchdog",
+            Self::UnitJob => "unit-job",
+            Self::Tray => "tray",
+            Self::Service => "service",
+            Self::Device => "device",
+            Self::Portal => "portal",
+            Self::Accessibility => "accessibility",
+            Self::InputMethod => "input-method",
+            Self::LockScreen => "lock-screen",
+        }
+    }
+}
+
+/// One window of a session, as its compositor tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The application id it gave itself; possibly empty, at most 255 bytes.
+    pub app_id: Arc<str>,
+    /// The app's process it belongs to, where the compositor tells process ids and the process is one of ours.
+    pub target: Option<TargetId>,
+    /// Whether the compositor told a process id at all: then a window without a target is none of our apps'.
+    pub told_pid: bool,
+    /// Whether input goes to it.
+    pub active: bool,
+    /// Whether it is certain that nothing of it can be seen.
+    pub hidden: bool,
+}
+
 /// Counter that names a registration for good; a registration made again gets another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

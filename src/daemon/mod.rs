@@ -2,6 +2,7 @@
 
 mod options;
 mod shell;
+mod sightings;
 mod watchdog;
 
 use std::{io, path::PathBuf};

@@ -10,7 +10,7 @@ use std::{
 
 use mio::{Events, Interest, Poll, Token};
 
-use super::{DaemonError, Options, watchdog::Watchdog};
+use super::{DaemonError, Options, sightings::Sightings, watchdog::Watchdog};
 use crate::{
     action::Action,
     config::{Proxy, Settings, UpstreamSettings},
@@ -83,6 +83,7 @@ pub(super) struct Shell {
     latest: Instant,
     resumes: OneResume,
     told_ready: bool,
+    sightings: Sightings,
     watchdog: Watchdog,
 }
 
@@ -170,6 +171,7 @@ impl Shell {
             latest: clock::boot(),
             resumes: OneResume::default(),
             told_ready: false,
+            sightings: Sightings::default(),
             watchdog: Watchdog::from_env(clock::boot()),
         };
         Ok((shell, snapshot))
@@ -247,7 +249,11 @@ impl Shell {
             Action::Thaw(target) => self.targets.thaw(target),
             Action::PageOut(target) => self.targets.page_out(target),
             Action::Kill { target, grace } => self.targets.kill(target, grace),
-            Action::Forget(target) => self.targets.forget(target),
+            Action::Forget(target) => {
+                self.targets.forget(target);
+                self.sightings.forget(target);
+            }
+            Action::Inspect(target) => self.targets.inspect(target),
             Action::Sample(target) => self.targets.sample(target),
             Action::SampleSelf => self.targets.sample_self(),
             Action::Reply(..)
@@ -293,6 +299,13 @@ impl Shell {
                 Incoming::Process { app, owner, process } => {
                     let process = process.and_then(|process| self.targets.adopt(&app, process));
                     self.pending.push_back(Event::Identified { app, owner, process });
+                    self.sightings.adopted(&self.targets, &mut self.pending);
+                }
+                Incoming::Sightings { source, uid, vetoes } => {
+                    self.sightings.seen(source, uid, vetoes, &self.targets, &mut self.pending);
+                }
+                Incoming::Windows { uid, windows } => {
+                    self.sightings.windows(uid, windows, &self.targets, &mut self.pending);
                 }
                 Incoming::Resolved(link, addresses) => self.links.resolved(link, addresses),
             }

@@ -14,7 +14,7 @@ use mio::{Registry, Token, Waker};
 
 use crate::{
     event::{Event, LinkId},
-    model::{AppKey, Owner},
+    model::{AppKey, Owner, Veto, Window},
 };
 
 /// What other threads hand to the loop.
@@ -30,6 +30,22 @@ pub enum Incoming {
         owner: Owner,
         /// Its process, or why it could not be had.
         process: Result<Process, Arc<str>>,
+    },
+    /// What one source that is watched all the time says of the processes of a session: it replaces what it said before.
+    Sightings {
+        /// Which source, by a name of its own: `pipewire`, `mpris`, `logind`.
+        source: &'static str,
+        /// Whose session.
+        uid: u32,
+        /// All it sees, at most 256.
+        vetoes: Vec<(u32, Veto)>,
+    },
+    /// All windows of a session, with the process ids where the compositor tells them; `None`: it tells no more.
+    Windows {
+        /// Whose session.
+        uid: u32,
+        /// All windows, at most 256.
+        windows: Option<Vec<(Window, Option<u32>)>>,
     },
     /// Name resolution for a link ended. For `sys::link`.
     Resolved(LinkId, Result<Vec<SocketAddr>, String>),

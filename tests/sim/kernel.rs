@@ -29,6 +29,7 @@ pub(crate) enum KernelOp {
     Kill(Duration),
     Sample,
     Gone,
+    Inspect,
 }
 
 impl World {
@@ -139,6 +140,7 @@ impl World {
         let took = Duration::from_millis(3);
         let event = match op {
             KernelOp::Gone => Event::TargetGone(target),
+            KernelOp::Inspect => Event::Inspected(target, Ok(Vec::new())),
             KernelOp::Freeze if unlucky || !lives => {
                 self.count("freezes failed");
                 self.record.remove(&n);

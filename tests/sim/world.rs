@@ -424,6 +424,7 @@ impl World {
             Action::PageOut(target) => self.page_out(target),
             Action::Kill { target, grace } => self.kill_target(target, grace),
             Action::Forget(target) => self.forget(target),
+            Action::Inspect(target) => self.kernel(target, KernelOp::Inspect),
             Action::Sample(target) => self.kernel(target, KernelOp::Sample),
             Action::SampleSelf => {
                 let memory = nightporter::model::Memory { pss: 3000, uss: 2000, swap: 0 };

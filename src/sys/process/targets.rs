@@ -235,6 +235,20 @@ impl Targets {
         self.out.push(Event::Sampled(id, Err(failed.into())));
     }
 
+    /// Looks whether something speaks against holding it still, or on. Ends with `Inspected`.
+    pub fn inspect(&mut self, id: TargetId) {
+        let found = match self.targets.get(&id) {
+            None => Err("its process has ended".into()),
+            Some(_) => Ok(Vec::new()),
+        };
+        self.out.push(Event::Inspected(id, found));
+    }
+
+    /// Whose process this is.
+    pub fn of_pid(&self, pid: u32) -> Option<TargetId> {
+        self.targets.values().find(|target| target.main.pid == pid).map(|target| target.id)
+    }
+
     /// Measures this daemon and zram. Ends with `SampledSelf`, in the inbox.
     pub fn sample_self(&mut self) {
         let sender = self.sender.clone();
