@@ -529,6 +529,26 @@ pub enum Profile {
     Observe,
 }
 
+/// What is done with an app in the background.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// How much is enforced.
+    pub profile: Profile,
+    /// When.
+    pub times: LifecycleTimes,
+    /// Why it is never frozen, as a sentence, if so.
+    pub exempt: Option<Arc<str>>,
+    /// Whether leases may keep it awake: the user's switch "may run in the background".
+    pub background: bool,
+}
+
+impl Rules {
+    /// Nothing special.
+    pub const fn new(profile: Profile, times: LifecycleTimes) -> Self {
+        Self { profile, times, exempt: None, background: true }
+    }
+}
+
 /// The times of the lifecycle (design.md, "States of an app").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LifecycleTimes {

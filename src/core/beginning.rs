@@ -27,7 +27,7 @@ use super::{
 use crate::{
     action::{Action, StoreOp},
     config::{NetworkSettings, Settings, UpstreamSettings},
-    model::{AppKey, AppRecord, Bus, FormerRoute, RegistrationId, Snapshot, StoredMessage},
+    model::{AppKey, AppRecord, Bus, FormerRoute, RegistrationId, Rules, Snapshot, StoredMessage},
     time::Now,
 };
 
@@ -55,7 +55,11 @@ impl Core {
         let mut core = Self {
             upstreams,
             delivery: Delivery::new(&settings, snapshot.next_message),
-            lifecycle: Lifecycle::new(settings.profile, settings.lifecycle, &snapshot.apps),
+            lifecycle: Lifecycle::new(
+                Rules::new(settings.profile, settings.lifecycle),
+                BTreeMap::new(),
+                &snapshot.apps,
+            ),
             ledger: Ledger::new(&snapshot.apps),
             apps: BTreeMap::new(),
             buses: Vec::new(),

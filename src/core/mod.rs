@@ -166,8 +166,10 @@ impl Core {
             Event::Identified { app, owner, process } => self.lifecycle.identified(&app, &owner, process, now),
             Event::Outcome(target, outcome) => self.handle_outcome(target, &outcome, now),
             Event::TargetGone(target) => self.handle_target_gone(target, now),
+            Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
+            Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
             // Not in force yet.
-            Event::Vetoes(..) | Event::Inspected(..) | Event::Windows(..) => {}
+            Event::Windows(..) => {}
             Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
             Event::SampledSelf { daemon, zram_used, zram_stored } => {
                 self.ledger.daemon(daemon, zram_used, zram_stored);

@@ -232,6 +232,10 @@ impl Core {
                 self.call_off(target, now);
                 self.actions.push_back(Action::Kill { target, grace });
             }
+            lifecycle::Output::Inspect(target) => self.actions.push_back(Action::Inspect(target)),
+            // Nobody listens yet.
+            lifecycle::Output::WillSuspend(app, _) => self.lifecycle.prepared(&app, now),
+            lifecycle::Output::Resumed(..) => {}
             lifecycle::Output::Forget(target) => {
                 self.samples.remove(&target);
                 self.report_target_done(target, now);

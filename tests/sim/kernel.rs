@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use nightporter::{
     action::ConnectorCall,
     event::{Command, Event, Outcome},
-    model::{Freezer, Memory, ProcessFacts, Profile, TargetId},
+    model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind},
 };
 
 use crate::{
@@ -140,6 +140,11 @@ impl World {
         let took = Duration::from_millis(3);
         let event = match op {
             KernelOp::Gone => Event::TargetGone(target),
+            KernelOp::Inspect if unlucky => {
+                self.count("inspections that found something");
+                let veto = Veto { kind: VetoKind::AwaitedLock, reason: "process 7 waits for its lock".into() };
+                Event::Inspected(target, Ok(vec![veto]))
+            }
             KernelOp::Inspect => Event::Inspected(target, Ok(Vec::new())),
             KernelOp::Freeze if unlucky || !lives => {
                 self.count("freezes failed");

@@ -7,22 +7,25 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use self::{
     carry_out::THAW_SOON,
-    instance::{Instance, Looked, claimed, finish_all},
+    instance::{Claimed, Instance, Looked, Looking, claimed, finish_all},
 };
 use super::{
-    AppView, Output, Readiness, Refusal, RefusalKind, SampleKind, State,
+    AppView, Held, Output, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
     decisions::{Decision, Decisions},
-    policy::{Baseline, Hold, Paged, Process, Retry, Standing},
+    policy::{self, Baseline, Hold, Notice, Paged, Process, Retry, Squeeze},
 };
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, LifecycleTimes, Memory, Owner, Profile, TargetId},
+    model::{AppKey, Memory, Owner, Rules, TargetId, Veto},
     time::{Instant, Now, earliest},
 };
 
 /// A claim may overtake the news that the app has a name: it is kept this long for it, and no longer, lest it be
 /// believed of a later instance that somebody looks at.
 const EARLY_CLAIM: Duration = Duration::from_secs(5);
+/// Pause before an app with something against freezing it is inspected again, doubled each time, and how often doubled.
+const INSPECT_AGAIN: Duration = Duration::from_secs(30);
+const INSPECT_DOUBLINGS: u32 = 4;
 const NAMELESS: &str = "it gave up its name on the bus";
 const NO_CLAIM: &str = "nothing says that it is in the background";
 const NEVER_DECLARES: &str = "it has never said whether it is in the foreground, so it may be";
@@ -30,8 +33,7 @@ const NEVER_DECLARES: &str = "it has never said whether it is in the foreground,
 /// What an app needs to know of the rest, for one call.
 pub(super) struct Env<'a> {
     pub(super) key: &'a AppKey,
-    pub(super) profile: Profile,
-    pub(super) times: LifecycleTimes,
+    pub(super) rules: &'a Rules,
     pub(super) ending: bool,
     pub(super) now: Now,
     pub(super) out: &'a mut VecDeque<Output>,
@@ -127,13 +129,13 @@ impl App {
         }
         let dying = self.release("another process took its name", env);
         let now = env.now.boot;
-        let standing = match (self.early_claim.take(), started_by_us) {
+        let claim = match (self.early_claim.take(), started_by_us) {
             (Some((claim, by, at)), _) if now.since(at) <= EARLY_CLAIM => claimed(claim, &by, env),
-            (_, true) if self.declares => Standing::Background { since: now, grace_until: now },
-            (_, true) => Standing::Unknown(NEVER_DECLARES),
-            (_, false) => Standing::Unknown(NO_CLAIM),
+            (_, true) if self.declares => Claimed::Background { since: now, grace: Duration::ZERO },
+            (_, true) => Claimed::Nothing(NEVER_DECLARES),
+            (_, false) => Claimed::Nothing(NO_CLAIM),
         };
-        let mut instance = Instance::new(owner.clone(), standing);
+        let mut instance = Instance::new(owner.clone(), claim);
         if started_by_us {
             instance.wake(env);
         }
@@ -170,7 +172,7 @@ impl App {
             // The same unique name on a bus that was started anew: another process.
             Some(before) if after != Some(before) => {
                 self.release("another process has its name", env);
-                self.instance = Some(Instance::new(owner.clone(), Standing::Unknown(NO_CLAIM)));
+                self.instance = Some(Instance::new(owner.clone(), Claimed::Nothing(NO_CLAIM)));
             }
             _ => {}
         }
@@ -227,16 +229,104 @@ impl App {
             self.early_claim = Some((claim, by.into(), env.now.boot));
             return;
         };
-        match (claim, &instance.standing) {
-            (Claim::Background, Standing::Background { .. }) => return,
-            (Claim::Background, _) => {}
-            (Claim::Foreground, _) => {
-                instance.awake = None;
-                instance.let_go(&format!("{by} says that it is in the foreground"), env);
+        instance.claim(claimed(claim, by, env), env);
+        self.settle(env);
+    }
+
+    /// Its windows are seen.
+    pub(super) fn seen(&mut self, seen: Seen, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.see(seen, env);
+            self.settle(env);
+        }
+    }
+
+    /// What is watched all the time speaks against holding it still, or no more.
+    pub(super) fn vetoed(&mut self, vetoes: Vec<Veto>, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.set_vetoes(vetoes, env);
+            self.settle(env);
+        }
+    }
+
+    /// A lease keeps it awake, or none does any more.
+    pub(super) fn leased(&mut self, leased: Option<Arc<str>>, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.set_leased(leased, env);
+            self.settle(env);
+        }
+    }
+
+    /// It wants to be told before it is frozen, or not.
+    pub(super) fn listens(&mut self, listens: bool, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance {
+            instance.notice = match (instance.notice, listens) {
+                (_, false) => Notice::NotWanted,
+                (Notice::NotWanted, true) => Notice::NotGiven,
+                (notice, true) => notice,
+            };
+            self.settle(env);
+        }
+    }
+
+    /// It is prepared for being frozen, or cannot be asked.
+    pub(super) fn prepared(&mut self, env: &mut Env<'_>) {
+        if let Some(instance) = &mut self.instance
+            && let Notice::Given { .. } = instance.notice
+        {
+            instance.notice = Notice::Done;
+            self.settle(env);
+        }
+    }
+
+    /// The look at it is over.
+    pub(super) fn inspected(&mut self, found: &Result<Vec<Veto>, Arc<str>>, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let Looking::Asked { .. } = instance.inspection else { return };
+        let reason: Option<Arc<str>> = match found {
+            Ok(vetoes) => vetoes.first().map(|veto| policy::vetoed(veto).into()),
+            Err(text) => Some(format!("it could not be inspected: {text}").into()),
+        };
+        let frozen = matches!(instance.hold, Hold::Frozen { .. });
+        match reason {
+            None if frozen => (instance.checked, instance.found, instance.inspection) = (true, 0, Looking::NotAsked),
+            None => instance.inspection = Looking::Clear { at: env.now.boot },
+            // What cannot be found out now was looked at a second ago.
+            Some(_) if frozen && found.is_err() => (instance.checked, instance.inspection) = (true, Looking::NotAsked),
+            Some(reason) => {
+                instance.let_go(&reason, env);
+                let again = env.now.boot + INSPECT_AGAIN * (1 << instance.found.min(INSPECT_DOUBLINGS));
+                instance.found = instance.found.saturating_add(1);
+                if frozen {
+                    self.thaw(&reason, env);
+                }
+                if let Some(instance) = &mut self.instance {
+                    instance.inspection = Looking::Vetoed { reason, again };
+                }
             }
         }
-        instance.standing = claimed(claim, by, env);
         self.settle(env);
+    }
+
+    /// Memory is short: it is to go deeper, if it is frozen.
+    pub(super) fn squeeze(&mut self, squeeze: Squeeze, reason: &str, env: &mut Env<'_>) {
+        if let Some(instance) = self.instance.as_mut().filter(|instance| matches!(instance.hold, Hold::Frozen { .. })) {
+            instance.squeeze = Some((squeeze, reason.into()));
+            self.settle(env);
+        }
+    }
+
+    /// What memory pressure needs to know of it, while it is frozen.
+    pub(super) fn held(&self, key: &AppKey) -> Option<Held> {
+        let instance = self.instance.as_ref()?;
+        let Hold::Frozen { since, paged } = instance.hold else { return None };
+        Some(Held {
+            app: key.clone(),
+            since,
+            uss: instance.uss,
+            paged_out: paged == Paged::Done,
+            going: instance.squeeze.as_ref().map(|(squeeze, _)| *squeeze),
+        })
     }
 
     pub(super) fn wanted(&mut self, env: &mut Env<'_>) -> Readiness {
@@ -282,6 +372,8 @@ impl App {
         match (outcome, instance.hold) {
             (Outcome::Frozen { .. }, Hold::Freezing { .. }) => {
                 instance.hold = Hold::Frozen { since: now, paged: Paged::NotYet };
+                (instance.checked, instance.inspection) = (false, Looking::NotAsked);
+                instance.frozen_since.get_or_insert(now);
                 (instance.freeze_fails, instance.freeze_again) = (0, Retry::Now);
                 instance.sample(SampleKind::Frozen, env);
                 instance.finish(Command::Freeze, Ok(()), env);
@@ -372,6 +464,9 @@ impl App {
             Process::Unknown => None,
         };
         let Some(target) = target else { return refuse("cannot be acted on yet: its process is not known") };
+        if let (Some(veto), Command::Freeze) = (instance.is_vetoed(), command) {
+            return refuse(&format!("must run: {}", policy::vetoed(veto)));
+        }
         if (self.pending || instance.wanted) && command != Command::Thaw {
             return refuse("has a message waiting for it; try again in a moment");
         }

@@ -28,18 +28,22 @@ use std::{
 };
 
 use self::app::{App, Env, next_of};
-pub use self::decisions::{Decision, KEPT as DECISIONS_KEPT};
+pub use self::{
+    decisions::{Decision, KEPT as DECISIONS_KEPT},
+    policy::Squeeze,
+};
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, AppRecord, Bus, Freezer, LifecycleTimes, Memory, Owner, ProcessFacts, Profile, TargetId},
+    model::{AppKey, AppRecord, Bus, Freezer, Memory, Owner, ProcessFacts, Rules, TargetId, Veto},
     time::{Instant, Now},
 };
 
 /// The lifecycle of all apps.
 #[derive(Debug)]
 pub struct Lifecycle {
-    profile: Profile,
-    times: LifecycleTimes,
+    rules: Rules,
+    /// Of apps that have rules of their own, by name.
+    own_rules: BTreeMap<Arc<str>, Rules>,
     ending: bool,
     apps: BTreeMap<AppKey, App>,
     /// Apps that declared a state in an earlier life of the daemon and have not been added yet.
@@ -67,6 +71,13 @@ pub enum Output {
     },
     /// Not asked for any more: sent once for each target identified, also after its process ended.
     Forget(TargetId),
+    /// Look whether anything speaks against holding it still, or on; the answer belongs to [`Lifecycle::inspected`].
+    Inspect(TargetId),
+    /// Tell the app that it is about to be frozen, and how long it may prepare; the answer belongs to
+    /// [`Lifecycle::prepared`].
+    WillSuspend(AppKey, Duration),
+    /// Tell the app that it runs again, and how long it was frozen; not at all, perhaps.
+    Resumed(AppKey, Duration),
     /// Measure it; the answer belongs to [`Lifecycle::sampled`].
     Sample(TargetId, SampleKind),
     /// An app [`Lifecycle::wanted`] found held still runs now. Not sent when the app ended or gave up its name first:
@@ -94,6 +105,32 @@ pub enum SampleKind {
     Frozen,
     /// Right after the page-out.
     PagedOut,
+}
+
+/// What the windows of its session say of an app.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// One of them can be seen; why, as a sentence.
+    Front(Arc<str>),
+    /// It is certain that none can be seen.
+    Behind,
+    /// Nothing is known.
+    Nothing,
+}
+
+/// What memory pressure needs to know of a frozen app.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Which app.
+    pub app: AppKey,
+    /// Frozen since then.
+    pub since: Instant,
+    /// What ending it would give back at most, KiB, where it was measured.
+    pub uss: Option<u64>,
+    /// Whether its memory is in swap.
+    pub paged_out: bool,
+    /// What it has been asked to do for memory's sake and has not done yet.
+    pub going: Option<Squeeze>,
 }
 
 /// Whether an app can take a message now.
@@ -195,11 +232,12 @@ pub struct AppView {
 }
 
 impl Lifecycle {
-    /// A lifecycle without apps. Of `records` only who ever declared a state is used, once the app is added.
-    pub fn new(profile: Profile, times: LifecycleTimes, records: &[AppRecord]) -> Self {
+    /// A lifecycle without apps: `rules` are those of all, `own_rules` of single apps, by name. Of `records` only who ever
+    /// declared a state is used, once the app is added.
+    pub fn new(rules: Rules, own_rules: BTreeMap<Arc<str>, Rules>, records: &[AppRecord]) -> Self {
         Self {
-            profile,
-            times,
+            rules,
+            own_rules,
             ending: false,
             apps: BTreeMap::new(),
             declared: records.iter().filter(|record| record.declares).map(|record| record.app.clone()).collect(),
@@ -284,6 +322,50 @@ impl Lifecycle {
     /// Somebody entitled says what the app is now. `by` is a sentence's subject: "the app itself", "the shell".
     pub fn declare(&mut self, app: &AppKey, claim: Claim, by: &str, now: Now) {
         self.with(app, now, |app, env| app.declare(claim, by, env));
+    }
+
+    /// The windows of its session were looked at.
+    pub fn seen(&mut self, app: &AppKey, seen: Seen, now: Now) {
+        self.with(app, now, |app, env| app.seen(seen, env));
+    }
+
+    /// What is watched all the time says all of this against holding the target still.
+    pub fn vetoed(&mut self, target: TargetId, vetoes: Vec<Veto>, now: Now) {
+        if let Some(key) = self.app_of(target).cloned() {
+            self.with(&key, now, |app, env| app.vetoed(vetoes, env));
+        }
+    }
+
+    /// The look asked for with [`Output::Inspect`] is over.
+    pub fn inspected(&mut self, target: TargetId, found: &Result<Vec<Veto>, Arc<str>>, now: Now) {
+        if let Some(key) = self.app_of(target).cloned() {
+            self.with(&key, now, |app, env| app.inspected(found, env));
+        }
+    }
+
+    /// A lease keeps the app awake, as a sentence, or none does.
+    pub fn leased(&mut self, app: &AppKey, leased: Option<Arc<str>>, now: Now) {
+        self.with(app, now, |app, env| app.leased(leased, env));
+    }
+
+    /// The app's instance wants [`Output::WillSuspend`] and [`Output::Resumed`], or not.
+    pub fn listens(&mut self, app: &AppKey, listens: bool, now: Now) {
+        self.with(app, now, |app, env| app.listens(listens, env));
+    }
+
+    /// The app has prepared for being frozen, or did not answer.
+    pub fn prepared(&mut self, app: &AppKey, now: Now) {
+        self.with(app, now, |app, env| app.prepared(env));
+    }
+
+    /// Memory is short: the app, if it is frozen, is to go deeper now. `reason` is a sentence.
+    pub fn squeeze(&mut self, app: &AppKey, squeeze: Squeeze, reason: &str, now: Now) {
+        self.with(app, now, |app, env| app.squeeze(squeeze, reason, env));
+    }
+
+    /// All frozen apps.
+    pub fn held(&self) -> impl Iterator<Item = Held> {
+        self.apps.iter().filter_map(|(key, app)| app.held(key))
     }
 
     /// A delivery waits for the app: a frozen one is thawed.
@@ -407,14 +489,14 @@ impl Lifecycle {
 
     fn with<R>(&mut self, key: &AppKey, now: Now, act: impl FnOnce(&mut App, &mut Env<'_>) -> R) -> Option<R> {
         let app = self.apps.get_mut(key)?;
-        let (profile, times, ending) = (self.profile, self.times, self.ending);
-        Some(act(app, &mut Env { key, profile, times, ending, now, out: &mut self.out }))
+        let rules = self.own_rules.get(&key.service).unwrap_or(&self.rules);
+        Some(act(app, &mut Env { key, rules, ending: self.ending, now, out: &mut self.out }))
     }
 
     fn each(&mut self, now: Now, mut act: impl FnMut(&mut App, &mut Env<'_>)) {
-        let (profile, times, ending) = (self.profile, self.times, self.ending);
         for (key, app) in &mut self.apps {
-            act(app, &mut Env { key, profile, times, ending, now, out: &mut self.out });
+            let rules = self.own_rules.get(&key.service).unwrap_or(&self.rules);
+            act(app, &mut Env { key, rules, ending: self.ending, now, out: &mut self.out });
         }
     }
 

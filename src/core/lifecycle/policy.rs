@@ -6,7 +6,7 @@ use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use super::decisions::human;
 use crate::{
-    model::{LifecycleTimes, Profile},
+    model::{LifecycleTimes, Profile, Veto},
     time::{Instant, earliest},
 };
 
@@ -18,6 +18,14 @@ pub(super) const SAMPLE_ANSWER: Duration = Duration::from_secs(5);
 pub(super) const HOLD_ANSWER: Duration = Duration::from_secs(5);
 /// How long a kill may stay without an end: the grace between SIGTERM and SIGKILL, and time to die.
 pub(super) const KILL_ANSWER: Duration = Duration::from_secs(30);
+/// How long an inspection may stay without an answer; the executor promises 5 s.
+pub(super) const INSPECT_ANSWER: Duration = Duration::from_secs(6);
+/// An inspection that found nothing is good for a freeze this long.
+const CLEAR_FOR: Duration = Duration::from_secs(5);
+/// What was frozen is inspected once more after this: a lock may have become awaited (Android's deadlock watchdog, lifecycle.md §1.1).
+pub(super) const CHECK_AFTER: Duration = Duration::from_secs(1);
+/// How long an app may take to prepare for being frozen (design.md; iOS gives 5 s).
+pub(super) const NOTICE: Duration = Duration::from_secs(5);
 
 /// Everything a decision depends on.
 #[derive(Clone, Debug)]
@@ -29,6 +37,14 @@ pub(super) struct Snapshot<'a> {
     pub(super) process: Process<'a>,
     pub(super) hold: Hold,
     pub(super) standing: &'a Standing,
+    /// What speaks against holding it still, as watched all the time.
+    pub(super) vetoes: &'a [Veto],
+    /// Why it is exempt from being frozen at all, if the configuration says so.
+    pub(super) exempt: Option<&'a str>,
+    /// The lease that keeps it awake, as a sentence.
+    pub(super) leased: Option<&'a str>,
+    /// Until when it is left alone after the last veto or lease went.
+    pub(super) calm_until: Option<Instant>,
     /// End of the window a push or a thaw by hand gave it, also when it has passed.
     pub(super) awake_until: Option<Instant>,
     /// A message waits for it.
@@ -36,6 +52,12 @@ pub(super) struct Snapshot<'a> {
     /// Who asked to freeze it by hand, as long as that stands.
     pub(super) by_hand: Option<&'a str>,
     pub(super) baseline: Baseline,
+    pub(super) notice: Notice,
+    pub(super) inspection: Inspection<'a>,
+    /// Whether it was inspected since it was frozen.
+    pub(super) checked: bool,
+    /// Memory is short: how deep it must go, and why.
+    pub(super) squeeze: Option<(Squeeze, &'a str)>,
     /// Until when a measurement under way is waited for.
     pub(super) sampling_until: Option<Instant>,
     /// A page-out has no outcome yet.
@@ -98,8 +120,8 @@ pub(super) enum Paged {
 pub(super) enum Standing {
     /// Nothing that holds: treated as foreground (design.md, invariant 2). With the reason as a sentence.
     Unknown(&'static str),
-    /// Somebody looks at it, says `by`.
-    Foreground { by: Arc<str> },
+    /// Somebody looks at it; the reason is a sentence.
+    Foreground { reason: Arc<str> },
     /// Nobody looks at it.
     Background { since: Instant, grace_until: Instant },
 }
@@ -110,6 +132,46 @@ pub(super) enum Baseline {
     NotAsked,
     Asked,
     Done,
+}
+
+/// The word to the app that it is about to be frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Notice {
+    /// It does not listen.
+    NotWanted,
+    /// It listens and has not been told.
+    NotGiven,
+    /// It has been told, and may prepare until then.
+    Given { until: Instant },
+    /// It is prepared, or its time is over.
+    Done,
+}
+
+/// The look at the app right before the freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Inspection<'a> {
+    NotAsked,
+    Asked {
+        until: Instant,
+    },
+    /// Nothing spoke against it.
+    Clear {
+        at: Instant,
+    },
+    /// Something did, or it could not be found out; looked at again then.
+    Vetoed {
+        reason: &'a str,
+        again: Instant,
+    },
+}
+
+/// How deep memory pressure wants a frozen app to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Squeeze {
+    /// Paged out at once.
+    PageOut,
+    /// A tombstone at once.
+    Kill,
 }
 
 /// When something that failed may be tried again.
@@ -134,6 +196,10 @@ pub(super) struct Verdict {
 pub(super) enum Act {
     /// Measure it before its first freeze.
     Measure,
+    /// Tell it that it is about to be frozen.
+    Notify,
+    /// Look whether anything speaks against holding it still, or on.
+    Inspect,
     Freeze,
     Thaw,
     PageOut,
@@ -199,12 +265,18 @@ fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
     if app.by_hand.is_none() {
         match app.standing {
             Standing::Unknown(reason) => return run(*reason),
-            Standing::Foreground { by } => return run(format!("{by} says that it is in the foreground")),
+            Standing::Foreground { reason } => return run(reason.to_string()),
             Standing::Background { .. } => {}
         }
     }
     if app.process == Process::Unknown {
         return run("its process is not known yet");
+    }
+    if let Some(veto) = app.vetoes.first() {
+        return run(vetoed(veto));
+    }
+    if let Some(reason) = app.exempt.or(app.leased).filter(|_| app.by_hand.is_none()) {
+        return run(reason.to_owned());
     }
     if app.pending {
         return Some(Run { reason: MESSAGE.into(), until: None, told: freeze_due(app).is_some_and(|due| due <= now) });
@@ -221,11 +293,15 @@ fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
 
 fn running(app: &Snapshot<'_>, now: Instant) -> Verdict {
     if let Some(by) = app.by_hand {
-        return measure_first(app, now).unwrap_or_else(|| verdict(Act::Freeze, format!("{by} asked for it")));
+        return first(app, now).unwrap_or_else(|| verdict(Act::Freeze, format!("{by} asked for it")));
     }
     match freeze_due(app) {
         Some(due) if now < due => {
-            let reason = format!("it went to the background and may run for {} more", human(app.times.grace));
+            let what = match app.calm_until {
+                Some(calm) if calm == due => "what kept it awake is over, and it",
+                _ => "it went to the background and",
+            };
+            let reason = format!("{what} may run for {} more", human(app.times.grace));
             return verdict(Act::Leave { until: Some(due), told: true }, reason);
         }
         Some(_) => {}
@@ -239,7 +315,40 @@ fn running(app: &Snapshot<'_>, now: Instant) -> Verdict {
             return verdict(Act::Leave { until: None, told: true }, reason);
         }
     }
-    measure_first(app, now).unwrap_or_else(|| verdict(Act::Freeze, freeze_reason(app)))
+    first(app, now).unwrap_or_else(|| verdict(Act::Freeze, freeze_reason(app)))
+}
+
+/// What comes before a freeze, in this order: it is measured as it is, told, and looked at last of all.
+fn first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
+    measure_first(app, now).or_else(|| notify_first(app, now)).or_else(|| inspect_first(app, now))
+}
+
+fn notify_first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
+    // Under `observe` it is not going to be frozen, whatever is decided.
+    if app.profile == Profile::Observe && app.by_hand.is_none() {
+        return None;
+    }
+    match app.notice {
+        Notice::NotGiven => Some(verdict(Act::Notify, "")),
+        Notice::Given { until } if now < until => Some(wait(Some(until))),
+        Notice::Given { .. } | Notice::NotWanted | Notice::Done => None,
+    }
+}
+
+fn inspect_first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
+    match app.inspection {
+        Inspection::Clear { at } if now < at + CLEAR_FOR => None,
+        Inspection::Asked { until } => Some(answer_or_wait(until, now, "it could not be inspected in time")),
+        Inspection::Vetoed { reason, again } if now < again => {
+            Some(verdict(Act::Leave { until: Some(again), told: true }, reason.to_owned()))
+        }
+        Inspection::NotAsked | Inspection::Clear { .. } | Inspection::Vetoed { .. } => Some(verdict(Act::Inspect, "")),
+    }
+}
+
+/// A veto as `why` shows it: its name and its reason.
+pub(super) fn vetoed(veto: &Veto) -> String {
+    format!("{}: {}", veto.kind.as_str(), veto.reason)
 }
 
 /// The baseline is worth something only when taken in the background, so a freeze by hand of an app in the foreground
@@ -254,6 +363,14 @@ fn measure_first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
 }
 
 fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Verdict {
+    if matches!(app.hold, Hold::Frozen { .. }) && !app.checked {
+        let check = since + CHECK_AFTER;
+        return match app.inspection {
+            Inspection::Asked { until } => answer_or_wait(until, now, "it could not be inspected in time"),
+            _ if now < check => wait(Some(check)),
+            _ => verdict(Act::Inspect, ""),
+        };
+    }
     // Under `observe` only the user's hand holds an app still, and then nothing more is done to it.
     if app.profile == Profile::Observe && matches!(app.hold, Hold::Frozen { .. }) {
         return wait(None);
@@ -263,10 +380,16 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
         let time = human(app.times.tombstone_after);
         return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
     }
+    // What the user froze by hand is not ended for want of memory.
+    if let (Some((Squeeze::Kill, reason)), None) = (app.squeeze, app.by_hand)
+        && app.kill_again == Retry::Now
+    {
+        return verdict(Act::Kill, reason.to_owned());
+    }
     if paged != Paged::NotYet || app.paging {
         return wait(kill);
     }
-    let due = since + app.times.page_out_after;
+    let due = if app.squeeze.is_some() { since } else { since + app.times.page_out_after };
     if now < due {
         return wait(earliest(Some(due), kill));
     }
@@ -282,14 +405,19 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
         (_, Some(uss)) if uss < PAGE_OUT_LEAST => {
             verdict(Act::LeavePages, "its memory is not paged out: it holds less than 8 MiB of its own")
         }
-        _ => verdict(Act::PageOut, format!("it has been frozen for {}", human(app.times.page_out_after))),
+        _ => match app.squeeze {
+            Some((_, reason)) => verdict(Act::PageOut, reason.to_owned()),
+            None => verdict(Act::PageOut, format!("it has been frozen for {}", human(app.times.page_out_after))),
+        },
     }
 }
 
 /// When grace and awake window are over; none when nothing says that it is in the background.
 fn freeze_due(app: &Snapshot<'_>) -> Option<Instant> {
     match app.standing {
-        Standing::Background { grace_until, .. } => Some(app.awake_until.map_or(*grace_until, |a| a.max(*grace_until))),
+        Standing::Background { grace_until, .. } => Some(
+            (*grace_until).max(app.awake_until.unwrap_or(*grace_until)).max(app.calm_until.unwrap_or(*grace_until)),
+        ),
         Standing::Unknown(_) | Standing::Foreground { .. } => None,
     }
 }
@@ -358,8 +486,16 @@ mod tests {
             standing: &BACKGROUND,
             awake_until: None,
             pending: false,
+            vetoes: &[],
+            exempt: None,
+            leased: None,
+            calm_until: None,
             by_hand: None,
             baseline: Baseline::Done,
+            notice: Notice::NotWanted,
+            inspection: Inspection::Clear { at: Instant::from_nanos(u64::MAX / 2) },
+            checked: true,
+            squeeze: None,
             sampling_until: None,
             paging: false,
             uss: Some(20 * 1024),
@@ -390,8 +526,9 @@ mod tests {
 
     #[test]
     fn what_must_run_runs() {
-        const FOREGROUND: fn() -> &'static Standing =
-            || Box::leak(Box::new(Standing::Foreground { by: "the shell".into() }));
+        const FOREGROUND: fn() -> &'static Standing = || {
+            Box::leak(Box::new(Standing::Foreground { reason: "the shell says that it is in the foreground".into() }))
+        };
         let none = leave(None);
         check(&[
             ("unknown", |a| a.standing = &UNKNOWN, 999, none, "nothing says that it is in the background"),

@@ -1,12 +1,18 @@
 //! Random sequences of everything that can happen, against a model of the world that knows what must hold: who may be
 //! touched, what is really frozen, which command still waits.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::time::UnixTime;
+use crate::{
+    model::{LifecycleTimes, Profile, VetoKind},
+    time::UnixTime,
+};
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -42,6 +48,16 @@ enum Op {
     },
     Command(usize, u8),
     BusDown,
+    /// What is watched speaks against holding it still, or no more.
+    Veto(usize, bool),
+    /// Its windows: 0 in front, 1 behind, 2 not known.
+    Seen(usize, u8),
+    Lease(usize, bool),
+    Listen(usize, bool),
+    Prepared(usize),
+    /// The inspection asked for first: 0 nothing found, 1 something, 2 it failed.
+    Inspected(u8),
+    Squeeze(usize, bool),
     Remove(usize),
     Add(usize),
     Pass(u64),
@@ -66,6 +82,13 @@ fn event() -> impl Strategy<Value = Op> {
         6 => (app.clone(), prop::bool::weighted(0.8), prop::bool::weighted(0.3))
             .prop_map(|(app, ok, small)| Op::Sampled { app, ok, small }),
         1 => Just(Op::BusDown),
+        3 => (app.clone(), prop::bool::weighted(0.4)).prop_map(|(app, on)| Op::Veto(app, on)),
+        3 => (app.clone(), prop_oneof![1 => Just(0u8), 2 => Just(1), 2 => Just(2)]).prop_map(|(app, seen)| Op::Seen(app, seen)),
+        2 => (app.clone(), prop::bool::weighted(0.4)).prop_map(|(app, on)| Op::Lease(app, on)),
+        1 => (app.clone(), any::<bool>()).prop_map(|(app, on)| Op::Listen(app, on)),
+        2 => app.clone().prop_map(Op::Prepared),
+        12 => prop_oneof![8 => Just(0u8), 1 => Just(1), 1 => Just(2)].prop_map(Op::Inspected),
+        2 => (app.clone(), any::<bool>()).prop_map(|(app, kill)| Op::Squeeze(app, kill)),
         1 => app.clone().prop_map(Op::Remove),
         2 => app.prop_map(Op::Add),
         8 => prop_oneof![Just(1), Just(10_000), Just(60_000), Just(700_000), 0..100_000u64].prop_map(Op::Pass),
@@ -90,12 +113,30 @@ struct Model {
     declares: bool,
     owner: Option<u64>,
     former: Option<u64>,
-    /// The last claim that holds: true for background.
-    background: bool,
+    /// The last claim that holds: none, foreground, background.
+    claim: Option<Claim>,
+    /// As in [`Op::Seen`]; 2 is not known.
+    seen: Option<u8>,
+    vetoed: bool,
+    leased: bool,
     pending: bool,
     by_hand: bool,
     awaited: bool,
     commands: BTreeMap<u8, i32>,
+}
+
+impl Model {
+    /// Whether somebody says that it is in the background, and nobody that it is not.
+    fn background(&self) -> bool {
+        match (self.claim, self.seen) {
+            (Some(Claim::Foreground), _) | (_, Some(0)) => false,
+            (claim, seen) => claim == Some(Claim::Background) || seen == Some(1),
+        }
+    }
+
+    fn forget_claims(&mut self) {
+        (self.claim, self.seen, self.by_hand) = (None, None, false);
+    }
 }
 
 /// What is really so of a target.
@@ -129,6 +170,7 @@ struct World {
     apps: [Model; APPS],
     real: BTreeMap<TargetId, Real>,
     asked: Vec<(Asked, Instant)>,
+    inspections: VecDeque<TargetId>,
     next: u64,
     /// Something was lost, is stray or failed: deadlines to notice that are in order.
     disturbed: bool,
@@ -149,12 +191,13 @@ fn owner(n: u64) -> Owner {
 impl World {
     fn new(profile: Profile) -> Self {
         Self {
-            life: Lifecycle::new(profile, LifecycleTimes::default(), &[]),
+            life: Lifecycle::new(Rules::new(profile, LifecycleTimes::default()), BTreeMap::new(), &[]),
             now: Now { boot: Instant::from_nanos(1_000_000_000), wall: UnixTime::from_secs(1_700_000_000) },
             profile,
             apps: Default::default(),
             real: BTreeMap::new(),
             asked: Vec::new(),
+            inspections: VecDeque::new(),
             next: 1,
             disturbed: false,
         }
@@ -175,10 +218,10 @@ impl World {
                 }
             }
             Op::Declare(app, background) if self.apps[app].owner.is_some() => {
-                self.apps[app].background = background;
+                let claim = if background { Claim::Background } else { Claim::Foreground };
+                self.apps[app].claim = Some(claim);
                 self.apps[app].declares = true;
                 self.apps[app].by_hand &= background;
-                let claim = if background { Claim::Background } else { Claim::Foreground };
                 self.life.declare(&key(app), claim, "the shell", now);
             }
             Op::Declare(..) => {}
@@ -205,11 +248,37 @@ impl World {
             }
             Op::Command(app, command) => self.command(app, command),
             Op::BusDown => {
-                (0..APPS).for_each(|app| {
-                    self.apps[app].background = false;
-                    self.apps[app].by_hand = false;
-                });
+                self.apps.iter_mut().for_each(Model::forget_claims);
                 self.life.bus_down(Bus::Session(1000), now);
+            }
+            Op::Veto(app, on) => {
+                let veto = Veto { kind: VetoKind::Playback, reason: "it plays sound".into() };
+                if let Some(target) = self.life.target_of(&key(app)) {
+                    self.apps[app].vetoed = on;
+                    self.apps[app].by_hand &= !on;
+                    self.life.vetoed(target, if on { vec![veto] } else { Vec::new() }, now);
+                }
+            }
+            Op::Seen(app, seen) if self.is_there(app) => {
+                self.apps[app].seen = Some(seen);
+                self.apps[app].by_hand &= seen != 0;
+                let seen = [Seen::Front("its window is in front".into()), Seen::Behind, Seen::Nothing]
+                    [usize::from(seen)]
+                .clone();
+                self.life.seen(&key(app), seen, now);
+            }
+            Op::Seen(..) => {}
+            Op::Lease(app, on) if self.is_there(app) => {
+                self.apps[app].leased = on;
+                self.life.leased(&key(app), on.then(|| "it holds a lease".into()), now);
+            }
+            Op::Lease(..) => {}
+            Op::Listen(app, on) => self.life.listens(&key(app), on, now),
+            Op::Prepared(app) => self.life.prepared(&key(app), now),
+            Op::Inspected(how) => self.inspected(how),
+            Op::Squeeze(app, kill) => {
+                let squeeze = if kill { Squeeze::Kill } else { Squeeze::PageOut };
+                self.life.squeeze(&key(app), squeeze, "memory is short", now);
             }
             Op::Remove(app) => {
                 self.unclaim(app);
@@ -237,7 +306,7 @@ impl World {
             self.unclaim(app);
             let model = &mut self.apps[app];
             model.owner = Some(self.next);
-            model.background = started && model.declares;
+            model.claim = (started && model.declares).then_some(Claim::Background);
             self.next += 1;
         }
         if let Some(n) = self.apps[app].owner {
@@ -251,8 +320,7 @@ impl World {
         if whose == 3 {
             // A second look that finds another process, or none, costs the claim.
             if self.life.target_of(&key(app)).is_some() && !self.is_ending(app) {
-                self.apps[app].background = false;
-                self.apps[app].by_hand = false;
+                self.forget(app);
             }
             self.life.identified(&key(app), &owner(n), Err("it went away".into()), self.now);
             return;
@@ -273,10 +341,33 @@ impl World {
             protected: protected.then(|| "it is the message bus".into()),
         };
         if known && whose == 2 && !self.is_ending(app) {
-            self.apps[app].background = false;
-            self.apps[app].by_hand = false;
+            self.forget(app);
         }
         self.life.identified(&key(app), &owner(n), Ok((target, facts)), self.now);
+    }
+
+    /// Another instance: nothing that was said before is of it.
+    fn forget(&mut self, app: usize) {
+        self.apps[app].forget_claims();
+        (self.apps[app].vetoed, self.apps[app].leased) = (false, false);
+    }
+
+    /// Whether there is an instance of it.
+    fn is_there(&self, app: usize) -> bool {
+        let gone = |view: AppView| matches!(view.state, State::Gone | State::Tombstone);
+        self.life.show(&key(app), self.now).is_some_and(|view| !gone(view))
+    }
+
+    fn inspected(&mut self, how: u8) {
+        let Some(target) = self.inspections.pop_front() else { return };
+        let veto = Veto { kind: VetoKind::AwaitedLock, reason: "somebody waits for its lock".into() };
+        let found = [Ok(Vec::new()), Ok(vec![veto]), Err("it is too large".into())][usize::from(how)].clone();
+        if found != Ok(Vec::new())
+            && let Some(app) = self.life.app_of(target).map(index)
+        {
+            self.apps[app].by_hand = false;
+        }
+        self.life.inspected(target, &found, self.now);
     }
 
     /// What is being killed is seen through: looks at another process are not believed.
@@ -374,7 +465,8 @@ impl World {
     fn unclaim(&mut self, app: usize) {
         let model = &mut self.apps[app];
         model.former = model.owner.take().or(model.former);
-        (model.background, model.by_hand, model.awaited) = (false, false, false);
+        model.forget_claims();
+        (model.awaited, model.vetoed, model.leased) = (false, false, false);
     }
 
     fn pass(&mut self, millis: u64) {
@@ -439,6 +531,14 @@ impl World {
                     assert!(self.real.remove(&target).is_some(), "forgotten twice");
                     self.asked.retain(|(asked, _)| asked.target() != target);
                 }
+                Output::Inspect(target) => {
+                    assert!(self.real.contains_key(&target));
+                    self.inspections.push_back(target);
+                }
+                Output::WillSuspend(app, within) => {
+                    assert!(self.apps[index(&app)].added && !within.is_zero());
+                }
+                Output::Resumed(app, _) => assert!(self.apps[index(&app)].added),
                 Output::Sample(target, _) => assert!(self.real.contains_key(&target)),
                 Output::Runnable(app) => {
                     let target = self.life.target_of(&app).expect("runnable without a process");
@@ -466,9 +566,11 @@ impl World {
         assert!(!real.protected, "{verdict} of a protected process");
         assert!(!model.pending, "{verdict} while a message is pending");
         assert!(
-            model.background || model.by_hand || by_command == Some(index(app)),
+            model.background() || model.by_hand || by_command == Some(index(app)),
             "{verdict} of an app that may be in the foreground"
         );
+        assert!(!model.vetoed || by_command.is_some(), "{verdict} of an app that plays");
+        assert!(!model.leased || model.by_hand || by_command.is_some(), "{verdict} of an app that holds a lease");
         let sharers = (0..APPS).filter_map(|app| self.life.target_of(&key(app))).filter_map(|t| self.real.get(&t));
         assert_eq!(sharers.filter(|other| other.pid == real.pid).count(), 1, "{verdict} of a shared process");
         if self.profile == Profile::Observe {
@@ -486,8 +588,13 @@ impl World {
             assert!(model.commands.values().all(|waiting| (0..=1).contains(waiting)), "{:?}", model.commands);
             assert!(self.life.decisions(&key(app)).count() <= DECISIONS_KEPT);
         }
-        let idle = self.apps.iter().all(|model| !model.background);
-        if idle && !self.disturbed && self.asked.is_empty() && self.real.values().all(|real| !real.frozen) {
+        let idle = self.apps.iter().all(|model| !model.background() && !model.by_hand);
+        if idle
+            && !self.disturbed
+            && self.asked.is_empty()
+            && self.inspections.is_empty()
+            && self.real.values().all(|real| !real.frozen)
+        {
             assert_eq!(next, None, "a timer while nothing is due");
         }
     }

@@ -3,7 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use super::*;
-use crate::time::UnixTime;
+use crate::{
+    model::{LifecycleTimes, Profile, VetoKind},
+    time::UnixTime,
+};
 
 const T1: TargetId = TargetId(1);
 const T2: TargetId = TargetId(2);
@@ -33,15 +36,17 @@ struct World {
     life: Lifecycle,
     now: Now,
     app: AppKey,
+    /// Inspections are answered at once, with nothing found.
+    clear: bool,
 }
 
 impl World {
     fn new(profile: Profile, declares: bool) -> Self {
         let record = AppRecord { app: app(), declares, resident: None, measured: None };
         let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_700_000_000) };
-        let mut life = Lifecycle::new(profile, LifecycleTimes::default(), &[record]);
+        let mut life = Lifecycle::new(Rules::new(profile, LifecycleTimes::default()), BTreeMap::new(), &[record]);
         life.add_app(&app(), now);
-        Self { life, now, app: app() }
+        Self { life, now, app: app(), clear: true }
     }
 
     /// Running and identified; nothing said yet.
@@ -88,7 +93,9 @@ impl World {
     }
 
     fn sampled(&mut self, memory: Memory) -> Option<SampleKind> {
-        self.life.sampled(T1, Ok(memory), self.now)
+        let kind = self.life.sampled(T1, Ok(memory), self.now);
+        self.inspect();
+        kind
     }
 
     fn wanted(&mut self) -> Readiness {
@@ -117,6 +124,7 @@ impl World {
             assert!(next > self.now.boot, "asked again for an instant that is past");
             self.step_to(next);
             self.life.handle_timeout(self.now);
+            self.inspect();
         }
         self.step_to(end);
     }
@@ -125,12 +133,23 @@ impl World {
         self.now = Now { boot, wall: self.now.wall + boot.since(self.now.boot) };
     }
 
+    /// Answers what is asked of an inspection.
+    fn inspect(&mut self) {
+        while let Some(at) = self.life.out.iter().position(|out| self.clear && matches!(out, Output::Inspect(_))) {
+            if let Some(Output::Inspect(target)) = self.life.out.remove(at) {
+                self.life.inspected(target, &Ok(Vec::new()), self.now);
+            }
+        }
+    }
+
     /// What is to be done, without what is told.
     fn acts(&mut self) -> Vec<Output> {
+        self.inspect();
         std::iter::from_fn(|| self.life.poll_output()).filter(|out| !matches!(out, Output::Decided(..))).collect()
     }
 
     fn told(&mut self) -> Vec<String> {
+        self.inspect();
         std::iter::from_fn(|| self.life.poll_output())
             .filter_map(|out| match out {
                 Output::Decided(_, decision) => Some(format!("{}: {}", decision.verdict, decision.reason)),
@@ -314,6 +333,7 @@ fn a_measurement_that_fails_or_gets_lost_does_not_stop_the_freeze() {
     world.pass(10);
     world.acts();
     assert_eq!(world.life.sampled(T1, Err("no access".into()), world.now), Some(SampleKind::Resident));
+    world.inspect();
     let told =
         ["not-measured: its memory could not be measured: no access", "freeze: it has been in the background for 10 s"];
     let decisions: Vec<_> = world.life.decisions(&world.app).map(|d| format!("{}: {}", d.verdict, d.reason)).collect();
@@ -998,4 +1018,206 @@ fn a_view_shows_what_is_known() {
     let view = world.life.show(&world.app, world.now).unwrap();
     assert_eq!((view.since, view.pid, view.freezer), (Duration::from_secs(7), Some(101), Some(Freezer::Cgroup2)));
     assert_eq!((view.protected, view.target), (None, Some(T1)));
+}
+
+fn veto(kind: VetoKind, reason: &str) -> Veto {
+    Veto { kind, reason: reason.into() }
+}
+
+#[test]
+fn what_plays_is_not_frozen_and_has_its_grace_afterwards() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.vetoed(T1, vec![veto(VetoKind::Playback, "it plays sound (PipeWire stream \"Radio\")")], world.now);
+    world.pass(3600);
+    assert_eq!(world.acts(), []);
+    assert_eq!(world.why(), "leave: playback: it plays sound (PipeWire stream \"Radio\")");
+    assert_eq!(world.life.poll_timeout(), None, "a veto is waited out without a timer");
+    let refused = world.command(Command::Freeze).unwrap_err();
+    assert_eq!(refused.text, "org.example.Chat must run: playback: it plays sound (PipeWire stream \"Radio\")");
+    world.life.vetoed(T1, Vec::new(), world.now);
+    assert_eq!(world.why(), "leave: what kept it awake is over, and it may run for 10 s more");
+    world.pass(9);
+    assert_eq!(world.acts(), []);
+    world.pass(1);
+    assert_eq!(world.acts(), [RESIDENT]);
+}
+
+#[test]
+fn what_begins_to_play_while_frozen_is_thawed() {
+    let mut world = World::frozen(Profile::Tombstone);
+    world.life.vetoed(T1, vec![veto(VetoKind::Call, "a call is ringing")], world.now);
+    assert_eq!(world.acts(), [Output::Thaw(T1)]);
+    assert_eq!(world.why(), "thaw: call: a call is ringing");
+}
+
+#[test]
+fn what_the_inspection_finds_puts_the_freeze_off_for_longer_each_time() {
+    let mut world = World::background(Profile::Tombstone);
+    world.clear = false;
+    world.pass(10);
+    world.sampled(LARGE);
+    assert_eq!(world.acts(), [RESIDENT, Output::Inspect(T1)]);
+    for pause in [30, 60, 120, 240, 480, 480] {
+        let found = Ok(vec![veto(VetoKind::FileSystem, "it serves the file system at /mnt")]);
+        world.life.inspected(T1, &found, world.now);
+        assert_eq!(world.why(), "leave: file-system: it serves the file system at /mnt");
+        world.pass(pause - 1);
+        assert_eq!(world.acts(), []);
+        world.pass(1);
+        assert_eq!(world.acts(), [Output::Inspect(T1)]);
+    }
+    world.life.inspected(T1, &Ok(Vec::new()), world.now);
+    assert_eq!(world.acts(), [Output::Freeze(T1)]);
+}
+
+#[test]
+fn an_inspection_without_an_answer_does_not_freeze() {
+    let mut world = World::background(Profile::Tombstone);
+    world.clear = false;
+    world.pass(10);
+    world.sampled(LARGE);
+    world.pass(6);
+    assert_eq!(world.acts(), [RESIDENT, Output::Inspect(T1)]);
+    assert_eq!(world.why(), "leave: it could not be inspected: it could not be inspected in time");
+    world.life.inspected(T1, &Ok(Vec::new()), world.now);
+    assert_eq!(world.acts(), [], "a late answer is of another moment");
+    world.pass(30);
+    assert_eq!(world.acts(), [Output::Inspect(T1)]);
+}
+
+#[test]
+fn a_second_after_the_freeze_a_lock_others_wait_for_thaws_it() {
+    let mut world = World::frozen(Profile::Tombstone);
+    world.clear = false;
+    world.pass(1);
+    assert_eq!(world.acts(), [Output::Inspect(T1)]);
+    let found = Ok(vec![veto(VetoKind::AwaitedLock, "process 7 waits for its lock on /tmp/db")]);
+    world.life.inspected(T1, &found, world.now);
+    assert_eq!(world.acts(), [Output::Thaw(T1)]);
+    assert_eq!(world.why(), "thaw: awaited-lock: process 7 waits for its lock on /tmp/db");
+    world.outcome(THAWED);
+    world.pass(29);
+    assert_eq!(world.acts(), [], "not frozen again at once");
+    world.pass(1);
+    assert_eq!(world.acts(), [Output::Inspect(T1)]);
+}
+
+#[test]
+fn an_app_that_listens_is_told_before_it_is_frozen_and_after() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.listens(&world.app, true, world.now);
+    world.pass(10);
+    world.sampled(LARGE);
+    assert_eq!(world.acts(), [RESIDENT, Output::WillSuspend(app(), Duration::from_secs(5))]);
+    world.life.prepared(&world.app, world.now);
+    assert_eq!(world.acts(), [Output::Freeze(T1)]);
+    world.outcome(FROZEN);
+    world.pass(30);
+    world.acts();
+    assert_eq!(world.wanted(), Readiness::Thawing);
+    world.outcome(THAWED);
+    let acts = world.acts();
+    assert!(acts.contains(&Output::Resumed(app(), Duration::from_secs(30))), "{acts:?}");
+}
+
+#[test]
+fn an_app_that_does_not_answer_the_notice_is_frozen_after_five_seconds() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.listens(&world.app, true, world.now);
+    world.pass(10);
+    world.sampled(LARGE);
+    world.acts();
+    world.pass_millis(4999);
+    assert_eq!(world.acts(), []);
+    world.pass_millis(1);
+    assert_eq!(world.acts(), [Output::Freeze(T1)]);
+}
+
+#[test]
+fn a_notice_that_comes_to_nothing_is_taken_back() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.listens(&world.app, true, world.now);
+    world.pass(10);
+    world.sampled(LARGE);
+    world.acts();
+    world.declare(Claim::Foreground);
+    assert_eq!(world.acts(), [Output::Resumed(app(), Duration::ZERO)]);
+}
+
+#[test]
+fn windows_alone_say_where_an_app_is() {
+    let mut world = World::running(Profile::Tombstone);
+    world.life.seen(&world.app, Seen::Behind, world.now);
+    assert_eq!(world.state(), "background");
+    world.pass(10);
+    world.sampled(LARGE);
+    assert_eq!(world.acts(), [RESIDENT, Output::Freeze(T1)]);
+    world.outcome(FROZEN);
+    world.acts();
+    world.life.seen(&world.app, Seen::Front("its window is in front".into()), world.now);
+    assert_eq!(world.acts(), [Output::Thaw(T1)]);
+    assert_eq!(world.why(), "thaw: its window is in front");
+    world.outcome(THAWED);
+    world.life.seen(&world.app, Seen::Nothing, world.now);
+    world.pass(3600);
+    assert_eq!(world.acts(), [], "the compositor is gone: unknown is foreground");
+}
+
+#[test]
+fn what_is_seen_in_front_counts_for_more_than_what_is_said() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.seen(&world.app, Seen::Front("its window is in front".into()), world.now);
+    world.pass(3600);
+    assert_eq!((world.acts(), world.state()), (vec![], "foreground"));
+    world.life.seen(&world.app, Seen::Behind, world.now);
+    world.pass(9);
+    assert_eq!(world.acts(), [], "it has its grace anew");
+    world.pass(1);
+    assert_eq!(world.acts(), [RESIDENT]);
+}
+
+#[test]
+fn a_lease_keeps_it_awake_but_not_against_the_users_hand() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.leased(&world.app, Some("it holds a lease: transfer \"upload of 3 photos\"".into()), world.now);
+    world.pass(3600);
+    assert_eq!(world.acts(), []);
+    assert_eq!(world.why(), "leave: it holds a lease: transfer \"upload of 3 photos\"");
+    world.command(Command::Freeze).unwrap();
+    world.sampled(LARGE);
+    assert_eq!(world.acts(), [RESIDENT, Output::Freeze(T1)]);
+}
+
+#[test]
+fn pressure_sends_frozen_apps_deeper_at_once() {
+    let mut world = World::frozen(Profile::Cached);
+    world.pass(1);
+    world.life.squeeze(&world.app, Squeeze::PageOut, "memory is short: half of all tasks wait for it", world.now);
+    assert_eq!(world.acts(), [Output::PageOut(T1)]);
+    assert_eq!(world.why(), "page-out: memory is short: half of all tasks wait for it");
+    world.outcome(PAGED);
+    world.sampled(LARGE);
+    world.acts();
+    world.life.squeeze(&world.app, Squeeze::Kill, "memory is short, and swap is full", world.now);
+    assert_eq!(world.acts(), [KILL]);
+    assert_eq!(world.why(), "kill: memory is short, and swap is full");
+}
+
+#[test]
+fn pressure_does_not_touch_what_runs() {
+    let mut world = World::background(Profile::Tombstone);
+    world.life.squeeze(&world.app, Squeeze::Kill, "memory is short", world.now);
+    assert_eq!(world.acts(), []);
+    assert_eq!(world.life.held().count(), 0);
+}
+
+#[test]
+fn rules_of_its_own_count_for_one_app_alone() {
+    let mut rules = Rules::new(Profile::Tombstone, LifecycleTimes::default());
+    rules.exempt = Some("the configuration says that it is never frozen (role terminal)".into());
+    let mut world = World::background(Profile::Tombstone);
+    world.life.own_rules.insert("org.example.Chat".into(), rules);
+    world.pass(3600);
+    assert_eq!(world.acts(), []);
+    assert_eq!(world.why(), "leave: the configuration says that it is never frozen (role terminal)");
 }

@@ -6,10 +6,10 @@ use super::{
     super::{
         Output, SampleKind, State,
         decisions::human,
-        policy::{self, Act, Baseline, Hold, Paged, Retry, Verdict},
+        policy::{self, Act, Baseline, Hold, INSPECT_ANSWER, NOTICE, Notice, Paged, Retry, Verdict},
     },
     App, Env,
-    instance::finish_all,
+    instance::{Looking, finish_all},
 };
 use crate::{
     event::Command,
@@ -71,7 +71,16 @@ impl App {
                 instance.baseline = Baseline::Asked;
                 instance.sample(SampleKind::Resident, env);
             }
-            (Act::Freeze, _) if env.profile == Profile::Observe && instance.by_hand.is_none() => {
+            (Act::Notify, _) => {
+                instance.notice = Notice::Given { until: now + NOTICE };
+                env.out.push_back(Output::WillSuspend(env.key.clone(), NOTICE));
+            }
+            (Act::Inspect, _) => {
+                instance.inspection = Looking::Asked { until: now + INSPECT_ANSWER };
+                env.out.push_back(Output::Inspect(target));
+            }
+            (Act::NoAnswer, Hold::Running | Hold::Frozen { .. }) => self.inspected(&Err(reason.into()), env),
+            (Act::Freeze, _) if env.rules.profile == Profile::Observe && instance.by_hand.is_none() => {
                 instance.hold = Hold::WouldBeFrozen { since: now, paged: Paged::NotYet };
                 self.decide("would-freeze", reason, env);
             }
@@ -133,8 +142,8 @@ impl App {
         let Some(target) = instance.target() else { return };
         instance.hold = Hold::Thawing { since: env.now.boot, retry: None };
         instance.thaw_fails = 0;
-        instance.sampling = None;
-        instance.by_hand = None;
+        (instance.sampling, instance.by_hand, instance.squeeze) = (None, None, None);
+        instance.inspection = Looking::NotAsked;
         instance.fail(Command::Freeze, reason, env);
         env.out.push_back(Output::Thaw(target));
     }
@@ -145,6 +154,8 @@ impl App {
         instance.thaw_fails = 0;
         instance.finish(Command::Thaw, Ok(()), env);
         instance.wake(env);
+        self.told_resumed(env);
+        let Some(instance) = &mut self.instance else { return };
         // A name given up meanwhile cannot be called; the delivery hears of that by itself.
         if std::mem::take(&mut instance.wanted) && instance.owner.is_some() {
             env.out.push_back(Output::Runnable(env.key.clone()));
@@ -223,12 +234,26 @@ impl App {
         self.refresh(env);
     }
 
+    /// An app that was told that it is about to be frozen is told that it is not any more, and for how long it was.
+    fn told_resumed(&mut self, env: &mut Env<'_>) {
+        let Some(instance) = &mut self.instance else { return };
+        let frozen = instance.frozen_since.take().map(|since| env.now.boot.since(since));
+        if let Notice::Given { .. } | Notice::Done = instance.notice {
+            instance.notice = Notice::NotGiven;
+            env.out.push_back(Output::Resumed(env.key.clone(), frozen.unwrap_or_default()));
+        }
+    }
+
     fn leave(&mut self, reason: Option<&str>, env: &mut Env<'_>) {
+        self.told_resumed(env);
         if let Some(instance) = &mut self.instance {
             // It runs for a reason: what is measured now would not be the app at rest.
             instance.sampling = None;
             if instance.baseline == Baseline::Asked {
                 instance.baseline = Baseline::NotAsked;
+            }
+            if !matches!(instance.inspection, Looking::Vetoed { .. }) {
+                instance.inspection = Looking::NotAsked;
             }
         }
         let Some(reason) = reason else { return };

@@ -4,14 +4,16 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     super::{
-        Output, SampleKind, State,
-        policy::{Baseline, Hold, Paged, Process, Retry, SAMPLE_ANSWER, Snapshot, Standing},
+        Output, SampleKind, Seen, State,
+        policy::{
+            self, Baseline, Hold, Inspection, Notice, Paged, Process, Retry, SAMPLE_ANSWER, Snapshot, Squeeze, Standing,
+        },
     },
     Env,
 };
 use crate::{
     event::{Claim, Command},
-    model::{Owner, ProcessFacts, TargetId},
+    model::{Owner, ProcessFacts, TargetId, Veto},
     time::Instant,
 };
 
@@ -29,7 +31,25 @@ pub(super) struct Instance {
     pub(super) process: Option<Looked>,
     /// Another app that lives in the same process.
     pub(super) shared: Option<Arc<str>>,
+    /// What was declared of it, and what its windows say.
+    claim: Claimed,
+    seen: Seen,
+    /// What follows from both.
     pub(super) standing: Standing,
+    /// What is watched all the time says against holding it still.
+    vetoes: Vec<Veto>,
+    /// The lease that keeps it awake, as a sentence.
+    leased: Option<Arc<str>>,
+    calm_until: Option<Instant>,
+    pub(super) notice: Notice,
+    pub(super) inspection: Looking,
+    /// Inspections that found something, in a row.
+    pub(super) found: u32,
+    /// Whether it was inspected since it was frozen.
+    pub(super) checked: bool,
+    pub(super) squeeze: Option<(Squeeze, Arc<str>)>,
+    /// Since when it is frozen, for telling it how long that was.
+    pub(super) frozen_since: Option<Instant>,
     pub(super) hold: Hold,
     pub(super) awake: Option<Awake>,
     /// A delivery waits for it to run.
@@ -49,6 +69,28 @@ pub(super) struct Instance {
     pub(super) commands: Vec<Command>,
 }
 
+/// What was declared of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Claimed {
+    /// Nothing that holds, with the reason as a sentence.
+    Nothing(&'static str),
+    Foreground(Arc<str>),
+    /// In the background since then; `grace` from then on.
+    Background {
+        since: Instant,
+        grace: Duration,
+    },
+}
+
+/// The look at it right before the freeze.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Looking {
+    NotAsked,
+    Asked { until: Instant },
+    Clear { at: Instant },
+    Vetoed { reason: Arc<str>, again: Instant },
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Awake {
     pub(super) since: Instant,
@@ -56,12 +98,23 @@ pub(super) struct Awake {
 }
 
 impl Instance {
-    pub(super) const fn new(owner: Owner, standing: Standing) -> Self {
+    pub(super) fn new(owner: Owner, claim: Claimed) -> Self {
         Self {
             owner: Some(owner),
             process: None,
             shared: None,
-            standing,
+            standing: standing(&claim, &Seen::Nothing, None),
+            claim,
+            seen: Seen::Nothing,
+            vetoes: Vec::new(),
+            leased: None,
+            calm_until: None,
+            notice: Notice::NotWanted,
+            inspection: Looking::NotAsked,
+            found: 0,
+            checked: false,
+            squeeze: None,
+            frozen_since: None,
             hold: Hold::Running,
             awake: None,
             wanted: false,
@@ -107,18 +160,31 @@ impl Instance {
         }
     }
 
-    pub(super) fn snapshot<'a>(&'a self, pending: bool, env: &Env<'_>) -> Snapshot<'a> {
+    pub(super) fn snapshot<'a>(&'a self, pending: bool, env: &'a Env<'_>) -> Snapshot<'a> {
         Snapshot {
-            profile: env.profile,
-            times: env.times,
+            profile: env.rules.profile,
+            times: env.rules.times,
             ending: env.ending,
             process: self.touchable(),
             hold: self.hold,
             standing: &self.standing,
+            vetoes: &self.vetoes,
+            exempt: env.rules.exempt.as_deref(),
+            leased: self.leased.as_deref(),
+            calm_until: self.calm_until,
             awake_until: self.awake.map(|awake| awake.until),
             pending: pending || self.wanted,
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
+            notice: self.notice,
+            inspection: match &self.inspection {
+                Looking::NotAsked => Inspection::NotAsked,
+                Looking::Asked { until } => Inspection::Asked { until: *until },
+                Looking::Clear { at } => Inspection::Clear { at: *at },
+                Looking::Vetoed { reason, again } => Inspection::Vetoed { reason, again: *again },
+            },
+            checked: self.checked,
+            squeeze: self.squeeze.as_ref().map(|(squeeze, reason)| (*squeeze, &**reason)),
             sampling_until: self.sampling.map(|(_, until)| until),
             paging: self.paging.is_some(),
             uss: self.uss,
@@ -145,13 +211,13 @@ impl Instance {
     pub(super) fn wake(&mut self, env: &Env<'_>) {
         let now = env.now.boot;
         let since = self.awake.filter(|awake| now < awake.until).map_or(now, |awake| awake.since);
-        let cap = since + AWAKE_MOST.max(env.times.awake_window);
-        self.set_awake(since, cap.min(now + env.times.awake_window));
+        let cap = since + AWAKE_MOST.max(env.rules.times.awake_window);
+        self.set_awake(since, cap.min(now + env.rules.times.awake_window));
     }
 
     /// Opens a window of its own, whatever was used up before.
     pub(super) fn wake_anew(&mut self, env: &Env<'_>) {
-        self.set_awake(env.now.boot, env.now.boot + env.times.awake_window);
+        self.set_awake(env.now.boot, env.now.boot + env.rules.times.awake_window);
     }
 
     pub(super) fn set_awake(&mut self, since: Instant, until: Instant) {
@@ -167,7 +233,57 @@ impl Instance {
         }
     }
 
+    pub(super) fn claim(&mut self, claim: Claimed, env: &mut Env<'_>) {
+        self.claim = claim;
+        self.restand(env);
+    }
+
+    pub(super) fn see(&mut self, seen: Seen, env: &mut Env<'_>) {
+        if self.seen != seen {
+            self.seen = seen;
+            self.restand(env);
+        }
+    }
+
+    fn restand(&mut self, env: &mut Env<'_>) {
+        let next = standing(&self.claim, &self.seen, Some(env));
+        match (&self.standing, &next) {
+            (Standing::Background { .. }, Standing::Background { .. }) => return,
+            (_, Standing::Foreground { reason }) => {
+                self.awake = None;
+                let reason = Arc::clone(reason);
+                self.let_go(&reason, env);
+            }
+            _ => {}
+        }
+        self.standing = next;
+    }
+
+    /// What is watched says something else. What kept it awake being over, it is left alone for a while.
+    pub(super) fn set_vetoes(&mut self, vetoes: Vec<Veto>, env: &mut Env<'_>) {
+        if let (Some(veto), true) = (vetoes.first(), self.vetoes.is_empty()) {
+            let reason = policy::vetoed(veto);
+            self.let_go(&reason, env);
+        }
+        if vetoes.is_empty() && !self.vetoes.is_empty() {
+            self.calm_until = Some(env.now.boot + env.rules.times.grace);
+        }
+        self.vetoes = vetoes;
+    }
+
+    pub(super) fn set_leased(&mut self, leased: Option<Arc<str>>, env: &Env<'_>) {
+        if leased.is_none() && self.leased.is_some() {
+            self.calm_until = Some(env.now.boot + env.rules.times.grace);
+        }
+        self.leased = leased;
+    }
+
+    pub(super) const fn is_vetoed(&self) -> Option<&Veto> {
+        self.vetoes.as_slice().first()
+    }
+
     pub(super) fn forget_claims(&mut self, reason: &'static str) {
+        (self.claim, self.seen) = (Claimed::Nothing(reason), Seen::Nothing);
         self.standing = Standing::Unknown(reason);
         self.awake = None;
         self.by_hand = None;
@@ -197,10 +313,28 @@ pub(super) fn finish_all(commands: Vec<Command>, reason: &str, env: &mut Env<'_>
     }
 }
 
-pub(super) fn claimed(claim: Claim, by: &str, env: &Env<'_>) -> Standing {
-    let now = env.now.boot;
+pub(super) fn claimed(claim: Claim, by: &str, env: &Env<'_>) -> Claimed {
     match claim {
-        Claim::Foreground => Standing::Foreground { by: by.into() },
-        Claim::Background => Standing::Background { since: now, grace_until: now + env.times.grace },
+        Claim::Foreground => Claimed::Foreground(by.into()),
+        Claim::Background => Claimed::Background { since: env.now.boot, grace: env.rules.times.grace },
+    }
+}
+
+/// In front is what anybody says is in front; in the background what somebody says is there, and nobody is not.
+fn standing(claim: &Claimed, seen: &Seen, env: Option<&Env<'_>>) -> Standing {
+    match (claim, seen, env) {
+        (Claimed::Foreground(by), ..) => {
+            Standing::Foreground { reason: format!("{by} says that it is in the foreground").into() }
+        }
+        (_, Seen::Front(reason), _) => Standing::Foreground { reason: Arc::clone(reason) },
+        (Claimed::Background { since, grace }, ..) => {
+            // It may have been seen in front meanwhile.
+            let since = env.map_or(*since, |env| env.now.boot.max(*since));
+            Standing::Background { since, grace_until: since + *grace }
+        }
+        (Claimed::Nothing(_), Seen::Behind, Some(env)) => {
+            Standing::Background { since: env.now.boot, grace_until: env.now.boot + env.rules.times.grace }
+        }
+        (Claimed::Nothing(reason), ..) => Standing::Unknown(reason),
     }
 }
