@@ -4,16 +4,18 @@
 
 mod app;
 mod network;
+mod rules;
 mod upstream;
 mod values;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
 pub use self::{
     app::{AppSettings, UrgencySettings},
     network::{NetworkSettings, Proxy, Roaming},
+    rules::Role,
     upstream::{
         ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
     },
@@ -21,9 +23,10 @@ pub use self::{
 use self::{
     app::{RawApp, RawUrgency},
     network::RawNetwork,
+    rules::{Presets, RawRules},
     upstream::RawUpstream,
 };
-use crate::model::{LifecycleTimes, Profile};
+use crate::model::{LifecycleTimes, Profile, Rules};
 
 /// Valid settings. Every key has a default, so an empty file is a valid one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +115,7 @@ struct RawConfig {
     profile: Profile,
     upstream: Vec<RawUpstream>,
     app: Vec<RawApp>,
+    role: BTreeMap<Role, RawRules>,
     urgency: RawUrgency,
     network: RawNetwork,
     lifecycle: RawLifecycle,
@@ -165,32 +169,24 @@ impl Settings {
         if upstreams.is_empty() {
             upstreams.push(default_upstream());
         }
+        let all = RawRules {
+            grace: raw.lifecycle.grace,
+            page_out_after: raw.lifecycle.page_out_after,
+            tombstone_after: raw.lifecycle.tombstone_after,
+            awake_window: raw.lifecycle.awake_window,
+            ..RawRules::default()
+        };
+        let all = all.on("lifecycle", &Rules::new(raw.profile, LifecycleTimes::default()))?;
+        let lifecycle = all.times;
+        let presets = Presets::new(all, raw.role)?;
         let names: Vec<Arc<str>> = upstreams.iter().map(|upstream| Arc::clone(&upstream.name)).collect();
         let mut apps: Vec<AppSettings> = Vec::with_capacity(raw.app.len());
         for (index, app) in raw.app.into_iter().enumerate() {
-            let app = app.check(index, &names)?;
+            let app = app.check(index, &names, &presets)?;
             if apps.iter().any(|other| other.name == app.name) {
                 return Err(values::wrong(format!("app[{index}].name"), format!("\"{}\" is used twice", app.name)));
             }
             apps.push(app);
-        }
-        let times = LifecycleTimes::default();
-        let duration = |key: &str, text, default| values::duration(key, text, default, SHORTEST..=LONGEST);
-        let lifecycle = LifecycleTimes {
-            grace: duration("lifecycle.grace", raw.lifecycle.grace, times.grace)?,
-            page_out_after: duration("lifecycle.page-out-after", raw.lifecycle.page_out_after, times.page_out_after)?,
-            tombstone_after: duration(
-                "lifecycle.tombstone-after",
-                raw.lifecycle.tombstone_after,
-                times.tombstone_after,
-            )?,
-            awake_window: duration("lifecycle.awake-window", raw.lifecycle.awake_window, times.awake_window)?,
-        };
-        if lifecycle.tombstone_after < lifecycle.grace {
-            return Err(values::wrong(
-                "lifecycle.tombstone-after".into(),
-                "is shorter than lifecycle.grace; an app would be killed before it is frozen".into(),
-            ));
         }
         Ok(Self {
             profile: raw.profile,
@@ -252,6 +248,47 @@ fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
 mod tests {
     use super::*;
     use crate::model::Urgency;
+
+    fn rules_of(text: &str) -> Rules {
+        Settings::parse(text).unwrap().apps[0].rules.clone().unwrap()
+    }
+
+    #[test]
+    fn an_app_without_rules_of_its_own_has_those_of_all() {
+        assert_eq!(Settings::parse("[[app]]\nname = \"org.a.B\"").unwrap().apps[0].rules, None);
+    }
+
+    #[test]
+    fn roles_are_presets_that_can_be_changed_as_a_whole_and_for_one_app() {
+        const TOMBSTONE: &str = "profile = \"tombstone\"\n";
+        let music = "[[app]]\nname = \"org.a.B\"\nrole = \"music\"\n";
+        let rules = rules_of(&format!("{TOMBSTONE}{music}"));
+        assert_eq!((rules.profile, rules.times.grace), (Profile::Cached, Duration::from_secs(30)));
+        assert_eq!(rules_of(music).profile, Profile::Observe, "a role does not switch enforcement on");
+        let rules = rules_of(&format!("{TOMBSTONE}{music}[role.music]\ngrace = \"50s\"\nprofile = \"tombstone\""));
+        assert_eq!((rules.profile, rules.times.grace), (Profile::Tombstone, Duration::from_secs(50)));
+        let rules =
+            rules_of(&format!("{TOMBSTONE}{music}grace = \"5s\"\nbackground = false\n[role.music]\ngrace = \"50s\""));
+        assert_eq!((rules.times.grace, rules.background), (Duration::from_secs(5), false));
+        let terminal = "[[app]]\nname = \"org.a.B\"\nrole = \"terminal\"\n";
+        let why = rules_of(terminal).exempt.unwrap();
+        assert_eq!(&*why, "it is never frozen (role terminal): its jobs are the user's");
+        assert_eq!(rules_of(&format!("{terminal}freeze = true")).exempt, None);
+        assert!(rules_of("[[app]]\nname = \"org.a.B\"\nfreeze = false").exempt.is_some());
+    }
+
+    #[test]
+    fn rules_that_make_no_sense_are_refused_by_their_key() {
+        for (text, key) in [
+            ("[role.mail]\ngrace = \"20min\"", "role.mail.tombstone-after"),
+            ("[[app]]\nname = \"org.a.B\"\ngrace = \"soon\"", "app[0].grace"),
+            ("[lifecycle]\ngrace = \"20min\"", "lifecycle.tombstone-after"),
+        ] {
+            let error = Settings::parse(text).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{key}:")), "{error}");
+        }
+        assert!(Settings::parse("[role.game]\ngrace = \"1s\"").unwrap_err().to_string().contains("game"));
+    }
 
     #[test]
     fn an_empty_file_is_the_default_configuration() {
@@ -358,10 +395,10 @@ mod tests {
         assert_eq!(
             settings.apps,
             [AppSettings {
-                name: "im.dino.Dino".into(),
                 upstream: Some("broker".into()),
                 urgency: Urgency::High,
                 min_urgency: Some(Urgency::VeryLow),
+                ..AppSettings::new("im.dino.Dino")
             }]
         );
     }

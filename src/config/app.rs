@@ -4,8 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
-use super::{ConfigError, values};
-use crate::model::Urgency;
+use super::{
+    ConfigError,
+    rules::{Presets, RawRules, Role},
+    values,
+};
+use crate::model::{Profile, Rules, Urgency};
 
 /// One `[[app]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +22,24 @@ pub struct AppSettings {
     pub urgency: Urgency,
     /// The least urgency that may wake it, instead of what power and network would have; `VeryLow` lets all pass.
     pub min_urgency: Option<Urgency>,
+    /// What kind of app it is, if the configuration says so.
+    pub role: Option<Role>,
+    /// What is done with it in the background, where that differs from what is done with others.
+    pub rules: Option<Rules>,
+}
+
+impl AppSettings {
+    /// Nothing special.
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self {
+            name: name.into(),
+            upstream: None,
+            urgency: Urgency::default(),
+            min_urgency: None,
+            role: None,
+            rules: None,
+        }
+    }
 }
 
 /// `[urgency]`: RFC 8030 §5.3 and the table of the UnifiedPush specification (push.md §0.1).
@@ -44,10 +66,24 @@ pub(super) struct RawApp {
     upstream: Option<String>,
     urgency: Option<Urgency>,
     min_urgency: Option<Urgency>,
+    role: Option<Role>,
+    // As in `RawRules`: serde cannot flatten and refuse unknown keys at once.
+    profile: Option<Profile>,
+    grace: Option<String>,
+    page_out_after: Option<String>,
+    tombstone_after: Option<String>,
+    awake_window: Option<String>,
+    background: Option<bool>,
+    freeze: Option<bool>,
 }
 
 impl RawApp {
-    pub(super) fn check(self, index: usize, upstreams: &[Arc<str>]) -> Result<AppSettings, ConfigError> {
+    pub(super) fn check(
+        self,
+        index: usize,
+        upstreams: &[Arc<str>],
+        presets: &Presets,
+    ) -> Result<AppSettings, ConfigError> {
         let key = |name: &str| format!("app[{index}].{name}");
         if !self.name.contains('.') || self.name.len() > 255 || self.name.contains(char::is_whitespace) {
             return Err(values::wrong(key("name"), format!("\"{}\" is not a D-Bus name", self.name)));
@@ -60,7 +96,22 @@ impl RawApp {
                     .ok_or_else(|| values::wrong(key("upstream"), format!("no [[upstream]] is called \"{name}\"")))?,
             ),
         };
+        let own = RawRules {
+            profile: self.profile,
+            grace: self.grace,
+            page_out_after: self.page_out_after,
+            tombstone_after: self.tombstone_after,
+            awake_window: self.awake_window,
+            background: self.background,
+            freeze: self.freeze,
+        };
+        let rules = match (self.role, own.is_empty()) {
+            (None, true) => None,
+            (role, _) => Some(own.on(&format!("app[{index}]"), &presets.of(role)?)?),
+        };
         Ok(AppSettings {
+            role: self.role,
+            rules,
             name: self.name.into(),
             upstream,
             urgency: self.urgency.unwrap_or_default(),

@@ -57,7 +57,7 @@ impl Core {
             delivery: Delivery::new(&settings, snapshot.next_message),
             lifecycle: Lifecycle::new(
                 Rules::new(settings.profile, settings.lifecycle),
-                BTreeMap::new(),
+                own_rules(&settings),
                 &snapshot.apps,
             ),
             ledger: Ledger::new(&snapshot.apps),
@@ -222,4 +222,8 @@ fn new_session(
     let mut seed = [0; 32];
     seeds.fill_bytes(&mut seed);
     Session::new(Beginning { settings, network, remembered, channels, seed, links }, now)
+}
+
+fn own_rules(settings: &Settings) -> BTreeMap<Arc<str>, Rules> {
+    settings.apps.iter().filter_map(|app| Some((Arc::clone(&app.name), app.rules.clone()?))).collect()
 }

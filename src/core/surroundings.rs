@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn what_the_protocol_does_not_carry_is_the_apps_own_policy_and_why_says_so() {
         let policy = |urgency| {
-            let app = AppSettings { name: APP.into(), upstream: None, urgency, min_urgency: None };
+            let app = AppSettings { urgency, ..AppSettings::new(APP) };
             Settings { apps: vec![app], ..Settings::default() }
         };
         let mut world = World::new(policy(Urgency::Low));
@@ -306,12 +306,7 @@ mod tests {
         let mut world = World::new(Settings::default());
         world.tell(Event::Surroundings(outside()));
         assert_eq!(world.core.upstreams[0].told.minimum, Urgency::Normal);
-        let app = AppSettings {
-            name: APP.into(),
-            upstream: None,
-            urgency: Urgency::Normal,
-            min_urgency: Some(Urgency::VeryLow),
-        };
+        let app = AppSettings { min_urgency: Some(Urgency::VeryLow), ..AppSettings::new(APP) };
         let mut world = World::new(Settings { apps: vec![app.clone()], ..Settings::default() });
         world.tell(Event::Surroundings(outside()));
         assert_eq!(world.core.upstreams[0].told.minimum, Urgency::VeryLow, "it would be starved");

@@ -105,7 +105,7 @@ const LEAST: [(&str, u64); 36] = [
     ("messages overflowed", 500),
     ("messages replaced", 100),
     ("changes of surroundings", 500),
-    ("apps seen with held messages", 50),
+    ("apps seen with held messages", 25),
     ("held messages that went along", 100),
     ("sleeps allowed", 300),
     ("sleeps delayed for a delivery", 20),

@@ -44,7 +44,7 @@ pub(crate) fn policies(rng: &mut Rng) -> Vec<AppSettings> {
             let urgency = *rng.pick(&any).expect("four");
             let min_urgency = if rng.chance(3000) { rng.pick(&any).copied() } else { None };
             let name: Arc<str> = format!("org.example.App{n}").into();
-            policies.push(AppSettings { name, upstream: None, urgency, min_urgency });
+            policies.push(AppSettings { urgency, min_urgency, ..AppSettings::new(name) });
         }
     }
     policies

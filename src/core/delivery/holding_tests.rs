@@ -191,12 +191,7 @@ fn a_queue_that_fills_goes_before_anything_is_dropped() {
 
 #[test]
 fn an_app_may_have_a_minimum_of_its_own() {
-    let app = |min_urgency| AppSettings {
-        name: "org.example.App".into(),
-        upstream: None,
-        urgency: Urgency::Normal,
-        min_urgency: Some(min_urgency),
-    };
+    let app = |min_urgency| AppSettings { min_urgency: Some(min_urgency), ..AppSettings::new("org.example.App") };
     let mut world = outside_with(&Settings { apps: vec![app(Urgency::VeryLow)], ..Settings::default() });
     world.delivery.set_minimum(Urgency::High, world.now);
     assert!(woken(&world.send("a", Urgency::VeryLow)));
