@@ -39,7 +39,7 @@ fn every_key_is_in_the_file_we_ship() {
     let mut section = String::new();
     for line in uncommented(&shipped()).lines() {
         if line.starts_with('[') {
-            section = line.split('#').next().unwrap().trim().to_owned();
+            section = section_of(line);
         } else if let Some((key, _)) = line.split_once(" = ") {
             shown.entry(section.clone()).or_default().insert(key.to_owned());
             // Such as "or token-credential".
@@ -168,9 +168,11 @@ fn sections() -> Sections {
     let mut top = BTreeSet::new();
     for key in expected("field", &format!("{UNKNOWN} = 1")) {
         let headers = [format!("[[{key}]]"), format!("[{key}]")];
-        let section = headers.into_iter().find_map(|header| {
+        let named =
+            expected("variant", &format!("[{key}]\n{UNKNOWN} = 1")).into_iter().map(|name| format!("[{key}.{name}]"));
+        let section = headers.into_iter().chain(named).find_map(|header| {
             let keys = expected("field", &format!("{header}\n{UNKNOWN} = 1"));
-            (!keys.is_empty()).then_some((header, keys))
+            (!keys.is_empty()).then_some((section_of(&header), keys))
         });
         match section {
             Some((header, keys)) => drop(known.insert(header, keys)),
@@ -179,6 +181,15 @@ fn sections() -> Sections {
     }
     known.insert(String::new(), top);
     known
+}
+
+/// The section a header begins; of a table of tables (`[role.music]`) any (`[role.NAME]`).
+fn section_of(header: &str) -> String {
+    let header = header.split('#').next().unwrap().trim();
+    match header.split_once('.') {
+        Some((table, _)) => format!("{table}.NAME]"),
+        None => header.to_owned(),
+    }
 }
 
 /// The words a key takes.
@@ -241,7 +252,7 @@ fn described(page: &str) -> Sections {
 fn examples(page: &str) -> Vec<String> {
     let known = sections();
     let keys: BTreeSet<&String> = known.values().flatten().collect();
-    let is_header = |line: &str| line.starts_with('[') && known.contains_key(line.split('#').next().unwrap().trim());
+    let is_header = |line: &str| line.starts_with('[') && known.contains_key(&section_of(line));
     let is_key = |line: &str| line.split_once(" = ").is_some_and(|(key, _)| keys.contains(&key.to_owned()));
     let is_nothing = |line: &str| line.is_empty() || line.starts_with('#');
     let mut found: Vec<String> = Vec::new();
@@ -266,7 +277,7 @@ fn uncommented(text: &str) -> String {
     let keys: BTreeSet<&String> = known.values().flatten().collect();
     let lines = text.lines().map(|line| {
         let Some(rest) = line.strip_prefix("# ") else { return line };
-        let header = rest.starts_with('[') && known.contains_key(rest.split('#').next().unwrap().trim());
+        let header = rest.starts_with('[') && known.contains_key(&section_of(rest));
         let key = rest.split_once(" = ").is_some_and(|(key, _)| keys.contains(&key.to_owned()));
         if header || key { rest } else { line }
     });
