@@ -361,7 +361,7 @@ fn polkit_is_asked_about_what_is_not_ones_own() {
         }
         all
     };
-    let other_app = Caller { owner: owner(MAIL), ..user() };
+    let other_app = Caller { app_id: Some(MAIL.into()), ..user() };
     for (caller, expected) in [
         (Caller { bus: Bus::System, ..user() }, true),
         (Caller { uid: 1001, ..user() }, true),
