@@ -114,7 +114,7 @@ mod tests {
             (&root, false, NotAsked, [Access::Granted, Access::Granted, Access::Granted]),
             (&root, false, Refused("no".into()), [Access::Granted, Access::Granted, Access::Granted]),
             (&on_system, false, NotAsked, [ask.clone(), ask.clone(), ask.clone()]),
-            (&other, false, NotAsked, [ask.clone(), ask.clone(), ask.clone()]),
+            (&other, false, NotAsked, [ask.clone(), ask.clone(), ask]),
             (&on_system, false, Refused("no".into()), [no(), no(), no()]),
             // A privilege is that one and no other.
             (&on_system, false, Granted(Read), [Access::Granted, no(), no()]),
@@ -123,7 +123,7 @@ mod tests {
             // Apps and what is sandboxed: polkit may say so, but nobody is asked for a password for them.
             (&sandboxed, false, NotAsked, [silently.clone(), silently.clone(), silently.clone()]),
             (&user, true, NotAsked, [silently.clone(), silently.clone(), silently.clone()]),
-            (&on_system, true, NotAsked, [silently.clone(), silently.clone(), silently.clone()]),
+            (&on_system, true, NotAsked, [silently.clone(), silently.clone(), silently]),
             (&user, true, Granted(ManageApps), [no(), Access::Granted, no()]),
             (&sandboxed, false, Refused("no".into()), [no(), no(), no()]),
             // For root polkit is no judge.

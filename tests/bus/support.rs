@@ -43,17 +43,6 @@ impl Daemon {
         Self::with(&format!("<policy context=\"default\">{policy}</policy>"), "")
     }
 
-    /// Open to every user.
-    pub(crate) fn for_everybody() -> Self {
-        use std::os::unix::fs::PermissionsExt;
-        let rules = "<policy context=\"default\"><allow user=\"*\"/><allow send_destination=\"*\" eavesdrop=\"true\"/>\
-             <allow eavesdrop=\"true\"/><allow own=\"*\"/></policy>";
-        let daemon = Self::with(rules, "");
-        fs::set_permissions(daemon.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::set_permissions(daemon.path("socket"), fs::Permissions::from_mode(0o666)).unwrap();
-        daemon
-    }
-
     /// With the rules of a distribution's system bus and one more policy file.
     pub(crate) fn like_system(policy: &str) -> Self {
         let default = "<policy context=\"default\"><allow user=\"*\"/><deny own=\"*\"/><deny send_type=\"method_call\"/>\
@@ -65,7 +54,7 @@ impl Daemon {
         Self::with(default, policy)
     }
 
-    fn with(rules: &str, included: &str) -> Self {
+    pub(crate) fn with(rules: &str, included: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("services")).unwrap();
         let config = format!(

@@ -262,7 +262,7 @@ mod tests {
         let mut places: Vec<_> = std::iter::from_fn(|| authority.place()).collect();
         assert_eq!(places.len(), QUESTIONS);
         places.pop();
-        assert!(authority.clone().place().is_some(), "a question that ended makes room");
+        assert!(authority.place().is_some(), "a question that ended makes room");
         drop(places);
         assert_eq!(std::iter::from_fn(|| authority.place()).collect::<Vec<_>>().len(), QUESTIONS);
     }
