@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     config::UpstreamSettings,
-    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, StoreTicket},
+    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, Privilege, StoreTicket},
     model::{
         AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, Message, MessageSeq, Owner,
         Preference, Registration, RegistrationId, TargetId,
@@ -215,6 +215,14 @@ pub enum Reply {
     Panel(Box<PanelState>),
     /// A D-Bus error.
     Error(ErrorKind, String),
+    /// Not yet: the caller's own rights do not suffice. polkit is asked, and the call comes again under another id with
+    /// what it says (`Caller::authorization`).
+    Authorize {
+        /// What for.
+        privilege: Privilege,
+        /// Whether somebody may be asked for a password, if the caller allows that.
+        interactive: bool,
+    },
 }
 
 /// The errors our interfaces reply with.

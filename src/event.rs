@@ -238,7 +238,8 @@ pub enum BusEvent {
     Up(Bus),
     /// The connection is gone; every owner on it with it.
     Down(Bus, String),
-    /// An app, or a tool, calls us. Each is answered with exactly one `Action::Reply`.
+    /// An app, or a tool, calls us. Each is answered with exactly one `Action::Reply`; after a `Reply::Authorize` the
+    /// call comes again, under another id.
     Call {
         /// To reply with.
         call: CallId,
@@ -272,6 +273,45 @@ pub struct Caller {
     pub sandboxed: bool,
     /// Whether it owns the service name its request is about (the unique name itself counts).
     pub owns_service: bool,
+    /// What polkit says of this call; asked for with `Reply::Authorize`.
+    pub authorization: Authorization,
+}
+
+/// What polkit says of a call for which the caller's own rights do not suffice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Authorization {
+    /// It was not asked.
+    #[default]
+    NotAsked,
+    /// The caller has this privilege, for this one call.
+    Granted(Privilege),
+    /// The caller has it not, or there is nobody to ask: why, and what may help.
+    Refused(Arc<str>),
+}
+
+/// What an administrator can let somebody do beyond what is one's own: the actions in `org.nightporter1.policy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Privilege {
+    /// Read about apps that are not one's own.
+    Read,
+    /// Freeze, thaw, end and move them, and read their endpoints.
+    ManageApps,
+    /// Forget a user.
+    ManageUsers,
+}
+
+impl Privilege {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Read, Self::ManageApps, Self::ManageUsers];
+
+    /// polkit's name for it.
+    pub const fn action(self) -> &'static str {
+        match self {
+            Self::Read => "org.nightporter1.read",
+            Self::ManageApps => "org.nightporter1.manage-apps",
+            Self::ManageUsers => "org.nightporter1.manage-users",
+        }
+    }
 }
 
 /// What a caller wants.

@@ -122,7 +122,9 @@ impl Fake {
         Ok(self.endpoints.to_string())
     }
 
-    fn freeze(&self, app: &str) -> Result<(), Refusal> {
+    fn freeze(&self, app: &str, #[zbus(header)] header: zbus::message::Header<'_>) -> Result<(), Refusal> {
+        // polkit may have a password asked for.
+        assert!(header.primary().flags().contains(zbus::message::Flags::ALLOW_INTERACTIVE_AUTH));
         Self::refusal(app)
     }
 

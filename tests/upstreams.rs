@@ -9,7 +9,9 @@ use nightporter::{
     action::{Action, ErrorKind, PanelState, Reply, StoreOp},
     config::{Credentials, SecretSource, Settings, UpstreamKind, UpstreamSettings},
     core::Core,
-    event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, PanelRequest, Query, Request},
+    event::{
+        Authorization, BusEvent, CallId, Caller, Event, LinkEvent, LinkId, PanelRequest, Privilege, Query, Request,
+    },
     model::{
         AppKey, Bus, ConnectorVersion, FailureReason, FormerRoute, Owner, Preference, Registration, RegistrationId,
         Secret, Snapshot,
@@ -313,9 +315,88 @@ fn a_user_whose_account_is_gone_is_forgotten_by_root_alone() {
     assert_eq!((world.registrations.len(), world.messages.len(), world.preferences.len()), (1, 1, 1));
     assert_eq!(world.ask(root.clone(), Request::ForgetUser(1001)), Reply::Done);
     assert_eq!(world.registrations.len(), 1);
+    // Whom polkit lets: with this privilege, and on the system bus.
+    let allowed = |privilege| Caller { bus: Bus::System, authorization: Authorization::Granted(privilege), ..user() };
+    for caller in [
+        allowed(Privilege::Read),
+        allowed(Privilege::ManageApps),
+        Caller { bus: Bus::Session(1000), ..allowed(Privilege::ManageUsers) },
+        Caller { uid: 0, sandboxed: true, ..allowed(Privilege::ManageUsers) },
+    ] {
+        let reply = world.ask(caller, forget());
+        assert!(matches!(reply, Reply::Error(ErrorKind::NotAuthorized, _)), "{reply:?}");
+    }
+    assert_eq!(world.registrations.len(), 1);
+    assert_eq!(world.ask(allowed(Privilege::ManageUsers), forget()), Reply::Done);
     assert_eq!(world.ask(root, forget()), Reply::Done);
     assert_eq!((world.registrations.len(), world.preferences.len(), world.former.len()), (0, 0, 0));
     assert_eq!(world.unregistered("second"), [channel]);
+}
+
+/// Everything that can be asked of the manager, by those who may not: nobody is let through without polkit, and each is
+/// told what for it is to be asked.
+#[test]
+fn polkit_is_asked_about_what_is_not_ones_own() {
+    let mut world = World::new(HOME);
+    world.register(CHAT, None);
+    world.register(MAIL, None);
+    let app = |name: &str| Arc::<str>::from(name);
+    let requests = || {
+        use nightporter::event::Command;
+        let command = |command| Request::Command { service: app(CHAT), command };
+        let mut all: Vec<(Request, Privilege)> = [
+            Query::Apps,
+            Query::Report,
+            Query::Show(app(CHAT)),
+            Query::Why(app(CHAT)),
+            Query::Show(app("org.example.Nobody")),
+        ]
+        .map(|query| (Request::Query(query), Privilege::Read))
+        .into();
+        all.push((Request::Query(Query::Endpoints(app(CHAT))), Privilege::ManageApps));
+        let commands = [Command::Freeze, Command::Thaw, Command::Kill].map(command);
+        all.extend(commands.map(|request| (request, Privilege::ManageApps)));
+        for service in [None, Some(app(CHAT)), Some(app("org.example.Nobody"))] {
+            all.push((Request::Move { service, upstream: "second".into() }, Privilege::ManageApps));
+        }
+        all
+    };
+    let other_app = Caller { app_id: Some(MAIL.into()), ..user() };
+    for (caller, expected) in [
+        (Caller { bus: Bus::System, ..user() }, true),
+        (Caller { uid: 1001, ..user() }, true),
+        (Caller { sandboxed: true, ..user() }, false),
+        (other_app, false),
+    ] {
+        for (request, needed) in requests() {
+            world.calls += 1;
+            let call = CallId(world.calls);
+            let asked = BusEvent::Call { call, caller: caller.clone(), request: request.clone() };
+            world.handle(Event::Bus(asked));
+            world.pass(12);
+            let reply = world.replies.remove(&call.0).unwrap();
+            let authorize = Reply::Authorize { privilege: needed, interactive: expected };
+            assert_eq!(reply, authorize, "{request:?} by {caller:?}");
+            // A no is a no.
+            let authorization = Authorization::Refused("because".into());
+            let reply = world.ask(Caller { authorization, ..caller.clone() }, request.clone());
+            let Reply::Error(ErrorKind::NotAuthorized, text) = reply else { panic!("{reply:?}") };
+            assert!(text.ends_with(": because"), "{text}");
+        }
+    }
+    // A yes is one for what was asked, and only within what there is on the caller's bus.
+    let yes = |privilege| Caller { authorization: Authorization::Granted(privilege), ..user() };
+    let sandboxed = |privilege| Caller { sandboxed: true, ..yes(privilege) };
+    assert!(matches!(world.ask(sandboxed(Privilege::Read), Request::Query(Query::Show(app(CHAT)))), Reply::Json(_)));
+    let endpoints = || Request::Query(Query::Endpoints(app(CHAT)));
+    assert!(matches!(world.ask(sandboxed(Privilege::ManageApps), endpoints()), Reply::Json(_)));
+    assert!(matches!(world.ask(sandboxed(Privilege::Read), endpoints()), Reply::Error(ErrorKind::NotAuthorized, _)));
+    let on_system = Caller { bus: Bus::System, ..yes(Privilege::Read) };
+    let Reply::Json(apps) = world.ask(on_system, Request::Query(Query::Apps)) else { panic!("no document") };
+    assert!(apps.contains(CHAT) && apps.contains(MAIL), "{apps}");
+    let on_system = Caller { bus: Bus::System, ..yes(Privilege::ManageApps) };
+    let reply = world.ask(on_system, endpoints());
+    assert!(matches!(reply, Reply::Error(ErrorKind::NoSuchApp, _)), "an app of another bus: {reply:?}");
 }
 
 /// A user who logs out: what comes meanwhile waits, and nobody is started for it.
@@ -352,6 +433,7 @@ fn user() -> Caller {
         app_id: None,
         sandboxed: false,
         owns_service: false,
+        authorization: Authorization::NotAsked,
     }
 }
 
@@ -463,9 +545,17 @@ impl World {
     fn ask(&mut self, caller: Caller, request: Request) -> Reply {
         self.calls += 1;
         let call = self.calls;
-        self.handle(Event::Bus(BusEvent::Call { call: CallId(call), caller, request }));
+        let asked = BusEvent::Call { call: CallId(call), caller: caller.clone(), request: request.clone() };
+        self.handle(Event::Bus(asked));
         self.pass(12);
-        self.replies.remove(&call).expect("every call is answered")
+        match self.replies.remove(&call).expect("every call is answered") {
+            // There is no polkit here.
+            Reply::Authorize { .. } => {
+                let authorization = Authorization::Refused("nobody to ask".into());
+                self.ask(Caller { authorization, ..caller }, request)
+            }
+            reply => reply,
+        }
     }
 
     fn register(&mut self, app: &str, upstream: Option<&str>) -> Reply {

@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use super::{Core, access, lifecycle::RefusalKind};
+use super::{
+    Core,
+    access::{self, Access},
+    lifecycle::RefusalKind,
+};
 use crate::{
     action::{ErrorKind, Reply},
-    event::{CallId, Caller, Claim, Command},
+    event::{CallId, Caller, Claim, Command, Privilege},
     model::{AppKey, Bus},
     time::Now,
 };
@@ -35,7 +39,11 @@ impl Core {
                 let app = AppKey::new(caller.bus, service);
                 if own.as_ref() == Some(&app) {
                     (app, "the app itself".to_owned())
-                } else if let Err(reply) = self.controlled(caller, &app) {
+                } else if !self.may_control(caller) {
+                    let text = "only root or the user's own unconfined programs may do this to an app";
+                    self.reply(call, Reply::Error(ErrorKind::NotAuthorized, text.into()));
+                    return;
+                } else if let Err(reply) = self.known(&app) {
                     self.reply(call, reply);
                     return;
                 } else {
@@ -49,7 +57,7 @@ impl Core {
 
     pub(super) fn command(&mut self, call: CallId, caller: &Caller, service: Arc<str>, command: Command, now: Now) {
         let app = AppKey::new(caller.bus, service);
-        if let Err(reply) = self.controlled(caller, &app) {
+        if let Err(reply) = self.controlled(caller, &app, Privilege::ManageApps) {
             self.reply(call, reply);
             return;
         }
@@ -71,12 +79,17 @@ impl Core {
         }
     }
 
-    /// Of a user who is gone for good nothing is kept. Root's business, and only while that user is not logged in.
+    /// Of a user who is gone for good nothing is kept. The administrator's business, and only while that user is not
+    /// logged in.
     pub(super) fn forget_user(&mut self, call: CallId, caller: &Caller, uid: u32, now: Now) {
         let bus = Bus::Session(uid);
-        if caller.bus != Bus::System || !self.may_control(caller) {
-            let text = "only root may do this, on the system bus".into();
+        // What a user's own bus says of its callers is that user's to fake.
+        if caller.bus != Bus::System {
+            let text = "this can be asked on the system bus only".into();
             return self.reply(call, Reply::Error(ErrorKind::NotAuthorized, text));
+        }
+        if let Err(reply) = self.privileged(caller, Privilege::ManageUsers) {
+            return self.reply(call, reply);
         }
         if self.buses.contains(&bus) {
             let text = format!("user {uid} is logged in");
@@ -104,12 +117,15 @@ impl Core {
         }
     }
 
-    /// Whether the caller may act on `app`, and there is such an app. Who may not is not told which apps there are.
-    pub(super) fn controlled(&self, caller: &Caller, app: &AppKey) -> Result<(), Reply> {
-        if !self.may_control(caller) {
-            let text = "only root or the user's own unconfined programs may do this to an app";
-            return Err(Reply::Error(ErrorKind::NotAuthorized, text.into()));
-        }
+    /// Whether the caller has this privilege over `app`, and there is such an app. Who has it not is not told which apps
+    /// there are.
+    pub(super) fn controlled(&self, caller: &Caller, app: &AppKey, privilege: Privilege) -> Result<(), Reply> {
+        self.privileged(caller, privilege)?;
+        self.known(app)
+    }
+
+    /// Whether there is such an app.
+    pub(super) fn known(&self, app: &AppKey) -> Result<(), Reply> {
         if self.apps.contains_key(app) {
             Ok(())
         } else {
@@ -117,6 +133,23 @@ impl Core {
         }
     }
 
+    /// Whether the caller has this privilege; else the answer, which may be that polkit is to be asked first.
+    pub(super) fn privileged(&self, caller: &Caller, privilege: Privilege) -> Result<(), Reply> {
+        let what = match privilege {
+            Privilege::Read => "reading about apps that are not your own",
+            Privilege::ManageApps => "acting on apps that are not your own",
+            Privilege::ManageUsers => "forgetting a user",
+        };
+        match access::privileged(caller, self.app_of_caller(caller).is_some(), privilege) {
+            Access::Granted => Ok(()),
+            Access::Ask { interactive } => Err(Reply::Authorize { privilege, interactive }),
+            Access::Refused(reason) => {
+                Err(Reply::Error(ErrorKind::NotAuthorized, format!("{what} is for administrators: {reason}")))
+            }
+        }
+    }
+
+    /// Whether the caller may do so without polkit.
     pub(super) fn may_control(&self, caller: &Caller) -> bool {
         access::may_control(caller, self.app_of_caller(caller).is_some())
     }

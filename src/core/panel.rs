@@ -17,7 +17,7 @@ use super::{
 use crate::{
     action::{Action, ErrorKind, PanelState, Reply, StoreOp},
     config::{Credentials, SecretSource, UpstreamKind, UpstreamSettings},
-    event::{CallId, Caller, PanelRequest},
+    event::{CallId, Caller, PanelRequest, Privilege},
     model::{AppKey, Bus, Registration, Secret},
     time::Now,
     view::LinkState,
@@ -33,8 +33,8 @@ const UPSTREAMS: usize = 64;
 impl Core {
     /// `Manager.Move`.
     pub(super) fn move_apps(&mut self, call: CallId, caller: &Caller, service: Option<Arc<str>>, upstream: &str) {
-        if !self.may_control(caller) {
-            self.reply(call, not_authorized());
+        if let Err(reply) = self.privileged(caller, Privilege::ManageApps) {
+            self.reply(call, reply);
             return;
         }
         let Some(index) = self.upstream_named(upstream, caller.bus) else {
@@ -45,7 +45,7 @@ impl Core {
             return;
         };
         if let Some(service) = &service
-            && let Err(reply) = self.controlled(caller, &AppKey::new(caller.bus, Arc::clone(service)))
+            && let Err(reply) = self.known(&AppKey::new(caller.bus, Arc::clone(service)))
         {
             self.reply(call, reply);
             return;

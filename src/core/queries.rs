@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
-use super::{Core, Purpose, Upstream, urgency};
+use super::{Core, Purpose, Upstream, access, urgency};
 use crate::{
     action::{Action, ErrorKind, Reply},
-    event::{CallId, Caller, Query},
+    event::{CallId, Caller, Privilege, Query},
     model::{AppKey, Bus, ConnectorVersion, TargetId},
     time::{Instant, Now},
     view,
@@ -37,32 +37,34 @@ impl Core {
     pub(super) fn query(&mut self, call: CallId, caller: &Caller, query: Query, now: Now) {
         let reply = match query {
             Query::Status => json(&self.status(caller, now)),
-            Query::Apps => self.for_controllers(caller, |core| json(&core.app_list(caller, now))),
-            Query::Show(service) => self.for_app(caller, service, |core, app| core.show(app, now)),
-            Query::Why(service) => self.for_app(caller, service, |core, app| core.why(app, now)),
-            Query::Endpoints(service) => self.for_app(caller, service, Self::endpoints),
-            Query::Report => {
-                if self.may_control(caller) {
-                    self.begin_report(call, caller, now);
-                    return;
-                }
-                not_authorized()
-            }
+            Query::Apps => match self.privileged(caller, Privilege::Read) {
+                Ok(()) => json(&self.app_list(caller, now)),
+                Err(reply) => reply,
+            },
+            Query::Show(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.show(app, now)),
+            Query::Why(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.why(app, now)),
+            Query::Endpoints(service) => self.for_app(caller, service, Privilege::ManageApps, Self::endpoints),
+            Query::Report => match self.privileged(caller, Privilege::Read) {
+                Ok(()) => return self.begin_report(call, caller, now),
+                Err(reply) => reply,
+            },
         };
         self.reply(call, reply);
     }
 
-    fn for_controllers(&self, caller: &Caller, show: impl FnOnce(&Self) -> Reply) -> Reply {
-        if self.may_control(caller) { show(self) } else { not_authorized() }
-    }
-
-    /// An app may read about itself, whoever may control it about any.
-    fn for_app(&self, caller: &Caller, service: Arc<str>, show: impl FnOnce(&Self, &AppKey) -> Reply) -> Reply {
+    /// An app may read about itself, whoever has the privilege about any.
+    fn for_app(
+        &self,
+        caller: &Caller,
+        service: Arc<str>,
+        privilege: Privilege,
+        show: impl FnOnce(&Self, &AppKey) -> Reply,
+    ) -> Reply {
         let app = AppKey::new(caller.bus, service);
         if self.app_of_caller(caller).as_ref() == Some(&app) {
             return show(self, &app);
         }
-        match self.controlled(caller, &app) {
+        match self.controlled(caller, &app, privilege) {
             Ok(()) => show(self, &app),
             Err(reply) => reply,
         }
@@ -106,14 +108,14 @@ impl Core {
         });
         let upstreams = upstreams.collect();
         let mut messages = view::Messages::default();
-        for (_, counted) in self.messages.iter().filter(|(bus, _)| sees_bus(caller, **bus)) {
+        for (_, counted) in self.messages.iter().filter(|(bus, _)| access::sees(caller, **bus)) {
             messages.add(counted);
         }
         view::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             profile: self.settings.profile,
             upstreams,
-            buses: self.buses.iter().filter(|bus| sees_bus(caller, **bus)).map(Bus::to_string).collect(),
+            buses: self.buses.iter().filter(|bus| access::sees(caller, **bus)).map(Bus::to_string).collect(),
             apps: self.apps.keys().filter(visible).count(),
             registrations,
             messages_waiting: if all {
@@ -263,13 +265,9 @@ impl Core {
     }
 }
 
-/// One user's apps are invisible to another; root on the system bus sees all.
+/// One user's apps are invisible to another.
 fn sees(caller: &Caller, app: &AppKey) -> bool {
-    sees_bus(caller, app.bus)
-}
-
-fn sees_bus(caller: &Caller, bus: Bus) -> bool {
-    bus == caller.bus || (caller.bus == Bus::System && caller.uid == 0)
+    access::sees(caller, app.bus)
 }
 
 fn json(document: &impl Serialize) -> Reply {

@@ -152,7 +152,7 @@ mod tests {
     use crate::{
         action::{Reply, StoreOp},
         config::{AppSettings, NetworkSettings, Settings, UrgencySettings},
-        event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
+        event::{Authorization, BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
         model::{Bus, ConnectorVersion, NetworkKind, Owner, Registration, Snapshot},
         time::{Instant, UnixTime},
     };
@@ -233,6 +233,7 @@ mod tests {
                 app_id: None,
                 sandboxed,
                 owns_service: false,
+                authorization: Authorization::NotAsked,
             };
             let request = Request::Query(query);
             let actions = self.tell(Event::Bus(BusEvent::Call { call: CallId(1), caller, request }));

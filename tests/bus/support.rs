@@ -54,7 +54,7 @@ impl Daemon {
         Self::with(default, policy)
     }
 
-    fn with(rules: &str, included: &str) -> Self {
+    pub(crate) fn with(rules: &str, included: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("services")).unwrap();
         let config = format!(

@@ -13,7 +13,11 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
-    sync::{Arc, Mutex, mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -73,8 +77,44 @@ impl Machine {
     }
 
     pub(crate) fn start_daemon(&mut self) {
-        let log = File::create(self.dir.path().join("daemon.log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nightporterd"));
+        self.start_daemon_by(Command::new(env!("CARGO_BIN_EXE_nightporterd")));
+    }
+
+    /// On a system that knows no user of this uid.
+    pub(crate) fn start_daemon_without_account(&mut self, uid: u32) {
+        let accounts = fs::read_to_string("/etc/passwd").unwrap();
+        let others = |line: &&str| line.split(':').nth(2) != Some(&uid.to_string());
+        let left: Vec<&str> = accounts.lines().filter(others).collect();
+        assert!(left.len() < accounts.lines().count(), "there is no such user anyway");
+        let passwd = self.dir.path().join("passwd");
+        fs::write(&passwd, left.join("\n") + "\n").unwrap();
+        let mut command = Command::new("unshare");
+        let script = "mount --make-rprivate / && mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+        command.args(["-m", "sh", "-c", script]).arg(passwd).arg(env!("CARGO_BIN_EXE_nightporterd"));
+        self.start_daemon_by(command);
+    }
+
+    pub(crate) fn stop_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            processes::signal(daemon.id(), Signal::SIGTERM);
+            assert!(daemon.wait().unwrap().success());
+        }
+    }
+
+    /// The processor time the daemon has used, in clock ticks.
+    pub(crate) fn daemon_ticks(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.daemon_pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        [11, 12].map(|at| fields[at].parse::<u64>().unwrap()).iter().sum()
+    }
+
+    pub(crate) fn system_address(&self) -> String {
+        self.system.address()
+    }
+
+    fn start_daemon_by(&mut self, mut command: Command) {
+        let log = File::options().create(true).append(true).open(self.dir.path().join("daemon.log")).unwrap();
+        let ready = self.count_log("system bus: ready");
         for variable in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "STATE_DIRECTORY", "RUNTIME_DIRECTORY"] {
             command.env_remove(variable);
         }
@@ -83,7 +123,7 @@ impl Machine {
         command.env("NIGHTPORTER_LOG", "debug").env("DBUS_SYSTEM_BUS_ADDRESS", self.system.address());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.daemon = Some(command.spawn().unwrap());
-        self.wait_log("system bus: ready");
+        wait("the daemon", || (self.count_log("system bus: ready") > ready).then_some(()));
     }
 
     pub(crate) fn log(&self) -> String {
@@ -102,6 +142,18 @@ impl Machine {
     pub(crate) fn wait_up(&self, uid: u32, times: usize) {
         let text = format!("user {uid} bus: ready");
         wait(&format!("{times} × {text:?}"), || (self.count_log(&text) == times).then_some(()));
+    }
+
+    /// `nightporter`, by a user, with the system's daemon.
+    pub(crate) fn cli_of(&self, user: usize, arguments: &[&str]) -> Output {
+        let tool = self.dir.path().join("nightporter");
+        if !tool.exists() {
+            fs::copy(env!("CARGO_BIN_EXE_nightporter"), &tool).unwrap();
+            open_to_all(&tool, 0o755);
+        }
+        let mut command = self.at(user).run(tool);
+        command.arg("--system").args(arguments).env("DBUS_SYSTEM_BUS_ADDRESS", self.system.address());
+        command.output().unwrap()
     }
 
     /// `nightporter`, by root, with the system's daemon.
@@ -267,6 +319,16 @@ impl User {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
+    /// What the manager says to this user on the bus at `address`.
+    pub(crate) fn manager_at(&self, address: &str, method: &str, arguments: &[&str]) -> Result<String, String> {
+        let mut command = self.run("dbus-send");
+        command.args(["--print-reply=literal", &format!("--bus={address}"), "--dest=org.nightporter1"]);
+        let method = format!("org.nightporter1.Manager.{method}");
+        let output = command.args(["/org/nightporter1", &method]).args(arguments).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    }
+
     /// A document of the manager.
     pub(crate) fn manager(&self, method: &str, arguments: &[&str]) -> Result<String, String> {
         self.ask("org.nightporter1", "/org/nightporter1", &format!("org.nightporter1.Manager.{method}"), arguments)
@@ -293,6 +355,7 @@ fn open_to_all(path: &Path, mode: u32) {
 
 /// A stand-in for logind: what org.freedesktop.login1(5) says of users, and locks.
 pub(crate) struct Logind {
+    silent: Arc<AtomicBool>,
     users: Arc<Mutex<BTreeMap<u32, PathBuf>>>,
     out: async_channel::Sender<Message>,
     thread: Option<JoinHandle<()>>,
@@ -306,7 +369,8 @@ impl Logind {
         let users = Arc::new(Mutex::new(BTreeMap::new()));
         let (out, outgoing) = async_channel::unbounded::<Message>();
         let (told, ready) = mpsc::channel();
-        let known = Arc::clone(&users);
+        let (known, silent) = (Arc::clone(&users), Arc::new(AtomicBool::new(false)));
+        let mute = Arc::clone(&silent);
         let thread = thread::spawn(move || {
             zbus::block_on(async move {
                 let connection = Builder::address(address.as_str()).build().await.unwrap();
@@ -314,7 +378,7 @@ impl Logind {
                 connection.request_name("org.freedesktop.login1").await.unwrap();
                 told.send(()).unwrap();
                 let serving = connection.clone();
-                let task = zruntime::spawn(async move { serve(&serving, stream, &known).await });
+                let task = zruntime::spawn(async move { serve(&serving, stream, &known, &mute).await });
                 while let Ok(message) = outgoing.recv().await {
                     connection.send(&message).await.unwrap();
                 }
@@ -322,7 +386,12 @@ impl Logind {
             });
         });
         ready.recv_timeout(PATIENCE).unwrap();
-        Self { users, out, thread: Some(thread) }
+        Self { silent, users, out, thread: Some(thread) }
+    }
+
+    /// Takes calls and never answers them, or answers again those that come from now on.
+    pub(crate) fn be_silent(&self, silent: bool) {
+        self.silent.store(silent, Ordering::SeqCst);
     }
 
     fn log_in(&self, uid: u32, runtime_dir: &Path) {
@@ -331,8 +400,13 @@ impl Logind {
     }
 
     fn log_out(&self, uid: u32) {
-        self.users.lock().unwrap().remove(&uid);
+        self.forget(uid);
         self.signal("UserRemoved", uid);
+    }
+
+    /// Without a word.
+    pub(crate) fn forget(&self, uid: u32) {
+        self.users.lock().unwrap().remove(&uid);
     }
 
     fn signal(&self, member: &'static str, uid: u32) {
@@ -354,11 +428,16 @@ fn object(uid: u32) -> ObjectPath<'static> {
     ObjectPath::try_from(format!("{PATH}/user/_{uid}")).unwrap()
 }
 
-async fn serve(connection: &Connection, mut stream: MessageStream, users: &Mutex<BTreeMap<u32, PathBuf>>) {
+async fn serve(
+    connection: &Connection,
+    mut stream: MessageStream,
+    users: &Mutex<BTreeMap<u32, PathBuf>>,
+    silent: &AtomicBool,
+) {
     loop {
         let next = std::future::poll_fn(|context| std::pin::Pin::new(&mut stream).poll_next(context)).await;
         let Some(Ok(call)) = next else { return };
-        if call.message_type() != Type::MethodCall {
+        if call.message_type() != Type::MethodCall || silent.load(Ordering::SeqCst) {
             continue;
         }
         let header = call.header();

@@ -4,7 +4,9 @@ use std::{collections::VecDeque, sync::Arc};
 
 use nightporter::{
     action::ConnectorCall,
-    event::{BusEvent, CallOutcome, Caller, Claim, Command, DeliveryTicket, Event, Request, StartOutcome},
+    event::{
+        Authorization, BusEvent, CallOutcome, Caller, Claim, Command, DeliveryTicket, Event, Request, StartOutcome,
+    },
     model::{AppKey, ConnectorVersion, Owner, Registration},
 };
 
@@ -423,6 +425,7 @@ impl World {
             app_id: None,
             sandboxed: false,
             owns_service: true,
+            authorization: Authorization::NotAsked,
         })
     }
 

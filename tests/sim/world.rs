@@ -12,7 +12,9 @@ use nightporter::{
         AppSettings, Limits, NetworkSettings, Roaming, Settings, UpstreamKind, UpstreamSettings, UrgencySettings,
     },
     core::Core,
-    event::{BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request},
+    event::{
+        Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
+    },
     model::{AppKey, Bus, LifecycleTimes, Owner, Profile, TargetId},
     view,
 };
@@ -970,6 +972,7 @@ pub(crate) fn tool() -> Caller {
         app_id: None,
         sandboxed: false,
         owns_service: false,
+        authorization: Authorization::NotAsked,
     }
 }
 

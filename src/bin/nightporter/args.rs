@@ -54,8 +54,9 @@ pub(crate) enum Command {
     Move(Move),
     /// Forget all registrations, waiting messages and choices of a user whose account is gone
     ///
-    /// To be run as root after deluser(8): the account's number may be given to somebody else some day. Refused while that
-    /// user is logged in. What the user's apps have registered stays otherwise, however long the user is away.
+    /// To be run by an administrator after deluser(8): the account's number may be given to somebody else some day.
+    /// Refused while that user is logged in. What the user's apps have registered stays otherwise, however long the user
+    /// is away.
     ForgetUser {
         /// The user's number
         uid: u32,

@@ -3,9 +3,14 @@
 use std::time::Duration;
 
 use serde::{Serialize, de::DeserializeOwned};
-use zbus::{Connection, DynamicType, Message, block_on, connection::Builder, fdo, message::Flags};
+use zbus::{
+    Connection, DynamicType, Message, Proxy, block_on, connection::Builder, fdo, message::Flags, proxy::MethodFlags,
+    wire::DynamicDeserialize,
+};
+use zruntime::SharedRuntime;
 
 use crate::{
+    agent::Agent,
     args::BusChoice,
     exit::{Exit, Failure},
 };
@@ -14,13 +19,16 @@ use crate::{
 pub(crate) const NAME: &str = "org.nightporter1";
 const PATH: &str = "/org/nightporter1";
 const MANAGER: &str = "org.nightporter1.Manager";
-/// A report measures every app and a kill waits for its app, so this is long; it only guards against a daemon that hangs.
-const TIMEOUT: Duration = Duration::from_secs(60);
+/// Somebody may have to type a password, which the daemon waits two minutes for; a report measures every app. So this is
+/// long; it only guards against a daemon that hangs.
+const TIMEOUT: Duration = Duration::from_secs(150);
 
 /// A daemon that owns its name on the bus.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     connection: Connection,
+    /// Whether it is on the system bus, where what is not the user's own is.
+    system: bool,
 }
 
 impl Daemon {
@@ -36,7 +44,7 @@ impl Daemon {
             }
             match connect(builder()) {
                 Ok(connection) => match owned(&connection, NAME) {
-                    Ok(true) => return Ok(Self { connection }),
+                    Ok(true) => return Ok(Self { connection, system: name == "system" }),
                     Ok(false) => tried.push(format!("{name} bus: {NAME} is not there")),
                     Err(error) => tried.push(format!("{name} bus: {error}")),
                 },
@@ -58,7 +66,7 @@ impl Daemon {
     pub(crate) fn at(address: &str) -> Result<Self, Failure> {
         let connection = connect(Builder::address(address))
             .map_err(|error| Failure::new(Exit::Unavailable, format!("cannot connect to {address}: {error}")))?;
-        Ok(Self { connection })
+        Ok(Self { connection, system: false })
     }
 
     /// Whether somebody owns `name` on this bus.
@@ -82,33 +90,62 @@ impl Daemon {
 
     /// Calls a method that answers with a JSON text.
     pub(crate) fn ask(&self, method: &str, app: Option<&str>) -> Result<String, Failure> {
-        let reply = match app {
-            Some(app) => self.call(method, &app)?,
-            None => self.call(method, &())?,
-        };
-        reply.body().deserialize::<String>().map_err(|error| {
-            Failure::new(Exit::Protocol, format!("the daemon's answer to {method} cannot be read: {error}"))
-        })
+        match app {
+            Some(app) => self.call(method, &app),
+            None => self.call(method, &()),
+        }
+    }
+
+    /// [`Daemon::ask`] without asking anybody for a password.
+    pub(crate) fn ask_silently(&self, method: &str) -> Result<String, Failure> {
+        self.call_with(MethodFlags::empty(), method, &())
     }
 
     /// Calls a method that does something to an app.
     pub(crate) fn act(&self, method: &str, app: &str) -> Result<(), Failure> {
-        self.call(method, &app).map(drop)
+        self.call(method, &app)
     }
 
     /// Has an app, or all of them, use an upstream.
     pub(crate) fn relocate(&self, app: Option<&str>, upstream: &str) -> Result<(), Failure> {
-        self.call("Move", &(app.unwrap_or_default(), upstream)).map(drop)
+        self.call("Move", &(app.unwrap_or_default(), upstream))
     }
 
     /// Has the system's daemon forget a user.
     pub(crate) fn forget_user(&self, uid: u32) -> Result<(), Failure> {
-        self.call("ForgetUser", &uid).map(drop)
+        self.call("ForgetUser", &uid)
     }
 
-    fn call<B: Serialize + DynamicType>(&self, method: &str, body: &B) -> Result<Message, Failure> {
-        let reply = self.connection.call_method(Some(NAME), PATH, Some(MANAGER), method, body);
-        block_on(reply).map_err(|error| failure(&error))
+    /// Calls a method; polkit may have an administrator's password asked for.
+    fn call<B, R>(&self, method: &str, body: &B) -> Result<R, Failure>
+    where
+        B: Serialize + DynamicType,
+        R: for<'d> DynamicDeserialize<'d>,
+    {
+        // Anybody may ask for the status.
+        let _agent = (self.system && method != "Status").then(Agent::start);
+        self.call_with(MethodFlags::ALLOW_INTERACTIVE_AUTH, method, body)
+    }
+
+    fn call_with<B, R>(&self, flags: MethodFlags, method: &str, body: &B) -> Result<R, Failure>
+    where
+        B: Serialize + DynamicType,
+        R: for<'d> DynamicDeserialize<'d>,
+    {
+        let called = block_on(async {
+            let runtime = SharedRuntime::current()?;
+            let call = async {
+                let proxy = Proxy::new(&self.connection, NAME, PATH, MANAGER).await?;
+                proxy.call_with_flags(method, flags, body).await
+            };
+            // Timed out like any other call on a connection.
+            runtime.timeout(TIMEOUT, call).await.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
+        });
+        match called {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(Failure::new(Exit::Protocol, format!("the daemon did not answer {method}"))),
+            Err(error) => Err(failure(&error)),
+        }
     }
 }
 
@@ -152,7 +189,10 @@ fn failure(error: &zbus::Error) -> Failure {
             let text = text.as_deref().unwrap_or(name.as_str());
             match name.as_str().strip_prefix("org.nightporter1.Error.") {
                 Some("NotAuthorized") => {
-                    Failure::new(Exit::NotAllowed, format!("not allowed: {text}; try it as root (sudo nightporter …)"))
+                    let help = "as root it is (sudo nightporter …), and where an authentication agent can ask for an \
+                                administrator's password: a desktop's own, or in a terminal pkttyagent (package \
+                                polkitd), which nightporter starts itself";
+                    Failure::new(Exit::NotAllowed, format!("not allowed: {text}\n  {help}"))
                 }
                 Some("NoSuchApp") => Failure::new(Exit::NoSuchApp, text),
                 Some("NotRunning") => Failure::new(Exit::Temporary, text),

@@ -1,5 +1,6 @@
 //! `nightporter`: asks the daemon over D-Bus, sends test messages, runs the demo.
 
+mod agent;
 mod args;
 mod client;
 mod demo;

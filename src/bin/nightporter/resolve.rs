@@ -14,7 +14,11 @@ const SUGGESTIONS: usize = 3;
 
 /// The bus name meant by `given`.
 pub(crate) fn app(daemon: &Daemon, given: &str) -> Result<String, Failure> {
-    let apps = client::decode::<Vec<view::App>>(&daemon.ask("Apps", None)?)?;
+    let apps = match daemon.ask_silently("Apps") {
+        // Who may not read of them all may still act on one, or be asked for a password to do so, once.
+        Err(failure) if failure.exit == Exit::NotAllowed => return Ok(given.to_owned()),
+        apps => client::decode::<Vec<view::App>>(&apps?)?,
+    };
     // The system daemon may know an app of the same name for several users.
     let names: BTreeSet<&str> = apps.iter().map(|app| app.name.as_str()).collect();
     let names: Vec<&str> = names.into_iter().collect();

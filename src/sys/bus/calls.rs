@@ -11,14 +11,16 @@ use serde::Serialize;
 use zbus::{DynamicType, Message, SerializeDict, Type, message::Flags};
 
 use super::{
+    checks::{Checks, Verdict},
     panel::{self, Refusal, Shown},
+    polkit::Authority,
     process::{self, Identity, Purpose},
     request::{self, About, Answer, Call, Fault, INVALID_ARGS, LIMITS_EXCEEDED, Wording},
     wire::{Pending, Response, Wire},
 };
 use crate::{
     action::{ErrorKind, PanelState, Reply},
-    event::{BusEvent, CallId, Caller, Request},
+    event::{Authorization, BusEvent, CallId, Caller, Privilege, Request},
     model::Owner,
     sys::inbox::Process,
 };
@@ -43,6 +45,7 @@ pub(super) struct Calls {
     /// Whether KDE's settings panel is served.
     panel: bool,
     refusal: Refusal,
+    checks: Checks<Asked>,
 }
 
 /// One sender.
@@ -73,15 +76,16 @@ enum Owns {
     Known(bool),
 }
 
-/// With the loop.
+/// With the loop, or with polkit.
 struct Asked {
     message: Message,
     wording: Wording,
-    sender: Arc<str>,
+    caller: Caller,
+    request: Request,
 }
 
 impl Calls {
-    pub(super) fn new(panel: bool) -> Self {
+    pub(super) fn new(panel: bool, authority: Authority, verdicts: async_channel::Sender<Verdict>) -> Self {
         Self {
             senders: HashMap::new(),
             asked: BTreeMap::new(),
@@ -89,6 +93,7 @@ impl Calls {
             clock: 0,
             panel,
             refusal: Refusal::default(),
+            checks: Checks::new(authority, verdicts),
         }
     }
 
@@ -186,14 +191,14 @@ impl Calls {
     }
 
     /// The loop replied.
-    pub(super) fn reply(&mut self, wire: &mut Wire, call: CallId, reply: Reply) {
+    pub(super) fn reply(&mut self, wire: &mut Wire, call: CallId, reply: Reply, next: &mut u64) {
         // Unknown: from before the connection was lost, and so is who asked.
-        let Some(Asked { message, wording, sender }) = self.asked.remove(&call.0) else { return };
-        self.waiting -= 1;
-        if let Some(peer) = self.senders.get_mut(&sender) {
-            peer.asked -= 1;
+        let Some(asked) = self.asked.remove(&call.0) else { return };
+        if let Reply::Authorize { privilege, interactive } = reply {
+            return self.authorize(wire, (call.0, asked), privilege, interactive, next);
         }
-        self.forget_somebody();
+        self.done(&asked);
+        let Asked { message, wording, caller: Caller { owner: Owner(sender), .. }, .. } = asked;
         let reply = match (wording, reply) {
             (Wording::SetProvider, Reply::Error(kind, text)) => {
                 self.refused(wire, &sender, &text);
@@ -212,6 +217,57 @@ impl Calls {
             (_, reply) => reply,
         };
         word(wire, &message, wording, reply);
+    }
+
+    /// The loop wants to know what polkit says before it answers.
+    fn authorize(
+        &mut self,
+        wire: &mut Wire,
+        (number, asked): (u64, Asked),
+        privilege: Privilege,
+        interactive: bool,
+        next: &mut u64,
+    ) {
+        let flags = asked.message.primary_header().flags();
+        let interactive = interactive && flags.contains(Flags::ALLOW_INTERACTIVE_AUTH);
+        let (Owner(sender), request) = (asked.caller.owner.clone(), asked.request.clone());
+        let begun = self.checks.begin(wire, (number, asked), &sender, (privilege, request), interactive);
+        if let Err((asked, reason)) = begun {
+            self.ask_again(wire, asked, Authorization::Refused(reason), next);
+        }
+    }
+
+    /// The process of a caller that polkit is to be asked about was found, or not.
+    pub(super) fn found(&mut self, wire: &Wire, call: u64, process: Result<Process, Arc<str>>) {
+        self.checks.found(wire, call, process);
+    }
+
+    /// polkit answered, or could not be asked.
+    pub(super) fn decided(&mut self, wire: &mut Wire, (call, authorization): Verdict, next: &mut u64) {
+        if let Some(asked) = self.checks.take(wire, call) {
+            self.ask_again(wire, asked, authorization, next);
+        }
+    }
+
+    /// A name has no owner any more.
+    pub(super) fn left(&mut self, wire: &mut Wire, name: &str) {
+        for asked in self.checks.left(wire, name) {
+            self.done(&asked);
+        }
+    }
+
+    fn ask_again(&mut self, wire: &Wire, mut asked: Asked, authorization: Authorization, next: &mut u64) {
+        asked.caller.authorization = authorization;
+        hand_over(wire, &mut self.asked, asked, next);
+    }
+
+    /// A call waits no more.
+    fn done(&mut self, asked: &Asked) {
+        self.waiting -= 1;
+        if let Some(peer) = self.senders.get_mut(&asked.caller.owner.0) {
+            peer.asked -= 1;
+        }
+        self.forget_somebody();
     }
 
     /// What the panel wants is refused: it is told, for it does not wait for a reply.
@@ -253,13 +309,11 @@ impl Calls {
                 app_id: identity.app_id.clone(),
                 sandboxed: identity.sandboxed,
                 owns_service,
+                authorization: Authorization::NotAsked,
             };
             let Some(Queued { message, request, wording, .. }) = peer.queue.pop_front() else { return };
             peer.asked += 1;
-            let call = CallId(*next);
-            *next += 1;
-            self.asked.insert(call.0, Asked { message, wording, sender: Arc::clone(sender) });
-            wire.event(BusEvent::Call { call, caller, request });
+            hand_over(wire, &mut self.asked, Asked { message, wording, caller, request }, next);
         }
     }
 
@@ -274,6 +328,14 @@ impl Calls {
             self.senders.remove(&oldest);
         }
     }
+}
+
+/// Gives the loop a call under a number of its own.
+fn hand_over(wire: &Wire, asked: &mut BTreeMap<u64, Asked>, call: Asked, next: &mut u64) {
+    let event = BusEvent::Call { call: CallId(*next), caller: call.caller.clone(), request: call.request.clone() };
+    asked.insert(*next, call);
+    *next += 1;
+    wire.event(event);
 }
 
 fn busy(own: usize) -> Fault {
@@ -328,6 +390,7 @@ fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
         (Reply::Panel(state), Wording::Panel(shown)) => show(wire, call, shown, *state),
         (Reply::Done, Wording::Empty | Wording::SetProvider) => reply(wire, call, &()),
         (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
+        // `Authorize` does not come here.
         (answer, wording) => {
             log::error!("a reply {answer:?} does not fit a call that wants {wording:?}");
             reply_error(wire, call, "org.freedesktop.DBus.Error.Failed", "this daemon made a mistake");

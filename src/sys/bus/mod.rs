@@ -2,6 +2,7 @@
 //!
 //! - `session`: one connection: names, orders, and everything the bus says, in order.
 //! - `interfaces`, `request`, `calls`: what we serve; arguments checked, callers identified, replies worded.
+//! - `checks`, `polkit`: what a caller may not do by its own right, and an administrator may allow.
 //! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
@@ -9,9 +10,11 @@
 
 mod activation;
 mod calls;
+mod checks;
 mod deliver;
 mod interfaces;
 mod panel;
+mod polkit;
 mod process;
 mod request;
 mod sandbox;
@@ -36,7 +39,7 @@ use async_channel::Receiver;
 use futures_core::Stream;
 use zruntime::{Shared, Task};
 
-use self::session::Way;
+use self::{polkit::Authority, session::Way};
 use super::{
     inbox::{Incoming, Sender},
     users::{Roster, USERS, User, errand::Errands},
@@ -138,8 +141,18 @@ async fn route(
     orders: Receiver<Action>,
     inbox: Sender,
 ) {
-    let mut routes =
-        Routes { panel, inbox, errands: Errands::default(), open: BTreeMap::new(), users: Vec::new(), next: 0 };
+    // polkit is where the system bus is, whatever is served here.
+    let system = buses.iter().find(|at| at.bus == Bus::System).and_then(|at| at.address.clone());
+    let authority = Authority::at(system);
+    let mut routes = Routes {
+        panel,
+        authority,
+        inbox,
+        errands: Errands::default(),
+        open: BTreeMap::new(),
+        users: Vec::new(),
+        next: 0,
+    };
     for BusAddress { bus, address } in buses {
         routes.add(bus, Way::Address(address));
     }
@@ -173,6 +186,7 @@ async fn route(
 /// The buses served now.
 struct Routes {
     panel: bool,
+    authority: Authority,
     inbox: Sender,
     errands: Errands,
     /// By the index in their calls, which is used again only when all others have been: an answer to who is gone must
@@ -199,7 +213,8 @@ impl Routes {
         self.next = index.wrapping_add(1);
         let (orders, receiver) = async_channel::unbounded();
         let first_call = u64::from(index) << INDEX_SHIFT;
-        let task = session::serve(bus, way, self.panel, receiver, self.inbox.clone(), first_call);
+        let authority = self.authority.clone();
+        let task = session::serve(bus, way, self.panel, authority, receiver, self.inbox.clone(), first_call);
         self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task) });
     }
 

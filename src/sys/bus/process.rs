@@ -11,6 +11,7 @@ use rustix::{
 use zbus::fdo::ConnectionCredentials;
 
 use super::{
+    polkit::Subject,
     sandbox::{self, Sandbox},
     unit,
     wire::{Failure, Pending, Response, Wire},
@@ -24,6 +25,8 @@ pub(super) enum Purpose {
     Watch(AppKey),
     /// It called us.
     Caller,
+    /// polkit is to be asked about this call of its.
+    Check(u64),
 }
 
 /// Who a caller is.
@@ -102,6 +105,36 @@ pub(super) fn identify(process: &Process) -> Result<Identity, Arc<str>> {
     Ok(Identity { uid: process.uid, pid: process.pid, app_id: app_id.map(Into::into), sandboxed })
 }
 
+/// A process on the session bus of user `uid`, for polkit. That bus is the user's to fake: of nobody else's process it
+/// can make polkit believe that it asks for something.
+pub(super) fn subject(process: Process, uid: u32) -> Result<Subject, Arc<str>> {
+    let Process { pid, pidfd, .. } = &process;
+    let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let (stat, status) = (read("stat"), read("status"));
+    // All of it was read by pid: it holds only if the process behind the pidfd still has that pid.
+    if sandbox::fdinfo(pidfd, "Pid:").as_deref() != Some(&*pid.to_string()) || has_ended(&process) {
+        return Err("its process ended".into());
+    }
+    let Some(start_time) = start_time(&stat) else {
+        return Err("its process cannot be looked at".into());
+    };
+    if !has_only_uid(&status, uid) {
+        return Err(format!("its process is not only user {uid}'s").into());
+    }
+    Ok(Subject::Process { pid: process.pid, start_time, uid, pidfd: process.pidfd })
+}
+
+/// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)). The second, a name in parentheses, may hold anything.
+fn start_time(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+}
+
+/// Whether the real, effective, saved and file system uid in `/proc/PID/status` are all this one.
+fn has_only_uid(status: &str, uid: u32) -> bool {
+    let mut ids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default().split_whitespace();
+    ids.clone().count() == 4 && ids.all(|id| id.parse() == Ok(uid))
+}
+
 fn has_ended(process: &Process) -> bool {
     let mut fds = [PollFd::new(&process.pidfd, PollFlags::IN)];
     poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |ready| ready > 0)
@@ -165,6 +198,39 @@ mod tests {
         assert!(from_bus(&answer).0.unwrap().is_err());
         answer.insert("ProcessID", "1".into());
         assert!(from_bus(&answer).0.unwrap().is_err());
+    }
+
+    #[test]
+    fn a_subject_is_the_users_own_living_process() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let pidfd = || pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        let process = |pidfd| Process { pid: child.id(), uid: 7, pidfd };
+        let (own, kept) = (rustix::process::geteuid().as_raw(), pidfd());
+        let Subject::Process { pid, start_time, uid, .. } = subject(process(pidfd()), own).unwrap() else {
+            panic!("not a process")
+        };
+        assert_eq!((pid, uid), (child.id(), own));
+        let mine = super::start_time(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap();
+        assert!(start_time >= mine && start_time < mine + 360_000, "{start_time} and {mine}");
+        assert!(subject(process(pidfd()), own + 1).is_err());
+        // The pid is another's.
+        assert!(subject(Process { pid: std::process::id(), uid: own, pidfd: pidfd() }, own).is_err());
+        let id = child.id();
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(subject(Process { pid: id, uid: own, pidfd: kept }, own).is_err());
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_a_process() {
+        let stat = "7 (a) Z 1 (b) S 1 7 7 0 -1 4194304 103 0 0 0 0 0 0 0 20 0 1 0 160231 5 6";
+        assert_eq!(start_time(stat), Some(160_231));
+        assert_eq!(start_time("7 (a) S 1 7"), None);
+        assert_eq!(start_time(""), None);
+        assert!(has_only_uid("Name:\tUid:\nUid:\t5\t5\t5\t5\n", 5));
+        for status in ["Uid:\t5\t0\t5\t5\n", "Uid:\t0\t5\t5\t5\n", "Uid:\t5\n", "Uid:\n", "Gid:\t5\t5\t5\t5\n", ""] {
+            assert!(!has_only_uid(status, 5), "{status}");
+        }
     }
 
     #[test]

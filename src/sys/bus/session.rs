@@ -16,9 +16,11 @@ use zruntime::{SharedRuntime, Task};
 
 use super::{
     calls::Calls,
+    checks::Verdict,
     deliver::Deliveries,
     interfaces::NAMES,
     panel::{self, KDE_NAME},
+    polkit::Authority,
     process::{self, Purpose},
     start,
     watch::{self, Watches},
@@ -59,7 +61,15 @@ pub(super) enum Way {
 }
 
 /// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
-pub(super) async fn serve(bus: Bus, way: Way, panel: bool, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+pub(super) async fn serve(
+    bus: Bus,
+    way: Way,
+    panel: bool,
+    authority: Authority,
+    orders: Receiver<Action>,
+    inbox: Sender,
+    next_call: u64,
+) {
     let panel = panel && matches!(bus, Bus::Session(_));
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,
@@ -69,7 +79,7 @@ pub(super) async fn serve(bus: Bus, way: Way, panel: bool, orders: Receiver<Acti
         Way::Address(_) => None,
         Way::User(user, errands) => Some(Door::new(user.clone(), errands.clone())),
     };
-    let mut lasting = Lasting { bus, way, inbox, watched: BTreeSet::new(), next_call, told_down: false };
+    let mut lasting = Lasting { bus, way, authority, inbox, watched: BTreeSet::new(), next_call, told_down: false };
     let mut orders = pin!(orders);
     let mut delay = RETRY.0;
     loop {
@@ -125,6 +135,7 @@ async fn connect(address: Option<String>, bus: Bus) -> zbus::Result<Connection> 
 struct Lasting {
     bus: Bus,
     way: Way,
+    authority: Authority,
     inbox: Sender,
     watched: BTreeSet<AppKey>,
     next_call: u64,
@@ -224,6 +235,8 @@ struct Session<'a> {
     watches: Watches,
     deliveries: Deliveries,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
+    // Pinned once and for all, to be polled as it is.
+    verdicts: Pin<Box<Receiver<Verdict>>>,
     names: [bool; NAMES.len()],
     panel: Panel,
     was_up: bool,
@@ -248,17 +261,20 @@ struct Panel {
 enum Input {
     Message(Message),
     Order(Action),
+    Verdict(Verdict),
     Stop,
     Broken(String),
 }
 
 impl<'a> Session<'a> {
     fn new(lasting: &'a mut Lasting, connection: Connection, panel: bool) -> Self {
+        let (told, verdicts) = async_channel::unbounded();
         Self {
             wire: Wire::new(lasting.bus, lasting.inbox.clone()),
+            calls: Calls::new(panel, lasting.authority.clone(), told),
             lasting,
             connection,
-            calls: Calls::new(panel),
+            verdicts: Box::pin(verdicts),
             watches: Watches::default(),
             deliveries: Deliveries::default(),
             starts: HashMap::new(),
@@ -284,12 +300,16 @@ impl<'a> Session<'a> {
             {
                 return self.lost(format!("the connection broke: {error}"));
             }
-            let mut input = poll_fn(|context| poll_input(&mut stream, orders.as_mut(), orders_first, context)).await;
+            let mut input =
+                poll_fn(|context| self.poll_input(&mut stream, orders.as_mut(), orders_first, context)).await;
             orders_first = !orders_first;
             for handled in 1.. {
                 match input {
                     Input::Message(message) => self.message(message),
                     Input::Order(order) => self.order(order),
+                    Input::Verdict(verdict) => {
+                        self.calls.decided(&mut self.wire, verdict, &mut self.lasting.next_call);
+                    }
                     Input::Stop => {
                         self.say_last_words().await;
                         return Ended::Stopped;
@@ -302,8 +322,9 @@ impl<'a> Session<'a> {
                 if handled == BATCH {
                     break;
                 }
-                let more =
-                    poll_fn(|context| Poll::Ready(poll_input(&mut stream, orders.as_mut(), orders_first, context)));
+                let more = poll_fn(|context| {
+                    Poll::Ready(self.poll_input(&mut stream, orders.as_mut(), orders_first, context))
+                });
                 let Poll::Ready(next) = more.await else { break };
                 orders_first = !orders_first;
                 input = next;
@@ -340,7 +361,9 @@ impl<'a> Session<'a> {
             return self.lasting.refuse(order);
         }
         match order {
-            Action::Reply(call, reply) => self.calls.reply(&mut self.wire, call, reply),
+            Action::Reply(call, reply) => {
+                self.calls.reply(&mut self.wire, call, reply, &mut self.lasting.next_call);
+            }
             Action::Watch(app) => {
                 self.watches.add(&mut self.wire, &app);
                 self.lasting.watched.insert(app);
@@ -433,6 +456,7 @@ impl<'a> Session<'a> {
     fn identified(&mut self, owner: &Arc<str>, purpose: Purpose, process: Result<Process, Arc<str>>) {
         match purpose {
             Purpose::Watch(app) => self.watches.identified(&self.wire, app, Arc::clone(owner), process),
+            Purpose::Check(call) => self.calls.found(&self.wire, call, process),
             Purpose::Caller => self.calls.identified(&mut self.wire, owner, process, &mut self.lasting.next_call),
         }
     }
@@ -451,7 +475,9 @@ impl<'a> Session<'a> {
                         self.panel_name_changed(new);
                     }
                     self.watches.changed(&mut self.wire, name, new);
-                    if !new.is_empty() {
+                    if new.is_empty() {
+                        self.calls.left(&mut self.wire, name);
+                    } else {
                         self.started(name);
                     }
                 }
@@ -558,28 +584,32 @@ impl<'a> Session<'a> {
     fn is_up(&self) -> bool {
         self.names.iter().all(|owned| *owned)
     }
-}
 
-/// The next thing that happens, either kind first in turn so that neither starves the other.
-fn poll_input(
-    stream: &mut MessageStream,
-    mut orders: Pin<&mut Receiver<Action>>,
-    orders_first: bool,
-    context: &mut Context<'_>,
-) -> Poll<Input> {
-    for kind in [orders_first, !orders_first] {
-        let polled = if kind {
-            orders.as_mut().poll_next(context).map(|order| order.map_or(Input::Stop, Input::Order))
-        } else {
-            Pin::new(&mut *stream).poll_next(context).map(|message| match message {
-                Some(Ok(message)) => Input::Message(message),
-                Some(Err(error)) => Input::Broken(format!("the connection broke: {error}")),
-                None => Input::Broken("the bus closed the connection".into()),
-            })
-        };
-        if polled.is_ready() {
-            return polled;
+    /// The next thing that happens, either kind first in turn so that neither starves the other. Verdicts are few.
+    fn poll_input(
+        &mut self,
+        stream: &mut MessageStream,
+        mut orders: Pin<&mut Receiver<Action>>,
+        orders_first: bool,
+        context: &mut Context<'_>,
+    ) -> Poll<Input> {
+        if let Poll::Ready(Some(verdict)) = self.verdicts.as_mut().poll_next(context) {
+            return Poll::Ready(Input::Verdict(verdict));
         }
+        for kind in [orders_first, !orders_first] {
+            let polled = if kind {
+                orders.as_mut().poll_next(context).map(|order| order.map_or(Input::Stop, Input::Order))
+            } else {
+                Pin::new(&mut *stream).poll_next(context).map(|message| match message {
+                    Some(Ok(message)) => Input::Message(message),
+                    Some(Err(error)) => Input::Broken(format!("the connection broke: {error}")),
+                    None => Input::Broken("the bus closed the connection".into()),
+                })
+            };
+            if polled.is_ready() {
+                return polled;
+            }
+        }
+        Poll::Pending
     }
-    Poll::Pending
 }

@@ -157,6 +157,6 @@ fn bus_call<B: Serialize + DynamicType>(member: &'static str, body: &B) -> Optio
 }
 
 /// Error texts of others are shown to people and stored; their beginning is enough.
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     text.chars().take(300).collect()
 }

@@ -94,7 +94,9 @@ impl<'a> Session<'a> {
             if let Err(error) = self.connection.send_all(&out).await {
                 break Some(format!("the connection broke: {error}"));
             }
+            let users = self.lasting.users.as_ref().and_then(Users::poll_timeout);
             let deadline = earliest(self.lasting.settling.poll_timeout(), self.inhibitors.poll_timeout());
+            let deadline = earliest(deadline, users);
             let mut input = {
                 let mut turn = pin!(self.lasting.bell.turn(deadline));
                 // The loop first: what it wants is little, and a flood on the bus must not hold it up.
@@ -110,7 +112,13 @@ impl<'a> Session<'a> {
                     Input::Message(message) => self.message(&message),
                     Input::Turn(Turn::Stop) => break Some(None),
                     Input::Turn(Turn::Rang) => self.rang(),
-                    Input::Turn(Turn::Deadline) => self.inhibitors.handle_timeout(clock::boot()),
+                    Input::Turn(Turn::Deadline) => {
+                        let now = clock::boot();
+                        self.inhibitors.handle_timeout(now);
+                        if let Some(users) = &mut self.lasting.users {
+                            users.handle_timeout(&mut self.calls, now);
+                        }
+                    }
                     Input::Broken(text) => break Some(Some(text)),
                 }
                 handled += 1;

@@ -7,6 +7,7 @@ use std::{
     num::NonZeroU32,
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use zbus::{ObjectPath, Variant};
@@ -15,8 +16,16 @@ use super::{
     calls::{Calls, PROPERTIES, Pending, Response},
     logind::{MANAGER, PATH},
 };
-use crate::sys::users::{USERS, User, Usher};
+use crate::{
+    sys::{
+        clock,
+        users::{USERS, User, Usher},
+    },
+    time::Instant,
+};
 
+/// What logind has not told within this is asked for again, each time after twice as long, up to the second.
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(600));
 const USER: &str = "org.freedesktop.login1.User";
 
 /// Who is logged in, and what is being found out about it.
@@ -27,28 +36,90 @@ pub(super) struct Users {
     /// By uid. Bounded by [`USERS`] and one more, so that it can be said that there are too many.
     known: BTreeMap<u32, Known>,
     list: Option<NonZeroU32>,
+    /// Whether the list is still to be had.
+    unlisted: bool,
+    patience: Duration,
+    /// When something that was not told is asked for again.
+    again: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
+    path: String,
     user: Option<User>,
     asked: Option<NonZeroU32>,
 }
 
 impl Users {
     pub(super) fn new(usher: Usher) -> Self {
-        Self { usher, logind: None, known: BTreeMap::new(), list: None }
+        Self {
+            usher,
+            logind: None,
+            known: BTreeMap::new(),
+            list: None,
+            unlisted: false,
+            patience: PATIENCE.0,
+            again: None,
+        }
     }
 
     /// logind is there, perhaps anew.
     pub(super) fn appeared(&mut self, calls: &mut Calls, owner: Arc<str>) {
-        self.list = calls.call(&owner, PATH, MANAGER, "ListUsers", &(), Pending::Users);
         self.logind = Some(owner);
+        self.patience = PATIENCE.0;
+        self.list(calls);
+    }
+
+    fn list(&mut self, calls: &mut Calls) {
+        let Some(logind) = &self.logind else { return };
+        if let Some(earlier) = self.list.take() {
+            calls.forget(earlier);
+        }
+        self.unlisted = true;
+        self.list = calls.call(logind, PATH, MANAGER, "ListUsers", &(), Pending::Users);
+        self.wait();
+    }
+
+    /// Waits for what was asked just now, if nothing is waited for.
+    fn wait(&mut self) {
+        if self.again.is_none() {
+            self.again = Some(clock::boot() + self.patience);
+        }
+    }
+
+    /// When [`Users::handle_timeout`] wants to be called.
+    pub(super) const fn poll_timeout(&self) -> Option<Instant> {
+        self.again
+    }
+
+    /// Time passed. Of a logind that hangs nothing is known, and nothing else waits for it.
+    pub(super) fn handle_timeout(&mut self, calls: &mut Calls, now: Instant) {
+        if self.again.is_none_or(|at| at > now) {
+            return;
+        }
+        self.again = None;
+        let silent: Vec<(u32, String)> = self
+            .known
+            .iter()
+            .filter(|(_, known)| known.asked.is_some())
+            .map(|(uid, known)| (*uid, known.path.clone()))
+            .collect();
+        match self.patience == PATIENCE.0 {
+            true => log::warn!("logind does not tell who is logged in; it is asked again, less and less often"),
+            false => log::debug!("logind still does not tell who is logged in"),
+        }
+        self.patience = (self.patience * 2).min(PATIENCE.1);
+        if self.unlisted {
+            self.list(calls);
+        }
+        for (uid, path) in silent {
+            self.came(calls, uid, &path);
+        }
     }
 
     /// logind is gone, and answers nothing any more.
     pub(super) fn vanished(&mut self) {
-        (self.logind, self.list) = (None, None);
+        (self.logind, self.list, self.unlisted, self.again) = (None, None, false, None);
         for known in self.known.values_mut() {
             known.asked = None;
         }
@@ -67,12 +138,15 @@ impl Users {
         });
         let listed = match listed {
             Ok(listed) => listed,
+            // It is asked again.
             Err(text) => return log::warn!("logind does not tell who is logged in: {text}"),
         };
+        self.unlisted = false;
         self.known.retain(|uid, _| listed.contains_key(uid));
         for (uid, path) in listed {
             self.came(calls, uid, &path);
         }
+        self.settle();
         self.tell();
     }
 
@@ -87,7 +161,9 @@ impl Users {
         if let Some(earlier) = known.asked.take() {
             calls.forget(earlier);
         }
+        path.clone_into(&mut known.path);
         known.asked = calls.call(logind, path, PROPERTIES, "GetAll", &USER, Pending::User(uid));
+        self.wait();
     }
 
     /// The answer to GetAll.
@@ -99,6 +175,7 @@ impl Users {
             // It may have logged out again; then logind says so.
             Err(text) => log::info!("logind does not tell where the session bus of user {uid} is: {text}"),
         }
+        self.settle();
         self.tell();
     }
 
@@ -108,7 +185,15 @@ impl Users {
             if let Some(serial) = known.asked {
                 calls.forget(serial);
             }
+            self.settle();
             self.tell();
+        }
+    }
+
+    /// No timer while nothing is waited for.
+    fn settle(&mut self) {
+        if !self.unlisted && self.known.values().all(|known| known.asked.is_none()) {
+            (self.again, self.patience) = (None, PATIENCE.0);
         }
     }
 
