@@ -11,6 +11,7 @@
 pub mod action;
 pub mod config;
 pub mod core;
+pub mod doctor;
 pub mod event;
 pub mod model;
 pub mod time;
