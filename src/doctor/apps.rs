@@ -36,8 +36,8 @@ fn examine_one(area: &mut Area<'_>, app: &App, systemd: bool) {
                 Verdict::Lacks,
                 format!("{name} ({bus}) has no D-Bus service file"),
                 Some(
-                    "it cannot be started for a push, so it is never ended to save memory; what comes while it does not run \
-                     waits",
+                    "it cannot be started for a push: what comes while it does not run, also because it was ended to save \
+                     memory, waits until it is started by hand",
                 ),
                 vec![service_file(name, bus)],
             );
@@ -54,7 +54,7 @@ fn examine_one(area: &mut Area<'_>, app: &App, systemd: bool) {
             &id,
             Verdict::Broken,
             format!("{name} ({bus}) has a D-Bus service file, but the bus does not know of it"),
-            Some("the bus does not start it, and systemd only where that is in charge"),
+            Some("the bus cannot start it for a push, and other programs cannot reach it"),
             vec![format!(
                 "busctl {} call org.freedesktop.DBus / org.freedesktop.DBus ReloadConfig",
                 if bus == "system" { "--system" } else { "--user" }

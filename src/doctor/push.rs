@@ -225,7 +225,7 @@ fn configuration(area: &mut Area<'_>, facts: &Facts, config: &Config) {
 
 fn state_directory(area: &mut Area<'_>, facts: &Facts, state: &StateDir) {
     let free = mib(state.free / 1024);
-    let instead = Some("messages cannot be stored: one is acknowledged when its app has taken it, and lost with neither");
+    let instead = Some("messages cannot be stored: one that its app does not take at once stays at the push server");
     if state.read_only {
         area.say(
             "state",
