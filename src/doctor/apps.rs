@@ -26,7 +26,9 @@ fn examine_one(area: &mut Area<'_>, app: &App, systemd: bool) {
         Ok(None) if app.known_to_bus == Some(true) => {
             area.note(
                 &id,
-                format!("{name} ({bus}): the bus can start it, but its D-Bus service file was not found in the usual places"),
+                format!(
+                    "{name} ({bus}): the bus can start it, but its D-Bus service file was not found in the usual places"
+                ),
             );
             return;
         }

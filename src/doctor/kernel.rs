@@ -125,14 +125,18 @@ fn waking(area: &mut Area<'_>, facts: &Facts, kernel: &Kernel) {
             format!("{clock} can wake this machine; the heartbeat does not ask for it (network.wake-for-heartbeat)"),
         ),
         (true, Some(true)) => area.ok("wake-alarm", format!("{clock} wakes this machine for the heartbeat")),
-        (true, None) => area.note("wake-alarm", format!("{clock} can wake this machine; whether the daemon may, it alone knows")),
+        (true, None) => {
+            area.note("wake-alarm", format!("{clock} can wake this machine; whether the daemon may, it alone knows"))
+        }
         (true, Some(false)) => area.say(
             "wake-alarm",
             Verdict::Broken,
             "network.wake-for-heartbeat is on, but the daemon lacks CAP_WAKE_ALARM",
             Some("the machine is not woken for the heartbeat"),
             match facts.user {
-                true => vec!["set network.wake-for-heartbeat = false: a user's daemon cannot have the capability".into()],
+                true => {
+                    vec!["set network.wake-for-heartbeat = false: a user's daemon cannot have the capability".into()]
+                }
                 false => vec![
                     "sudo mkdir -p /etc/systemd/system/nightporterd.service.d".into(),
                     "printf '[Service]\\nProtectClock=no\\nCapabilityBoundingSet=CAP_WAKE_ALARM\\n' | \
@@ -153,7 +157,9 @@ fn hierarchy(area: &mut Area<'_>, facts: &Facts, cgroups: &Cgroups) {
             "cgroup",
             Verdict::Lacks,
             "cgroup v2 is not mounted",
-            Some("apps are stopped and continued by signals (SIGSTOP), which a program can notice and another can undo"),
+            Some(
+                "apps are stopped and continued by signals (SIGSTOP), which a program can notice and another can undo",
+            ),
             unified(facts, machine),
         );
         return;
@@ -172,7 +178,10 @@ fn hierarchy(area: &mut Area<'_>, facts: &Facts, cgroups: &Cgroups) {
         area.say(
             "cgroup",
             Verdict::Note,
-            format!("cgroup v2 is mounted at {mount}, beside version 1 (hybrid mode), which holds {}", cgroups.v1.join(", ")),
+            format!(
+                "cgroup v2 is mounted at {mount}, beside version 1 (hybrid mode), which holds {}",
+                cgroups.v1.join(", ")
+            ),
             Some("freezing works; a controller that version 1 holds is not to be had in version 2"),
             unified(facts, machine),
         );
@@ -211,7 +220,9 @@ fn memory_controller(area: &mut Area<'_>, facts: &Facts, cgroups: &Cgroups) {
         return;
     }
     let instead = match (facts.user, facts.kernel.as_ref().is_ok_and(|kernel| kernel.process_madvise)) {
-        (false, true) => "apps are paged out process by process (process_madvise); memory is read from /proc/PID/smaps_rollup",
+        (false, true) => {
+            "apps are paged out process by process (process_madvise); memory is read from /proc/PID/smaps_rollup"
+        }
         (true, true) => "nothing is paged out: process_madvise(2) takes rights that a user's daemon does not have",
         (_, false) => "nothing is paged out: frozen apps keep their memory until they are ended",
     };
@@ -233,7 +244,8 @@ fn memory_controller(area: &mut Area<'_>, facts: &Facts, cgroups: &Cgroups) {
             Verdict::Lacks,
             vec![
                 "mkdir -p ~/.config/systemd/user/app.slice.d".to_owned(),
-                "printf '[Slice]\\nMemoryAccounting=yes\\n' > ~/.config/systemd/user/app.slice.d/memory.conf".to_owned(),
+                "printf '[Slice]\\nMemoryAccounting=yes\\n' > ~/.config/systemd/user/app.slice.d/memory.conf"
+                    .to_owned(),
                 "systemctl --user daemon-reload".to_owned(),
             ],
         ),
@@ -337,7 +349,9 @@ fn reclaim(area: &mut Area<'_>, facts: &Facts, cgroups: &Cgroups) {
             "a cgroup can be paged out, mostly anonymous memory (memory.reclaim, swappiness=200)",
         ),
         Some(Swappiness::No) => without_swappiness(area),
-        None if since((6, 8)) => area.ok("memory-reclaim", "a cgroup can be paged out (memory.reclaim with swappiness)"),
+        None if since((6, 8)) => {
+            area.ok("memory-reclaim", "a cgroup can be paged out (memory.reclaim with swappiness)")
+        }
         None => without_swappiness(area),
     }
 }

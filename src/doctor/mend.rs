@@ -31,10 +31,9 @@ pub(super) fn kernel_command_line(facts: &Facts, parameters: &[&str]) -> Vec<Str
             ),
             update_grub(*update),
         ],
-        Boot::Grub { fragments: false, update } => vec![
-            format!("add to GRUB_CMDLINE_LINUX in /etc/default/grub: {words}"),
-            update_grub(*update),
-        ],
+        Boot::Grub { fragments: false, update } => {
+            vec![format!("add to GRUB_CMDLINE_LINUX in /etc/default/grub: {words}"), update_grub(*update)]
+        }
         Boot::UBootMenu => vec![
             "sudo mkdir -p /etc/u-boot-menu/conf.d".to_owned(),
             format!(
@@ -45,9 +44,7 @@ pub(super) fn kernel_command_line(facts: &Facts, parameters: &[&str]) -> Vec<Str
         ],
         Boot::PostmarketOs { fragments: true } => vec![
             "sudo mkdir -p /etc/kernel-cmdline.d".to_owned(),
-            format!(
-                "printf '%s\\n' {words} | sudo tee /etc/kernel-cmdline.d/90-nightporter.conf"
-            ),
+            format!("printf '%s\\n' {words} | sudo tee /etc/kernel-cmdline.d/90-nightporter.conf"),
             "sudo mkinitfs".to_owned(),
         ],
         Boot::PostmarketOs { fragments: false } => vec![
@@ -75,9 +72,7 @@ pub(super) fn zram(machine: Option<&Machine>) -> Vec<String> {
     let systemd = machine.is_some_and(|machine| machine.systemd);
     let generator = |install: Option<&str>| {
         let mut steps: Vec<String> = install.map(str::to_owned).into_iter().collect();
-        steps.push(
-            "printf '[zram0]\\nzram-size = ram / 2\\n' | sudo tee /etc/systemd/zram-generator.conf".to_owned(),
-        );
+        steps.push("printf '[zram0]\\nzram-size = ram / 2\\n' | sudo tee /etc/systemd/zram-generator.conf".to_owned());
         steps.push("sudo systemctl daemon-reload".to_owned());
         steps.push("sudo systemctl start systemd-zram-setup@zram0.service".to_owned());
         steps

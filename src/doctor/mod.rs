@@ -68,14 +68,7 @@ impl Area<'_> {
         self.say(id, Verdict::Note, text, None, Vec::new());
     }
 
-    fn say(
-        &mut self,
-        id: &str,
-        verdict: Verdict,
-        text: impl Into<String>,
-        instead: Option<&str>,
-        mend: Vec<String>,
-    ) {
+    fn say(&mut self, id: &str, verdict: Verdict, text: impl Into<String>, instead: Option<&str>, mend: Vec<String>) {
         self.findings.push(Finding {
             area: self.name.to_owned(),
             id: id.to_owned(),

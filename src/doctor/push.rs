@@ -60,7 +60,10 @@ fn running(area: &mut Area<'_>, facts: &Facts) {
 
 fn alive(area: &mut Area<'_>, facts: &Facts, daemon: &Daemon) {
     if facts.user && daemon.uid == Some(0) {
-        area.note("daemon", "the system's daemon serves this session; `nightporter doctor` without --user says how it is");
+        area.note(
+            "daemon",
+            "the system's daemon serves this session; `nightporter doctor` without --user says how it is",
+        );
         return;
     }
     let status = match &daemon.status {
@@ -77,10 +80,14 @@ fn alive(area: &mut Area<'_>, facts: &Facts, daemon: &Daemon) {
         }
     };
     let process = daemon.pid.map(|pid| format!(", process {pid}")).unwrap_or_default();
-    let text = format!("nightporterd {} runs{process}, serving {}", status.version, match &status.buses[..] {
-        [] => "no bus".to_owned(),
-        buses => buses.join(", "),
-    });
+    let text = format!(
+        "nightporterd {} runs{process}, serving {}",
+        status.version,
+        match &status.buses[..] {
+            [] => "no bus".to_owned(),
+            buses => buses.join(", "),
+        }
+    );
     if status.version == env!("CARGO_PKG_VERSION") {
         area.ok("daemon", text);
     } else {
@@ -289,21 +296,21 @@ fn upstream(area: &mut Area<'_>, facts: &Facts, one: &Upstream) {
             vec![restart(facts)],
         ),
         (Some((_, Some(error))), None) => {
-            unreachable(area, &id, &who, error);
+            unreachable(area, facts, &id, &who, error);
         }
         (Some((_, None)), None) => area.note(&id, format!("{who} is not connected yet")),
-        (_, Some(Err(error))) => unreachable(area, &id, &who, error),
+        (_, Some(Err(error))) => unreachable(area, facts, &id, &who, error),
         (None, None) => area.note(&id, format!("{who} was not tried")),
     }
 }
 
-fn unreachable(area: &mut Area<'_>, id: &str, who: &str, error: &str) {
+fn unreachable(area: &mut Area<'_>, facts: &Facts, id: &str, who: &str, error: &str) {
     area.say(
         id,
         Verdict::Broken,
         format!("{who} cannot be reached: {error}"),
         Some("nothing is received from it; what is on its way waits there, and it is tried again with growing pauses"),
-        Vec::new(),
+        vec![format!("look at the network, then at this [[upstream]] in {}", config_file(facts))],
     );
 }
 

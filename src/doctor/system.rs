@@ -111,7 +111,8 @@ fn double_management(area: &mut Area<'_>, facts: &Facts, machine: &Machine) {
         );
     }
     if let Some(action) = &machine.waydroid {
-        let instead = "its container is no app of Night Porter's and is never touched; Android apps in it are not served";
+        let instead =
+            "its container is no app of Night Porter's and is never touched; Android apps in it are not served";
         if action == "freeze" {
             area.say(
                 "waydroid",
@@ -127,13 +128,31 @@ fn double_management(area: &mut Area<'_>, facts: &Facts, machine: &Machine) {
 }
 
 fn system_bus(area: &mut Area<'_>, facts: &Facts) {
-    let Some(bus) = area.seen("system-bus", "the system bus", &facts.system_bus) else { return };
+    let bus = match &facts.system_bus {
+        Ok(bus) => bus,
+        Err(why) => {
+            let without = match facts.user {
+                true => "power, network and sleep are unknown and count as good; the session is served all the same",
+                false => "the daemon has no system bus to serve, and does not hear of users, power, network and sleep",
+            };
+            area.say(
+                "system-bus",
+                Verdict::Lacks,
+                format!("the system bus cannot be reached: {why}"),
+                Some(without),
+                vec![start_bus(facts)],
+            );
+            return;
+        }
+    };
     implementation(area, "system-bus", "system bus", bus);
     let machine = facts.machine.as_ref().ok();
     // A user's daemon has its session for a session: it needs logind for sleep alone.
     let without_logind = match facts.user {
         true => "nothing keeps the machine awake while a message is on its way to its app",
-        false => "only the system bus is served, for nobody says who logs in; nothing keeps the machine awake for a message",
+        false => {
+            "only the system bus is served, for nobody says who logs in; nothing keeps the machine awake for a message"
+        }
     };
     let elogind = mend::package(machine, "elogind", "elogind");
     for (id, name, what, without, package) in [
@@ -168,6 +187,13 @@ fn system_bus(area: &mut Area<'_>, facts: &Facts) {
             let verdict = if id == "logind" { Verdict::Lacks } else { Verdict::Note };
             area.say(id, verdict, format!("{what} is not there"), Some(without), vec![package]);
         }
+    }
+}
+
+fn start_bus(facts: &Facts) -> String {
+    match facts.machine.as_ref().is_ok_and(|machine| machine.systemd) {
+        true => "sudo systemctl start dbus.socket".to_owned(),
+        false => mend::package(facts.machine.as_ref().ok(), "dbus", "dbus") + ", and have your init start it",
     }
 }
 
@@ -219,7 +245,8 @@ mod tests {
 
     #[test]
     fn a_version_begins_with_its_number() {
-        for (text, number) in [("257.9-1~deb13u1", Some(257)), ("252", Some(252)), ("v258~rc1", Some(258)), ("", None), ("x", None)]
+        for (text, number) in
+            [("257.9-1~deb13u1", Some(257)), ("252", Some(252)), ("v258~rc1", Some(258)), ("", None), ("x", None)]
         {
             assert_eq!(version(text), number, "{text:?}");
         }

@@ -75,7 +75,9 @@ impl Asked {
         let reply = self.connection.call_method(Some(name), path, Some(interface), method, body);
         block_on(reply).map_err(|error| match error {
             zbus::Error::MethodError(_, Some(text), _) => text,
-            zbus::Error::InputOutput(io) if io.kind() == std::io::ErrorKind::TimedOut => "it does not answer".to_owned(),
+            zbus::Error::InputOutput(io) if io.kind() == std::io::ErrorKind::TimedOut => {
+                "it does not answer".to_owned()
+            }
             other => other.to_string(),
         })
     }

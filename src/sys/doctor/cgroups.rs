@@ -32,8 +32,10 @@ fn v1(mounts: &str) -> Vec<String> {
     });
     // systemd's own hierarchy (name=systemd) has no controller.
     let none = ["rw", "ro", "none", "xattr", "clone_children", "noprefix", "cpuset_v2_mode", "favordynmods"];
-    let controllers: BTreeSet<&str> =
-        options.flat_map(|options| options.split(',')).filter(|one| !one.contains('=') && !none.contains(one)).collect();
+    let controllers: BTreeSet<&str> = options
+        .flat_map(|options| options.split(','))
+        .filter(|one| !one.contains('=') && !none.contains(one))
+        .collect();
     controllers.into_iter().map(str::to_owned).collect()
 }
 
@@ -73,7 +75,8 @@ fn slices(root: &Root, mount: &Path, user: Option<u32>) -> Vec<AppSlice> {
             let memory = |file: &str| root.words(at.join(file)).iter().any(|one| one == "memory");
             let below = children(root, &at);
             let may = |file: &str| {
-                let files: Vec<_> = below.iter().map(|name| at.join(name).join(file)).filter(|f| root.exists(f)).collect();
+                let files: Vec<_> =
+                    below.iter().map(|name| at.join(name).join(file)).filter(|f| root.exists(f)).collect();
                 (!files.is_empty()).then(|| files.iter().all(|file| root.may_write(file)))
             };
             Some(AppSlice {
@@ -116,7 +119,8 @@ fn children(root: &Root, at: &Path) -> Vec<String> {
 /// Asks for zero bytes, which reclaims nothing; a kernel that does not know the words refuses them with EINVAL.
 fn swappiness(file: &Path) -> Option<Swappiness> {
     for (words, meaning) in [("0 swappiness=max", Swappiness::Max), ("0 swappiness=200", Swappiness::Number)] {
-        let written = fs::OpenOptions::new().write(true).open(file).and_then(|mut file| file.write_all(words.as_bytes()));
+        let written =
+            fs::OpenOptions::new().write(true).open(file).and_then(|mut file| file.write_all(words.as_bytes()));
         match written {
             Ok(()) => return Some(meaning),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}

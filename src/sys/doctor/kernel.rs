@@ -55,8 +55,9 @@ fn psi_built(config: &str) -> Option<bool> {
 fn has_process_madvise() -> bool {
     // SAFETY: no pidfd is -1 and no vector is given, so nothing is read, written or advised: a kernel that knows the call
     // refuses it with EBADF.
-    let result =
-        unsafe { libc::syscall(libc::SYS_process_madvise, -1, std::ptr::null::<libc::iovec>(), 0, libc::MADV_PAGEOUT, 0) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_process_madvise, -1, std::ptr::null::<libc::iovec>(), 0, libc::MADV_PAGEOUT, 0)
+    };
     result != -1 || !matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
 }
 

@@ -50,7 +50,8 @@ fn boot(root: &Root, ids: &[String], model: Option<&str>) -> Boot {
         }
     }
     if ids.iter().any(|id| id == "postmarketos") {
-        let fragments = ["usr/bin/generate-kernel-cmdline", "usr/sbin/generate-kernel-cmdline", "usr/lib/kernel-cmdline.d"];
+        let fragments =
+            ["usr/bin/generate-kernel-cmdline", "usr/sbin/generate-kernel-cmdline", "usr/lib/kernel-cmdline.d"];
         return Boot::PostmarketOs { fragments: fragments.into_iter().any(|path| root.exists(path)) };
     }
     if root.exists("boot/armbianEnv.txt") {
@@ -103,7 +104,8 @@ mod tests {
 
     #[test]
     fn os_release_is_read_with_and_without_quotes() {
-        let text = "# comment\nNAME='x'\nID=debian\nID_LIKE=\"a b\"\nPRETTY_NAME=\"Debian GNU/Linux 13\"\nEMPTY=\nIDX=1\n";
+        let text =
+            "# comment\nNAME='x'\nID=debian\nID_LIKE=\"a b\"\nPRETTY_NAME=\"Debian GNU/Linux 13\"\nEMPTY=\nIDX=1\n";
         assert_eq!(os_release(text, "ID").as_deref(), Some("debian"));
         assert_eq!(os_release(text, "ID_LIKE").as_deref(), Some("a b"));
         assert_eq!(os_release(text, "PRETTY_NAME").as_deref(), Some("Debian GNU/Linux 13"));

@@ -46,7 +46,8 @@ pub fn look(question: Question) -> Facts {
     let Question { user, state_dir, config } = question;
     let uid = rustix::process::geteuid().as_raw();
     // All at once; then what follows from what they found.
-    let (system_bus, session_bus) = (Look::begin(|| bus::look(bus::Which::System)), bus::session().map(Look::begin_bus));
+    let (system_bus, session_bus) =
+        (Look::begin(|| bus::look(bus::Which::System)), bus::session().map(Look::begin_bus));
     let machine = Look::begin(|| Ok(machine::look(&Root::real())));
     let kernel = Look::begin(|| kernel::look(&Root::real(), Abilities::of_this_kernel()));
     let cgroups = Look::begin(move || cgroups::look(&Root::real(), user.then_some(uid)));
@@ -132,10 +133,7 @@ fn begin_apps(
     Ok(Look::begin(move || Ok(apps::look(&apps, &known))))
 }
 
-fn begin_upstreams(
-    daemon: Option<&Daemon>,
-    config: &Seen<Config>,
-) -> Seen<Look<Vec<crate::doctor::facts::Upstream>>> {
+fn begin_upstreams(daemon: Option<&Daemon>, config: &Seen<Config>) -> Seen<Look<Vec<crate::doctor::facts::Upstream>>> {
     let told = daemon.and_then(|daemon| daemon.status.as_ref().ok()).map(|status| status.upstreams.clone());
     let settings = match config {
         Ok(Config::Defaults) => Ok(Settings::default()),
