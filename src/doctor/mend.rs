@@ -4,18 +4,22 @@ use super::facts::{Boot, Facts, Machine};
 
 /// Kernel parameters that are missing, all at once: who sets one and boots anew should not have to do it again.
 pub(super) fn parameters(facts: &Facts) -> Vec<&'static str> {
-    let raspberry = matches!(&facts.machine, Ok(Machine { boot: Boot::RaspberryPi(_), .. }));
     let mut missing = Vec::new();
-    if facts.cgroups.as_ref().is_ok_and(|cgroups| cgroups.memory_enabled == Some(false)) {
-        missing.push("cgroup_enable=memory");
-        if raspberry {
-            missing.push("cgroup_memory=1");
-        }
+    // Only the Raspberry Pi's kernels know how to undo what their firmware asks for.
+    if is_raspberry_pi(facts) && facts.cgroups.as_ref().is_ok_and(|cgroups| cgroups.memory_enabled == Some(false)) {
+        missing.extend(["cgroup_enable=memory", "cgroup_memory=1"]);
     }
     if facts.kernel.as_ref().is_ok_and(|kernel| !kernel.psi && kernel.psi_built != Some(false)) {
         missing.push("psi=1");
     }
     missing
+}
+
+fn is_raspberry_pi(facts: &Facts) -> bool {
+    facts.machine.as_ref().is_ok_and(|machine| {
+        matches!(machine.boot, Boot::RaspberryPi(_))
+            || machine.model.as_ref().is_some_and(|model| model.starts_with("Raspberry Pi"))
+    })
 }
 
 /// How `parameters` are added to the kernel's command line on this machine.

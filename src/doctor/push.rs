@@ -59,7 +59,7 @@ fn running(area: &mut Area<'_>, facts: &Facts) {
 }
 
 fn alive(area: &mut Area<'_>, facts: &Facts, daemon: &Daemon) {
-    if facts.user && daemon.uid == Some(0) {
+    if facts.user && is_the_systems(facts, daemon) {
         area.note(
             "daemon",
             "the system's daemon serves this session; `nightporter doctor` without --user says how it is",
@@ -113,6 +113,12 @@ fn alive(area: &mut Area<'_>, facts: &Facts, daemon: &Daemon) {
         Profile::Cached => area.ok("profile", "the profile is cached: apps are frozen and paged out, not ended"),
         Profile::Tombstone => area.ok("profile", "the profile is tombstone: apps are frozen, paged out and ended"),
     }
+}
+
+/// On a user's bus: whether it is the one that serves all of them.
+fn is_the_systems(facts: &Facts, daemon: &Daemon) -> bool {
+    let system = facts.system_bus.as_ref().ok().and_then(|bus| bus.daemon.as_ref()).and_then(|daemon| daemon.pid);
+    daemon.uid == Some(0) && facts.uid != 0 || system.is_some() && system == daemon.pid
 }
 
 fn dead(area: &mut Area<'_>, facts: &Facts, bus: &Bus) {

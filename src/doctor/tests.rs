@@ -339,6 +339,25 @@ fn a_daemon_that_does_not_run_is_told_by_how_its_unit_is() {
 }
 
 #[test]
+fn the_systems_daemon_on_a_users_bus_is_not_the_users_own() {
+    let on_session = |uid: u32, daemon: Daemon| {
+        move |facts: &mut Facts| {
+            (facts.user, facts.uid) = (true, uid);
+            facts.session_bus = Some(Ok(Bus { daemon: Some(daemon), ..bus() }));
+        }
+    };
+    let own = |uid: u32| Daemon { pid: Some(78), uid: Some(uid), ..daemon(Profile::Tombstone) };
+    check("daemon", Verdict::Note, &["the system's daemon serves this session"], on_session(1000, own(0)));
+    check("daemon", Verdict::Note, &["the system's daemon"], on_session(0, daemon(Profile::Tombstone)));
+    check("daemon", Verdict::Ok, &["process 78"], on_session(1000, own(1000)));
+    check("daemon", Verdict::Ok, &["process 78"], on_session(0, own(0)));
+    check("user-daemon", Verdict::Note, &["nightporter doctor --user"], |facts| {
+        on_session(1000, own(1000))(facts);
+        facts.user = false;
+    });
+}
+
+#[test]
 fn other_distributors_are_named_unless_they_are_us() {
     const OWN: &str = "org.unifiedpush.Distributor.nightporter";
     const KDE: &str = "org.unifiedpush.Distributor.kde";
