@@ -390,6 +390,21 @@ impl Place {
         address.trim().to_owned()
     }
 
+    /// A push server; its address.
+    fn relay(&mut self) -> String {
+        let mut relay = Command::new(env!("CARGO_BIN_EXE_nightporter-relay"))
+            .args(["--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(relay.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        self.children.push(relay);
+        let address = line.split_ascii_whitespace().find(|word| word.contains("127.0.0.1:")).unwrap();
+        format!("ws://{}/", address.rsplit("//").next().unwrap().trim_end_matches('/'))
+    }
+
     fn config(&self, text: &str) {
         fs::create_dir_all(self.path("config/nightporter")).unwrap();
         fs::write(self.path("config/nightporter/nightporter.toml"), text).unwrap();
@@ -518,9 +533,11 @@ fn a_running_daemon_is_asked() {
             let _ = std::io::Write::write_all(&mut stream, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
         }
     });
-    place.config(&upstream("refusing", &format!("ws://127.0.0.1:{port}/")));
+    let relay = place.relay();
+    place.config(&format!("{}{}", upstream("home", &relay), upstream("refusing", &format!("ws://127.0.0.1:{port}/"))));
 
     let (found, _) = place.json(&["--user"]);
+    is(&found, "upstream:home", Verdict::Ok, "can be reached");
     is(&found, "daemon", Verdict::Lacks, "nightporterd --user");
     is(&found, "session-bus", Verdict::Note, "dbus-daemon");
     is(&found, "upstream:refusing", Verdict::Ok, "can be reached");
@@ -560,12 +577,13 @@ fn a_running_daemon_is_asked() {
     let (found, _) = place.json(&["--user"]);
     is(&found, "app:org.example.Known", Verdict::Ok, "can be started");
     is(&found, "app:org.example.Lost", Verdict::Lacks, "org.example.Lost.service");
+    is(&found, "upstream:home", Verdict::Ok, "is connected");
 }
 
 /// Registers as apps of these names would.
 fn register(bus: &str, names: &[&str]) {
     use std::collections::HashMap;
-    use zbus::{Variant, block_on, connection::Builder};
+    use zbus::{OwnedVariant, Variant, block_on, connection::Builder};
     for name in names {
         let connection = block_on(Builder::address(bus).build()).unwrap();
         let owned = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
@@ -574,8 +592,9 @@ fn register(bus: &str, names: &[&str]) {
             HashMap::from([("service", (*name).into()), ("token", format!("token of {name}").into())]);
         let distributor = "org.unifiedpush.Distributor.nightporter";
         let (path, interface) = ("/org/unifiedpush/Distributor", "org.unifiedpush.Distributor2");
-        // That the server refuses is told later; what counts is that the app is known.
-        let _ = block_on(connection.call_method(Some(distributor), path, Some(interface), "Register", &arguments));
+        let reply = connection.call_method(Some(distributor), path, Some(interface), "Register", &arguments);
+        let reply: HashMap<String, OwnedVariant> = block_on(reply).unwrap().body().deserialize().unwrap();
+        assert_eq!(<&str>::try_from(&reply["success"]).unwrap(), "REGISTRATION_SUCCEEDED");
     }
 }
 
