@@ -25,6 +25,9 @@ _nightporter() {
             nightporter,demo)
                 cmd="nightporter__subcmd__demo"
                 ;;
+            nightporter,doctor)
+                cmd="nightporter__subcmd__doctor"
+                ;;
             nightporter,forget-user)
                 cmd="nightporter__subcmd__forget__subcmd__user"
                 ;;
@@ -70,6 +73,9 @@ _nightporter() {
             nightporter__subcmd__help,demo)
                 cmd="nightporter__subcmd__help__subcmd__demo"
                 ;;
+            nightporter__subcmd__help,doctor)
+                cmd="nightporter__subcmd__help__subcmd__doctor"
+                ;;
             nightporter__subcmd__help,forget-user)
                 cmd="nightporter__subcmd__help__subcmd__forget__subcmd__user"
                 ;;
@@ -113,7 +119,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move forget-user push report demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -184,6 +190,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__doctor)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__forget__subcmd__user)
             opts="-h --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -213,7 +233,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why freeze thaw kill move forget-user push report demo completions man help"
+            opts="status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -255,6 +275,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__demo)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__doctor)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

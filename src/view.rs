@@ -279,3 +279,62 @@ pub struct LedgerRow {
     /// `resident.pss - now.pss`, where both are known.
     pub saved: Option<i64>,
 }
+
+/// `nightporter doctor --json`: what the machine offers and lacks. Made by the command line, not by the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Doctor {
+    /// The version of the program that looked.
+    pub version: String,
+    /// `system`, or `user` for `--user`.
+    pub scope: String,
+    /// The machine and its system, as they call themselves.
+    pub machine: String,
+    /// How many findings there are of each verdict.
+    pub counts: DoctorCounts,
+    /// By area, in an order that stays.
+    pub findings: Vec<Finding>,
+}
+
+/// Findings by verdict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DoctorCounts {
+    /// As it should be.
+    pub ok: usize,
+    /// Worth knowing, or not to be seen.
+    pub note: usize,
+    /// Not offered by this machine.
+    pub lacks: usize,
+    /// Does not work; the exit status is then 1.
+    pub broken: usize,
+}
+
+/// One finding of `nightporter doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// `kernel`, `memory`, `system`, `bus`, `daemon` or `push`.
+    pub area: String,
+    /// What was looked at, such as `memory-controller`; stays the same from version to version.
+    pub id: String,
+    /// How it is.
+    pub verdict: Verdict,
+    /// What was found, as a sentence.
+    pub text: String,
+    /// What the daemon does instead, or what does not work because of it.
+    pub instead: Option<String>,
+    /// What mends it: commands, and where none does it, what is to be done. Empty when nothing is to be mended.
+    pub mend: Vec<String>,
+}
+
+/// How a [`Finding`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Worth knowing, or it could not be seen.
+    Note,
+    /// This machine does not offer it; the daemon does without.
+    Lacks,
+    /// It does not work and should.
+    Broken,
+}

@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod clock;
 pub mod credentials;
+pub mod doctor;
 pub mod fetch;
 pub mod http;
 pub mod inbox;

@@ -68,6 +68,15 @@ pub(crate) enum Command {
     Push(Push),
     /// Measure now what the apps cost, and what is saved
     Report(Output),
+    /// Say what this machine offers and lacks, what the daemon does instead, and what mends it
+    ///
+    /// Looks at the kernel, cgroups, memory, systemd, the buses, the daemon and its configuration, the push servers (where
+    /// the daemon does not run, by connecting to them) and the apps that have registered. It needs neither the daemon nor
+    /// a bus nor root, says what it could not see, changes nothing, and ends within some ten seconds.
+    ///
+    /// Each finding is ok, a note, something this machine lacks, or broken. The exit status is 1 when something is broken,
+    /// 0 otherwise. With --user it is about nightporterd --user.
+    Doctor(Output),
     /// Run the whole main job on a private bus, with real processes, and show what it saves
     Demo(Demo),
     /// Print a completion script for a shell

@@ -5,7 +5,7 @@ use std::{fmt, process::ExitCode};
 /// How the program can end other than well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// The daemon will not do it: the app is protected, or the profile forbids it.
+    /// The daemon will not do it: the app is protected, or the profile forbids it. Or `doctor` has found something broken.
     Refused = 1,
     /// EX_USAGE: the command line is wrong, or APP fits several apps.
     Usage = 64,
@@ -33,7 +33,10 @@ pub(crate) enum Exit {
 
 /// What each code means, for the manual page.
 pub(crate) const MEANINGS: [(Exit, &str); 12] = [
-    (Exit::Refused, "The daemon refused: the app is protected or the profile does not allow it."),
+    (
+        Exit::Refused,
+        "The daemon refused: the app is protected or the profile does not allow it; for doctor: something is broken.",
+    ),
     (Exit::Usage, "Wrong use, or APP fits several apps."),
     (Exit::Data, "The input cannot be used, such as a message over 4096 bytes."),
     (Exit::NoSuchApp, "No such app, or it has no such registration."),

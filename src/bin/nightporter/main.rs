@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod client;
 mod demo;
+mod doctor;
 mod exit;
 mod man;
 mod push;
@@ -30,8 +31,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
+    if let Command::Doctor(output) = &cli.command {
+        let (text, end) = doctor::run(cli.bus, *output, Style::of_stdout());
+        return print(&text, end);
+    }
     match run(cli) {
-        Ok(text) => print(&text),
+        Ok(text) => print(&text, ExitCode::SUCCESS),
         Err(failure) => {
             // Nothing is left to do when stderr is closed.
             let _ = writeln!(io::stderr(), "nightporter: {failure}");
@@ -78,6 +83,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
             Ok(format!("User {uid}: forgotten\n"))
         }
         Command::Push(args) => push::run(&daemon()?, &args),
+        Command::Doctor(output) => Ok(doctor::run(cli.bus, output, style).0),
         Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -117,12 +123,13 @@ fn line(mut text: String) -> String {
     text
 }
 
-fn print(text: &str) -> ExitCode {
+/// Prints `text` and ends with `end`, unless that fails.
+fn print(text: &str, end: ExitCode) -> ExitCode {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => end,
         // The reader has seen enough (`nightporter apps | head -1`).
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => end,
         Err(error) => {
             let _ = writeln!(io::stderr(), "nightporter: cannot write the result: {error}");
             Exit::System.into()

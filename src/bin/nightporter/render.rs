@@ -13,14 +13,21 @@ use nightporter::{
 /// How text may look.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Style {
-    /// Draw bars: only for eyes, so only on a terminal and without NO_COLOR (no-color.org).
+    /// Draw bars and use colours: only for eyes, so only on a terminal and without NO_COLOR (no-color.org).
     pub(crate) bars: bool,
+    /// Columns of the terminal; none where it is not one, or does not say.
+    pub(crate) width: Option<usize>,
 }
 
 impl Style {
     /// What fits standard output.
     pub(crate) fn of_stdout() -> Self {
-        Self { bars: stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) }
+        let terminal = stdout().is_terminal();
+        let size = if terminal { rustix::termios::tcgetwinsize(stdout()).ok() } else { None };
+        Self {
+            bars: terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()),
+            width: size.map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0),
+        }
     }
 }
 

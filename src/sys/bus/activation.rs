@@ -15,13 +15,13 @@ use crate::{model::Bus, sys::users::User};
 
 /// How a name's service file says it is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ServiceFile {
+pub(in crate::sys) struct ServiceFile {
     /// `SystemdService=`: the unit to start.
-    pub(super) systemd_service: Option<String>,
+    pub(in crate::sys) systemd_service: Option<String>,
     /// `Exec=`, split into words; empty when there is none or it cannot be split.
-    pub(super) exec: Vec<String>,
+    pub(in crate::sys) exec: Vec<String>,
     /// `User=`, for the system bus.
-    pub(super) user: Option<String>,
+    pub(in crate::sys) user: Option<String>,
 }
 
 /// Largest service file read, in bytes.
@@ -30,12 +30,12 @@ const SIZE: u64 = 64 * 1024;
 const FILES: usize = 4096;
 
 /// The service file of `name` on `bus`, which is the system's or the daemon's own, from the first directory that has one.
-pub(super) fn find(bus: Bus, name: &str) -> Option<ServiceFile> {
+pub(in crate::sys) fn find(bus: Bus, name: &str) -> Option<ServiceFile> {
     directories(bus).iter().find_map(|directory| find_in(directory, name))
 }
 
 /// The service file of `name` on another user's session bus. To be called with that user's rights.
-pub(super) fn find_of(user: &User, name: &str) -> Option<ServiceFile> {
+pub(in crate::sys) fn find_of(user: &User, name: &str) -> Option<ServiceFile> {
     // The password database may be asked over the network; this thread may wait for it.
     let home = nix::unistd::User::from_uid(user.uid.into()).ok().flatten().map(|user| user.dir);
     services(shares_of(user, home.as_deref())).iter().find_map(|directory| find_in(directory, name))

@@ -8,7 +8,7 @@
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `wire`: what waits to be written and what waits for a reply.
 
-mod activation;
+pub(super) mod activation;
 mod calls;
 mod checks;
 mod deliver;

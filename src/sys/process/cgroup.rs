@@ -21,7 +21,7 @@ const MAGIC: u32 = 0x6367_7270;
 const MAX_DEPTH: usize = 8;
 
 /// Where the whole hierarchy is mounted, from `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
-pub(super) fn parse_mountinfo(text: &str) -> Option<PathBuf> {
+pub(in crate::sys) fn parse_mountinfo(text: &str) -> Option<PathBuf> {
     text.lines().find_map(|line| {
         let (front, back) = line.split_once(" - ")?;
         let mut front = front.split(' ').skip(3);

@@ -16,5 +16,6 @@ mod role;
 mod target;
 mod targets;
 
+pub(in crate::sys) use cgroup::parse_mountinfo;
 pub use record::{ThawReport, thaw_leftovers};
 pub use targets::{Options, ProcessError, Targets};
