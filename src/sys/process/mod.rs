@@ -8,13 +8,19 @@
 mod cgroup;
 mod hold;
 mod home;
+mod inspect;
+mod locks;
+mod look;
 mod measure;
+mod oom;
+mod open_files;
 mod page_out;
 mod procfs;
 mod record;
 mod role;
 mod target;
 mod targets;
+mod whose;
 
 pub use record::{ThawReport, thaw_leftovers};
 pub use targets::{Options, ProcessError, Targets};
