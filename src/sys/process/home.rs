@@ -130,7 +130,9 @@ impl World {
     pub(super) fn confirm(&self, survey: Survey, main: Member, others: &[(u32, Arc<str>)]) -> Option<Survey> {
         let dir = main.dir().ok()?;
         // Elsewhere processes are looked at one by one when they are stopped or moved.
-        let Home::Cgroup { cgroup, whole } = &survey.home else { return Some(survey) };
+        let Home::Cgroup { cgroup, whole } = &survey.home else {
+            return Some(Survey { conflict: conflict(&survey.members, others), ..survey });
+        };
         let text = dir.read("cgroup").unwrap_or_default();
         let same =
             parse_cgroup(&text).is_some_and(|path| self.path_of(unit_of(path).0) == Some(cgroup.path().to_owned()));

@@ -10,7 +10,7 @@ use super::{
     home::{Home, Survey, World},
     locks::{Awaited, Owner, parse_awaited},
     open_files::OpenFiles,
-    procfs::{MAX_MEMBERS, Member, ProcDir, Processes, is_gone, parse_tracer, read_text},
+    procfs::{MAX_MEMBERS, Member, ProcDir, Processes, is_gone, parse_process, parse_tracer, read_text},
 };
 use crate::{
     model::{Veto, VetoKind},
@@ -152,7 +152,7 @@ fn look(request: &Request, survey: &Survey, until: Instant, found: &mut Found) -
         }
         // What has ended meanwhile speaks against nothing.
         let Ok(dir) = member.dir() else { continue };
-        if let Some(tracer) = dir.read("status").ok().and_then(|status| parse_tracer(&status))
+        if let Some(tracer) = tracer_of(&dir)
             && !members.contains(&tracer)
         {
             found.add(VetoKind::Debugger, &format!("process {} of it is traced by {}", member.pid, name_of(tracer)));
@@ -198,6 +198,13 @@ fn lock_reason(awaited: &Awaited, path: Option<&str>) -> String {
         Some(waiter) => format!("{} waits for its lock on {file}", name_of(waiter)),
         None => format!("somebody waits for its lock on {file}"),
     }
+}
+
+/// The process that traces this one.
+fn tracer_of(dir: &ProcDir) -> Option<u32> {
+    let thread = parse_tracer(&dir.read("status").ok()?)?;
+    let status = ProcDir::open(thread).and_then(|dir| dir.read("status")).ok();
+    Some(status.and_then(|status| parse_process(&status)).unwrap_or(thread))
 }
 
 fn name_of(pid: u32) -> String {
@@ -250,7 +257,7 @@ mod tests {
     #[test]
     fn a_spin_is_told_from_the_kernels_own_work() {
         let at = |millis: u64, micros: u64| Usage { micros, at: Instant::from_nanos(millis * 1_000_000) };
-        let spun = |millis, micros| at(0, 5).spun(at(millis, micros + 5)).is_some();
+        let spun = |millis: u64, micros: u64| at(0, 5).spun(at(millis, micros + 5)).is_some();
         assert!(spun(1000, 900_000));
         assert!(spun(1000, 100_000));
         assert!(!spun(1000, 99_000));

@@ -256,10 +256,19 @@ pub(super) fn parse_uids(status: &str) -> Option<Vec<u32>> {
     (uids.len() == 4).then_some(uids)
 }
 
-/// Who traces the process of this `/proc/PID/status`, if somebody does.
+/// The thread that traces the process of this `/proc/PID/status`, if one does.
 pub(super) fn parse_tracer(status: &str) -> Option<u32> {
-    let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
-    line.trim().parse().ok().filter(|pid| *pid != 0)
+    parse_number(status, "TracerPid:")
+}
+
+/// The process this `/proc/TID/status` is of a thread of.
+pub(super) fn parse_process(status: &str) -> Option<u32> {
+    parse_number(status, "Tgid:")
+}
+
+fn parse_number(status: &str, key: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().parse().ok().filter(|number| *number != 0)
 }
 
 /// The cgroup v2 path of `/proc/PID/cgroup`; `None` when there is none or it lies outside our namespace.
@@ -357,6 +366,7 @@ mod tests {
         assert_eq!(parse_uids(""), None);
         assert_eq!(parse_tracer("Name:\tx\nTracerPid:\t77\n"), Some(77));
         assert_eq!(parse_tracer("TracerPid:\t0\n"), None);
+        assert_eq!(parse_process("Name:\tx\nTgid:\t5\nNgid:\t0\nPid:\t7\n"), Some(5));
         assert_eq!(parse_cgroup("4:memory:/a\n0::/user.slice/app.scope\n"), Some("/user.slice/app.scope"));
         assert_eq!(parse_cgroup("0::/\n"), Some("/"));
         for text in ["", "4:memory:/a\n", "0::/../other\n", "0::/x (deleted)\n", "0::relative\n"] {
