@@ -97,7 +97,8 @@ impl Times {
 fn run(arguments: &Arguments) -> Result<bool> {
     let crowd = Crowd::start(arguments.others)?;
     let app = App::start(arguments.processes)?;
-    let dir = tempfile::tempdir()?;
+    // As /run: a tmpfs.
+    let dir = tempfile::tempdir_in("/dev/shm")?;
     let mut porter = Porter::new(dir.path())?;
     let target = porter.adopt(app.shell.id())?;
 
@@ -255,7 +256,8 @@ impl Porter {
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("an odd pid")?;
         let uid = rustix::process::getuid().as_raw();
         let process = Process { pid, uid, pidfd: pidfd_open(raw, PidfdFlags::empty())? };
-        let (target, _) = self.targets.adopt(&AppKey::new(Bus::Session(uid), "org.example.Bench"), process)?;
+        let app = AppKey::new(Bus::Session(uid), "org.example.Bench");
+        let (target, _) = self.targets.adopt(&app, process).map_err(|reason| reason.to_string())?;
         Ok(target)
     }
 

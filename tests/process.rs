@@ -46,6 +46,9 @@ fn an_app_in_its_own_cgroup_is_frozen_and_thawed() {
     assert_eq!((facts.pid, facts.protected), (app.pid(), None));
     assert!(app.grows());
 
+    // It has forked many a child by the time it is frozen.
+    assert_eq!(porter.inspect(target), []);
+    assert!(app.grows());
     porter.freeze(target);
     assert!(group.is_frozen());
     assert!(!app.grows());

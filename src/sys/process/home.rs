@@ -143,20 +143,24 @@ impl World {
         if pids.contains(&0) {
             return None;
         }
-        let stats: HashMap<u32, Stat> =
-            pids.into_iter().filter_map(|pid| Some((pid, ProcDir::open(pid).ok()?.stat().ok()?))).collect();
+        let mut seen: HashMap<u32, (Stat, Option<PathBuf>)> = HashMap::with_capacity(pids.len());
+        for pid in pids {
+            let Ok(dir) = ProcDir::open(pid) else { continue };
+            let Ok(stat) = dir.stat() else { continue };
+            seen.insert(pid, (stat, dir.exe()));
+        }
         let known: HashSet<Member> = survey.members.iter().copied().collect();
-        let parents: HashSet<u32> = stats.values().map(|stat| stat.parent).collect();
-        let living = || stats.values().filter(|stat| !stat.is_dead());
-        let belongs = |stat: &Stat| known.contains(&Member::of(stat)) || *whole || stats.contains_key(&stat.parent);
-        let harmless = |stat: &Stat| {
-            let exe = ProcDir::open(stat.pid).ok().and_then(|dir| dir.exe());
-            stat.pid != self.me.pid && role::of_process(stat, exe.as_deref(), parents.contains(&stat.pid)).is_none()
+        let parents: HashSet<u32> = seen.values().map(|(stat, _)| stat.parent).collect();
+        let living = || seen.values().filter(|(stat, _)| !stat.is_dead());
+        let belongs = |stat: &Stat| known.contains(&Member::of(stat)) || *whole || seen.contains_key(&stat.parent);
+        let harmless = |stat: &Stat, exe: Option<&Path>| {
+            stat.pid != self.me.pid && role::of_process(stat, exe, parents.contains(&stat.pid)).is_none()
         };
-        if !stats.contains_key(&main.pid) || !living().all(|stat| belongs(stat) && harmless(stat)) {
+        let fits = living().all(|(stat, exe)| belongs(stat) && harmless(stat, exe.as_deref()));
+        if !seen.contains_key(&main.pid) || !fits {
             return None;
         }
-        let members: Vec<Member> = living().map(Member::of).collect();
+        let members: Vec<Member> = living().map(|(stat, _)| Member::of(stat)).collect();
         Some(Survey { conflict: conflict(&members, others), members, ..survey })
     }
 

@@ -71,11 +71,12 @@ impl Oom {
         self.due = (!self.to_raise.is_empty()).then_some(now);
     }
 
-    /// They run again.
-    pub(super) fn restore(&mut self, now: Instant) {
+    /// They run again. Whether there is anything to bring back.
+    pub(super) fn restore(&mut self, now: Instant) -> bool {
         self.to_raise = Vec::new();
         self.restoring = !self.raised.is_empty();
         self.due = self.restoring.then_some(now);
+        self.restoring
     }
 
     /// Does one batch. `record`: writes down what is about to be raised; where it fails nothing is. True when

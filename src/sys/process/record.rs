@@ -218,6 +218,11 @@ impl Record {
         self.retain(target, |entry| !entry.is_oom());
     }
 
+    /// Nothing is left of `target`.
+    pub(super) fn remove_all(&mut self, target: TargetId) {
+        self.retain(target, |_| false);
+    }
+
     fn retain(&mut self, target: TargetId, keep: impl Fn(&Entry) -> bool) {
         let Some(entries) = self.entries.get_mut(&target) else { return };
         let before = entries.len();

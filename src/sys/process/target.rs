@@ -155,7 +155,7 @@ impl Target {
             return self.tell(cx, Outcome::FreezeFailed(reason));
         }
         self.oom.restore_all();
-        cx.record.remove_oom(self.id);
+        cx.record.remove_all(self.id);
         let now = clock::boot();
         let wait = Wait::start(now, cx.deadline);
         let fresh = self.look.survey.take().filter(|(_, at)| now.since(*at) <= FRESH);
@@ -296,7 +296,7 @@ impl Target {
             if raised.is_empty() { Ok(()) } else { record.add(id, raised.iter().copied().map(Entry::Oom).collect()) }
         };
         if self.oom.work(now, to, write_down) {
-            cx.record.remove_oom(id);
+            cx.record.remove_all(id);
         }
     }
 
@@ -392,9 +392,11 @@ impl Target {
             Phase::Thawing(hold, mut wait) => match hold.is_running() {
                 Ok(true) => {
                     self.end_hold(hold, cx);
-                    cx.record.remove(self.id);
                     self.tell(cx, Outcome::Thawed { took: clock::boot().since(wait.since) });
-                    self.oom.restore(now);
+                    // The record is only written anew once all is done: someone waits for it to run.
+                    if !self.oom.restore(now) {
+                        cx.record.remove(self.id);
+                    }
                 }
                 Ok(false) if now < wait.deadline => {
                     wait.again(now, matches!(hold, Hold::Cgroup { .. }));
@@ -598,7 +600,10 @@ impl Target {
         self.oom.restore_all();
         cx.record.remove_oom(self.id);
         let (hold, outcome) = match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running => return Ok(()),
+            Phase::Running => {
+                cx.record.remove(self.id);
+                return Ok(());
+            }
             Phase::Looking(_) => {
                 self.look.asked = None;
                 self.tell(cx, Outcome::FreezeFailed("something else was asked of it first".into()));
