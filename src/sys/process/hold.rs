@@ -15,6 +15,8 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_mil
 
 /// Processes, and threads of each, that are asked why a freeze does not end.
 const SUSPECTS: usize = 256;
+/// Where a parent in vfork(2) waits, as different kernels call it.
+const VFORK: &[&str] = &["kernel_clone", "wait_for_vfork_done", "_do_fork"];
 
 /// What holds an app still.
 #[derive(Debug)]
@@ -97,6 +99,7 @@ pub(super) enum Progress {
 /// Which of the processes in a cgroup keeps it from coming to rest, as a sentence part.
 pub(super) fn hanging(hold: &Hold) -> Option<String> {
     let Hold::Cgroup { cgroup, .. } = hold else { return None };
+    let mut at_worst = None;
     for pid in cgroup.procs().ok()?.into_iter().take(SUSPECTS) {
         let Ok(dir) = ProcDir::open(pid) else { continue };
         for thread in dir.threads(pid).unwrap_or_default().into_iter().take(SUSPECTS) {
@@ -106,11 +109,17 @@ pub(super) fn hanging(hold: &Hold) -> Option<String> {
                 _ => continue,
             };
             let place = dir.read(&format!("task/{}/wchan", thread.pid)).unwrap_or_default();
+            // Waiting for a child in vfork(2) counts as being at rest.
+            let at_rest = VFORK.contains(&place.as_str());
             let place = if place.is_empty() || place == "0" { String::new() } else { format!(", {place}") };
-            return Some(format!("process {pid} ({}{place}) {what}", thread.comm));
+            let told = format!("process {pid} ({}{place}) {what}", thread.comm);
+            if !at_rest {
+                return Some(told);
+            }
+            at_worst.get_or_insert(told);
         }
     }
-    None
+    at_worst
 }
 
 /// `frozen` of `cgroup.events`; reading is also what arms the next notification.

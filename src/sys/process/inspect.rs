@@ -221,7 +221,10 @@ fn look_at_cgroup(
     found: &mut Found,
 ) -> Result<Option<Loose>, Arc<str>> {
     match cgroup.events() {
-        Ok(events) if !events.frozen => found.add(VetoKind::NotHeld, "somebody else lets it run"),
+        Ok(events) if !events.frozen => {
+            found.add(VetoKind::NotHeld, "somebody else lets it run");
+            return Ok(None);
+        }
         Err(error) if !is_gone(&error) => return Err(format!("cgroup.events cannot be read: {error}").into()),
         _ => {}
     }

@@ -395,7 +395,7 @@ impl Target {
                     self.tell(cx, Outcome::Thawed { took: clock::boot().since(wait.since) });
                     // The record is only written anew once all is done: someone waits for it to run.
                     if !self.oom.restore(now) {
-                        cx.record.remove(self.id);
+                        cx.record.remove_all(self.id);
                     }
                 }
                 Ok(false) if now < wait.deadline => {
