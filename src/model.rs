@@ -151,6 +151,10 @@ pub enum VetoKind {
     InputMethod,
     /// The lock screen, or what rings in an emergency.
     LockScreen,
+    /// Somebody traces it, who would wait for it.
+    Debugger,
+    /// It is not held still although it should be: it uses the processor, parts of it run, or somebody lets it run.
+    NotHeld,
 }
 
 impl VetoKind {
@@ -175,6 +179,8 @@ impl VetoKind {
             Self::Accessibility => "accessibility",
             Self::InputMethod => "input-method",
             Self::LockScreen => "lock-screen",
+            Self::Debugger => "debugger",
+            Self::NotHeld => "not-held",
         }
     }
 }

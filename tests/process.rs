@@ -19,7 +19,7 @@ use std::{
 use mio::{Events, Poll, Token};
 use nightporter::{
     event::{Event, Outcome},
-    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, TargetId},
+    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, TargetId, Veto, VetoKind},
     sys::{
         clock,
         inbox::{self, Inbox, Incoming, Process},
@@ -46,9 +46,12 @@ fn an_app_in_its_own_cgroup_is_frozen_and_thawed() {
     assert_eq!((facts.pid, facts.protected), (app.pid(), None));
     assert!(app.grows());
 
+    // It has forked many a child by the time it is frozen.
+    assert_eq!(porter.inspect(target), []);
+    assert!(app.grows());
     porter.freeze(target);
     assert!(group.is_frozen());
-    assert!(!app.grows());
+    assert!(app.is_still());
     let record = fs::read_to_string(porter.record()).unwrap();
     assert!(record.contains(group.0.to_str().unwrap()), "{record}");
 
@@ -77,7 +80,7 @@ fn an_app_that_shares_its_cgroup_gets_its_own() {
     porter.freeze(target);
     let path = cgroup_of(app.pid());
     assert!(path.starts_with("/nightporter-") && path.contains("/app-"), "{path}");
-    assert!(!app.grows());
+    assert!(app.is_still());
     porter.thaw(target);
     assert!(app.grows());
     porter.freeze(target);
@@ -107,7 +110,7 @@ fn with_systemd_a_shared_cgroup_is_left_alone() {
     assert_eq!(facts.freezer, Freezer::Signal);
     porter.freeze(target);
     assert!(!group.is_frozen());
-    assert!(!app.grows());
+    assert!(app.is_still());
     assert!(stranger.grows());
     assert_eq!(cgroup_of(app.pid()), group.path());
     porter.thaw(target);
@@ -126,7 +129,7 @@ fn a_cgroup_that_gets_a_stranger_is_not_frozen_any_more() {
     porter.freeze(target);
     assert!(!group.is_frozen());
     assert!(stranger.grows());
-    assert!(!app.grows());
+    assert!(app.is_still());
 }
 
 #[test]
@@ -140,7 +143,7 @@ fn an_app_unit_may_hold_more_than_one_tree_but_not_two_apps() {
     assert_eq!(facts.freezer, Freezer::Cgroup2);
     porter.freeze(target);
     assert!(group.is_frozen());
-    assert!(!other.grows());
+    assert!(other.is_still());
     porter.thaw(target);
 
     // Another app in the same unit: freezing one would freeze the other, which may be in the foreground.
@@ -167,6 +170,8 @@ fn a_freeze_the_kernel_does_not_confirm_is_rolled_back() {
     let started = Clock::now();
     let reason = porter.freeze_fails(target);
     assert!(reason.contains("within"), "{reason}");
+    assert!(reason.contains(&format!("process {} (stat", reader.pid())), "{reason}");
+    assert!(reason.contains("hangs in the kernel"), "{reason}");
     assert!(started.elapsed() >= Duration::from_millis(300));
     assert_eq!(fs::read_to_string(unit.0.join("cgroup.freeze")).unwrap().trim(), "0");
     assert!(app.grows());
@@ -282,7 +287,7 @@ fn an_app_that_ignores_it_is_killed_with_its_children() {
         porter.targets.kill(target, Duration::from_millis(300));
         porter.gone(target);
         assert!(started.elapsed() >= Duration::from_millis(300));
-        assert!(!app.grows(), "signals_only: {signals_only}");
+        assert!(app.is_still(), "signals_only: {signals_only}");
     }
 }
 
@@ -302,7 +307,7 @@ fn children_that_outlive_their_parent_are_killed_after_the_grace() {
             porter.turn();
             porter.targets.poll_timeout().is_none()
         });
-        assert!(!app.grows(), "signals_only: {signals_only}");
+        assert!(app.is_still(), "signals_only: {signals_only}");
     }
 }
 
@@ -315,7 +320,7 @@ fn the_end_of_an_app_is_told_once_and_thaws_the_rest() {
     let mut porter = Porter::new();
     let (target, _) = porter.adopt(&app);
     porter.freeze(target);
-    assert!(!app.grows());
+    assert!(app.is_still());
     kill_process(pid(app.pid()), Signal::KILL).unwrap();
     porter.gone(target);
     assert!(app.grows(), "its children are not held without it");
@@ -421,9 +426,14 @@ fn what_a_killed_daemon_froze_is_thawed() {
         let dir = tempfile::tempdir().unwrap();
         let status = helper(mode).env("NP_DIR", dir.path()).env("NP_PID", app.pid().to_string()).status().unwrap();
         assert_eq!(status.signal(), Some(9), "{mode}: {status}");
-        assert!(!app.grows(), "{mode}");
+        assert!(app.is_still(), "{mode}");
+        assert_eq!(oom_of(app.pid()), Some(900), "{mode}");
         let report = thaw_leftovers(dir.path());
-        assert!(report.thawed >= 1 && report.failed.is_empty() && report.damaged.is_empty(), "{mode}: {report}");
+        assert_eq!(oom_of(app.pid()), oom_of(std::process::id()), "{mode}: {report}");
+        assert!(
+            report.thawed >= 1 && report.restored >= 1 && report.failed.is_empty() && report.damaged.is_empty(),
+            "{mode}: {report}"
+        );
         assert!(app.grows(), "{mode}");
         assert!(thaw_leftovers(dir.path()).is_empty());
     }
@@ -454,7 +464,9 @@ fn at_whichever_moment_the_daemon_is_killed() {
             daemon.wait().unwrap();
             let report = thaw_leftovers(dir.path());
             assert!(report.failed.is_empty() && report.damaged.is_empty(), "{mode} {round}: {report}");
-            assert!(app.grows(), "{mode} {round}: {report}");
+            let states = || tree_of(app.pid()).into_iter().map(|pid| (pid, state_of(pid))).collect::<Vec<_>>();
+            let frozen = group.is_frozen();
+            assert!(app.grows(), "{mode} {round}: {report}; frozen: {frozen}, {:?}", states());
             thawed += report.thawed;
         }
         assert!(thawed > 0, "{mode}: it was never killed while anything was frozen");
@@ -545,6 +557,420 @@ fn without_a_place_for_the_record_nothing_is_frozen() {
     }
 }
 
+// ---- whose process it is -------------------------------------------------------------------------------------------
+
+#[test]
+fn a_process_is_the_apps_by_its_cgroup_or_its_parents() {
+    let unit = Group::named("app-im.example-7.scope");
+    let (app, resident, stranger) = (App::forking(), App::forking(), App::forking());
+    unit.take(&app);
+    let inner = unit.0.join("inner");
+    fs::create_dir(&inner).unwrap();
+    fs::write(inner.join("cgroup.procs"), resident.pid().to_string()).unwrap();
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.targets.of_pid(app.pid()), Some(target));
+    assert_eq!(porter.targets.of_pid(resident.pid()), Some(target), "its cgroup, though not its child");
+    for nobodys in [stranger.pid(), std::process::id(), 1, 0, u32::MAX] {
+        assert_eq!(porter.targets.of_pid(nobodys), None, "{nobodys}");
+    }
+
+    let tree = App::shell("sh -c 'sleep 60; :' & while :; do echo >> $F; sleep 0.01; done");
+    assert!(tree.grows());
+    let child = tree_of(tree.pid()).into_iter().rfind(|pid| *pid != tree.pid()).unwrap();
+    assert_eq!(porter.targets.of_pid(child), None);
+    let (below, _) = porter.adopt(&tree);
+    let lasting =
+        || tree_of(tree.pid()).into_iter().filter(|pid| *pid != tree.pid()).max_by_key(|pid| tree_of(*pid).len());
+    assert_eq!(porter.targets.of_pid(lasting().unwrap()), Some(below));
+    // What it has started and the system knows as another app is not its own.
+    let other = Group::named("app-org.other-1.scope");
+    let moved = lasting().unwrap();
+    fs::write(other.0.join("cgroup.procs"), moved.to_string()).unwrap();
+    assert_eq!(porter.targets.of_pid(moved), None);
+    porter.targets.forget(below);
+    assert_eq!(porter.targets.of_pid(tree.pid()), None);
+    let _ = fs::write(inner.join("cgroup.kill"), "1");
+    wait_for("the inner cgroup to go", || fs::remove_dir(&inner).is_ok());
+}
+
+#[test]
+fn another_users_process_is_not_the_apps() {
+    let unit = Group::named("app-im.example-8.scope");
+    let app = App::forking();
+    let other = App::spawn(Command::new("sleep").arg("60").uid(65534).gid(65534));
+    unit.take(&app);
+    unit.take(&other);
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.targets.of_pid(app.pid()), Some(target));
+    assert_eq!(porter.targets.of_pid(other.pid()), None);
+}
+
+// ---- what speaks against it ----------------------------------------------------------------------------------------
+
+#[test]
+fn nothing_speaks_against_a_quiet_app() {
+    for signals_only in [false, true] {
+        let app = App::forking();
+        let mut porter = Porter::with(Options { signals_only, systemd: Some(false), ..Options::default() });
+        let (target, _) = porter.adopt(&app);
+        assert_eq!(porter.inspect(target), [], "signals_only: {signals_only}");
+        porter.freeze(target);
+        assert_eq!(porter.inspect(target), [], "signals_only: {signals_only}");
+        assert!(app.is_still());
+        porter.targets.forget(target);
+        porter.targets.inspect(target);
+        porter.until("an error", |event| matches!(event, Event::Inspected(_, Err(reason)) if reason.contains("ended")));
+    }
+}
+
+#[test]
+fn a_lock_that_others_wait_for() {
+    for kind in ["flock", "posix", "ofd"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("database.lock");
+        let lock =
+            |wait: &str| App::spawn(helper("lock").env("NP_DIR", &path).env("NP_KIND", kind).env("NP_CHILD", wait));
+        let app = lock("");
+        wait_for("the lock", || path.with_extension("held").exists());
+        let mut porter = Porter::new();
+        let (target, _) = porter.adopt(&app);
+        assert_eq!(porter.inspect(target), [], "{kind}: nobody waits");
+        let waiter = lock("wait");
+        let is_awaited = || {
+            fs::read_to_string("/proc/locks")
+                .unwrap()
+                .lines()
+                .any(|line| line.contains("->") && line.contains(&format!(":{} ", inode(&path))))
+        };
+        wait_for("the waiter", is_awaited);
+        let found = porter.inspect(target);
+        let [Veto { kind: VetoKind::AwaitedLock, reason }] = &found[..] else { panic!("{kind}: {found:?}") };
+        assert!(reason.ends_with("database.lock"), "{kind}: {reason}");
+        if kind != "ofd" {
+            assert!(reason.contains(&format!("(process {})", waiter.pid())), "{kind}: {reason}");
+        }
+        // Who waits has nothing that another waits for.
+        let (waiting, _) = porter.adopt(&waiter);
+        assert_eq!(porter.inspect(waiting), [], "{kind}");
+    }
+}
+
+#[test]
+fn a_lock_its_own_processes_wait_for_keeps_nobody_else_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("own.lock");
+    let script =
+        format!("flock '{0}' sleep 60 & sleep 0.1; flock '{0}' true & while :; do sleep 1; done", path.display());
+    let app = App::shell(&script);
+    let is_awaited = || {
+        path.exists()
+            && fs::read_to_string("/proc/locks")
+                .unwrap()
+                .lines()
+                .any(|line| line.contains("->") && line.contains(&format!(":{} ", inode(&path))))
+    };
+    wait_for("the waiter", is_awaited);
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.inspect(target), []);
+}
+
+#[test]
+fn devices_and_file_systems_others_depend_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let dev = dir.path().join("dev");
+    fs::create_dir(&dev).unwrap();
+    // The null device under another name: some are known by name alone.
+    let null = rustix::fs::makedev(1, 3);
+    let make = |name: &str| {
+        let mode = rustix::fs::Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(rustix::fs::CWD, dev.join(name), rustix::fs::FileType::CharacterDevice, mode, null)
+            .unwrap();
+        dev.join(name)
+    };
+    let mut porter = Porter::new();
+    for (path, expected) in [
+        (PathBuf::from("/dev/fuse"), Some((VetoKind::FileSystem, "it serves a file system (FUSE)"))),
+        (make("watchdog0"), Some((VetoKind::Device, "it keeps the machine's watchdog quiet (/dev/watchdog0)"))),
+        (make("ttyMSM7"), Some((VetoKind::Device, "it uses a serial device (/dev/ttyMSM7)"))),
+        (PathBuf::from("/dev/null"), None),
+        (PathBuf::from("/dev/urandom"), None),
+    ] {
+        let app = App::shell(&format!("exec 8<'{}'; while :; do echo >> $F; sleep 0.01; done", path.display()));
+        assert!(app.grows());
+        let (target, _) = porter.adopt(&app);
+        let found = porter.inspect(target);
+        let found: Vec<_> = found.iter().map(|veto| (veto.kind, &*veto.reason)).collect();
+        assert_eq!(found, expected.into_iter().collect::<Vec<_>>(), "{}", path.display());
+        porter.targets.forget(target);
+    }
+    // Not a device, whatever it is called.
+    fs::write(dev.join("watchdog9"), "").unwrap();
+    let app = App::shell(&format!("exec 8<'{}/watchdog9'; while :; do echo >> $F; sleep 0.01; done", dev.display()));
+    assert!(app.grows());
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.inspect(target), []);
+}
+
+#[test]
+fn who_answers_permission_events() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut porter = Porter::new();
+    for (kind, expected) in [("permission", 1), ("notice", 0)] {
+        let path = dir.path().join(kind);
+        fs::write(&path, "").unwrap();
+        let app = App::spawn(helper("fanotify").env("NP_DIR", &path).env("NP_KIND", kind));
+        wait_for("the group", || path.with_extension("held").exists());
+        let (target, _) = porter.adopt(&app);
+        let found = porter.inspect(target);
+        assert_eq!(found.len(), expected, "{found:?}");
+        assert!(found.iter().all(|veto| veto.kind == VetoKind::FileSystem && veto.reason.contains("fanotify")));
+    }
+}
+
+#[test]
+fn who_is_traced() {
+    let app = App::forking();
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    let tracer = App::spawn(helper("trace").env("NP_PID", app.pid().to_string()));
+    let traced = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", app.pid())).unwrap();
+        !status.contains("TracerPid:\t0\n")
+    };
+    wait_for("the tracer", traced);
+    let found = porter.inspect(target);
+    let [Veto { kind: VetoKind::Debugger, reason }] = &found[..] else { panic!("{found:?}") };
+    assert!(reason.contains(&format!("(process {})", tracer.pid())), "{reason}");
+}
+
+#[test]
+fn what_must_never_be_touched_says_so_by_its_kind() {
+    let dir = tempfile::tempdir().unwrap();
+    let reader = dir.path().join("orca");
+    fs::copy(fs::canonicalize("/bin/sleep").unwrap(), &reader).unwrap();
+    let app = App::shell(&format!("'{}' 60 & while :; do echo >> $F; sleep 0.01; done", reader.display()));
+    assert!(app.grows());
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    let found = porter.inspect(target);
+    let [Veto { kind: VetoKind::Accessibility, reason }] = &found[..] else { panic!("{found:?}") };
+    assert!(reason.contains("assistive"), "{reason}");
+}
+
+// ---- what changes between a look and a freeze -----------------------------------------------------------------------
+
+#[test]
+fn what_was_seen_a_moment_ago_is_checked_again() {
+    // A stranger has moved in.
+    let group = Group::new();
+    let (app, stranger) = (App::forking(), App::forking());
+    group.take(&app);
+    let mut porter = Porter::with(Options { systemd: Some(true), ..Options::default() });
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.inspect(target), []);
+    group.take(&stranger);
+    porter.freeze(target);
+    assert!(!group.is_frozen());
+    assert!(stranger.grows());
+    assert!(app.is_still());
+    porter.thaw(target);
+
+    // Something has been started below it that must not be touched.
+    let dir = tempfile::tempdir().unwrap();
+    let bus = dir.path().join("dbus-daemon");
+    fs::copy(fs::canonicalize("/bin/sleep").unwrap(), &bus).unwrap();
+    let group = Group::new();
+    let go = dir.path().join("go");
+    let script = format!(
+        "while :; do echo >> $F; [ -e '{0}' ] && {{ rm '{0}'; '{1}' 60 & }}; sleep 0.01; done",
+        go.display(),
+        bus.display()
+    );
+    let app = App::shell(&script);
+    group.take(&app);
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.inspect(target), []);
+    fs::write(&go, "").unwrap();
+    let is_bus = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == bus);
+    wait_for("the bus", || tree_of(app.pid()).iter().any(is_bus));
+    let reason = porter.freeze_fails(target);
+    assert!(reason.contains("message bus"), "{reason}");
+    assert!(app.grows());
+
+    // Another app has moved in.
+    let unit = Group::named("app-two-1.scope");
+    let (app, other) = (App::forking(), App::forking());
+    unit.take(&app);
+    let (target, _) = porter.adopt(&app);
+    assert_eq!(porter.inspect(target), []);
+    unit.take(&other);
+    porter.adopt(&other);
+    let reason = porter.freeze_fails(target);
+    assert!(reason.contains("runs together with it"), "{reason}");
+    assert!(app.grows() && other.grows());
+}
+
+#[test]
+fn a_cgroup_replaced_under_the_same_name_is_not_it() {
+    for inspected in [false, true] {
+        let (group, elsewhere) = (Group::named("app-one-1.scope"), Group::named("app-one-2.scope"));
+        let (app, stranger) = (App::forking(), App::forking());
+        group.take(&app);
+        let mut porter = Porter::with(Options { systemd: Some(true), ..Options::default() });
+        let (target, _) = porter.adopt(&app);
+        if inspected {
+            assert_eq!(porter.inspect(target), []);
+        }
+        elsewhere.take(&app);
+        let before = inode(&group.0);
+        wait_for("the cgroup to be empty", || fs::remove_dir(&group.0).is_ok());
+        fs::create_dir(&group.0).unwrap();
+        assert_ne!(inode(&group.0), before);
+        group.take(&stranger);
+        assert_eq!(porter.targets.of_pid(stranger.pid()), None);
+        porter.freeze(target);
+        assert!(!group.is_frozen() && stranger.grows(), "inspected: {inspected}");
+        assert!(elsewhere.is_frozen(), "inspected: {inspected}");
+        porter.thaw(target);
+
+        // Its own, made again: what counts is what is there now.
+        let (target, _) = porter.adopt(&stranger);
+        assert_eq!(porter.inspect(target), []);
+        let side = Group::new();
+        side.take(&stranger);
+        wait_for("the cgroup to be empty", || fs::remove_dir(&group.0).is_ok());
+        fs::create_dir(&group.0).unwrap();
+        group.take(&stranger);
+        porter.freeze(target);
+        assert!(group.is_frozen() && stranger.is_still());
+    }
+}
+
+#[test]
+fn what_is_continued_by_somebody_else_is_stopped_again_and_told() {
+    let app = App::forking();
+    let mut porter = Porter::with(Options { signals_only: true, ..Options::default() });
+    let (target, _) = porter.adopt(&app);
+    porter.freeze(target);
+    kill_process_group(pid(app.pid()), Signal::CONT).unwrap();
+    assert!(app.grows());
+    assert_eq!(porter.inspect(target), [], "once it is mended");
+    wait_for("the stop", || state_of(app.pid()) == 'T');
+    kill_process_group(pid(app.pid()), Signal::CONT).unwrap();
+    assert!(app.grows());
+    let found = porter.inspect(target);
+    assert!(matches!(&found[..], [Veto { kind: VetoKind::NotHeld, .. }]), "{found:?}");
+    porter.thaw(target);
+    assert!(app.grows());
+    assert!(tree_of(app.pid()).into_iter().all(|pid| state_of(pid) != 'T'));
+}
+
+#[test]
+fn a_cgroup_thawed_by_somebody_else_is_told() {
+    let group = Group::new();
+    let app = App::forking();
+    group.take(&app);
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    porter.freeze(target);
+    fs::write(group.0.join("cgroup.freeze"), "0").unwrap();
+    assert!(app.grows());
+    let found = porter.inspect(target);
+    let [Veto { kind: VetoKind::NotHeld, reason }] = &found[..] else { panic!("{found:?}") };
+    assert!(reason.contains("somebody else"), "{reason}");
+    porter.thaw(target);
+}
+
+#[test]
+fn a_child_that_escapes_is_told_or_taken_back() {
+    let script = "sh -c 'while :; do echo >> $F; sleep 0.01; done' & while :; do sleep 0.1; done";
+    let escape = |app: &App, to: &Group| {
+        let child = tree_of(app.pid())
+            .into_iter()
+            .filter(|pid| *pid != app.pid())
+            .find(|pid| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"sh\0-c\0while")));
+        // With what it waits for.
+        for pid in tree_of(child.unwrap()) {
+            fs::write(to.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
+    };
+    // A unit of the system's: not ours to move things into.
+    let (unit, outside) = (Group::named("app-leaky-1.scope"), Group::new());
+    let app = App::shell(script);
+    assert!(app.grows());
+    unit.take(&app);
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    porter.freeze(target);
+    escape(&app, &outside);
+    assert!(app.grows());
+    let found = porter.inspect(target);
+    let [Veto { kind: VetoKind::NotHeld, reason }] = &found[..] else { panic!("{found:?}") };
+    assert!(reason.contains("outside its cgroup"), "{reason}");
+    porter.thaw(target);
+
+    // A cgroup of our own making.
+    let app = App::shell(script);
+    assert!(app.grows());
+    let (target, _) = porter.adopt(&app);
+    porter.freeze(target);
+    assert!(app.is_still());
+    escape(&app, &outside);
+    assert!(app.grows());
+    assert_eq!(porter.inspect(target), []);
+    assert!(app.is_still());
+    porter.targets.kill(target, Duration::ZERO);
+    porter.gone(target);
+}
+
+// ---- oom_score_adj -------------------------------------------------------------------------------------------------
+
+#[test]
+fn what_is_held_goes_first_when_memory_runs_out() {
+    for signals_only in [false, true] {
+        let (low, high) = ("sleep 60", "sh -c 'echo 950 > /proc/self/oom_score_adj; exec sleep 60'");
+        let app = App::shell(&format!("{low} & {high} & while :; do echo >> $F; sleep 0.01; done"));
+        let scores = || {
+            // What has ended is not there to be killed.
+            let tree = tree_of(app.pid()).into_iter().filter(|pid| state_of(*pid) != 'Z').filter_map(oom_of);
+            let mut tree: Vec<i32> = tree.collect();
+            tree.sort_unstable();
+            (tree.first().copied().unwrap(), tree.last().copied().unwrap())
+        };
+        assert!(app.grows());
+        let before = oom_of(std::process::id()).unwrap();
+        wait_for("the second", || scores() == (before, 950));
+        let mut porter = Porter::with(Options { signals_only, systemd: Some(false), ..Options::default() });
+        let (target, _) = porter.adopt(&app);
+        porter.freeze(target);
+        porter.settle();
+        assert_eq!(scores(), (900, 950), "signals_only: {signals_only}");
+        assert!(fs::read_to_string(porter.record()).unwrap().contains(&format!(" {before} 900\n")));
+        porter.thaw(target);
+        porter.settle();
+        assert_eq!(scores(), (before, 950), "signals_only: {signals_only}");
+        assert!(!porter.record().exists());
+
+        // What somebody has set meanwhile is theirs.
+        porter.freeze(target);
+        porter.settle();
+        fs::write(format!("/proc/{}/oom_score_adj", app.pid()), "910").unwrap();
+        porter.targets.thaw_all();
+        assert_eq!(oom_of(app.pid()), Some(910));
+        assert_eq!(scores(), (before, 950));
+        drop(porter);
+
+        let mut porter = Porter::with(Options { signals_only, oom_score_adj: None, ..Options::default() });
+        let (target, _) = porter.adopt(&app);
+        porter.freeze(target);
+        porter.settle();
+        assert_eq!(scores(), (before, 950), "where it is not wanted");
+    }
+}
+
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 #[test]
@@ -622,6 +1048,9 @@ fn helper_process() {
         "signals" => signal_scenario(),
         "vfork" => vfork_and_wait(),
         "hog" => hog(),
+        "lock" => lock_and_wait(),
+        "fanotify" => listen_to_files(),
+        "trace" => trace_and_wait(),
         _ => freeze_and_crash(&mode),
     }
 }
@@ -649,7 +1078,7 @@ fn signal_scenario() {
         for member in tree {
             assert!(matches!(state_of(member), 'T' | 'Z'), "{member} is {}", state_of(member));
         }
-        assert!(!app.grows());
+        assert!(app.is_still());
         porter.thaw(target);
         assert!(app.grows());
     }
@@ -674,6 +1103,7 @@ fn freeze_and_crash(mode: &str) {
     loop {
         porter.freeze(target);
         if mode.starts_with("crash") {
+            porter.settle();
             kill_process(pid(std::process::id()), Signal::KILL).unwrap();
         }
         porter.thaw(target);
@@ -689,6 +1119,52 @@ fn vfork_and_wait() {
             libc::_exit(0);
         }
     }
+}
+
+fn lock_and_wait() {
+    use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+    let path = PathBuf::from(std::env::var_os("NP_DIR").unwrap());
+    let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).unwrap();
+    let range = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    let _held = match std::env::var("NP_KIND").unwrap().as_str() {
+        "posix" => fcntl(&file, FcntlArg::F_SETLKW(&range)).map(|_| None).unwrap(),
+        "ofd" => fcntl(&file, FcntlArg::F_OFD_SETLKW(&range)).map(|_| None).unwrap(),
+        _ => Some(Flock::lock(file.try_clone().unwrap(), FlockArg::LockExclusive).unwrap()),
+    };
+    fs::write(path.with_extension("held"), "").unwrap();
+    thread::sleep(Duration::from_secs(60));
+    drop(file);
+}
+
+#[expect(unsafe_code, reason = "fanotify is not in the features this package takes from nix")]
+fn listen_to_files() {
+    let path = PathBuf::from(std::env::var_os("NP_DIR").unwrap());
+    let mask = if std::env::var("NP_KIND").unwrap() == "permission" { libc::FAN_OPEN_PERM } else { libc::FAN_OPEN };
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: neither call takes memory but the string, which ends with a zero byte and outlives it.
+    let result = unsafe {
+        let group = libc::fanotify_init(libc::FAN_CLASS_CONTENT, 0);
+        libc::fanotify_mark(group, libc::FAN_MARK_ADD, mask, libc::AT_FDCWD, name.as_ptr())
+    };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    fs::write(path.with_extension("held"), "").unwrap();
+    thread::sleep(Duration::from_secs(60));
+}
+
+#[expect(unsafe_code, reason = "ptrace is not in the features this package takes from nix")]
+fn trace_and_wait() {
+    let app: libc::pid_t = std::env::var("NP_PID").unwrap().parse().unwrap();
+    // SAFETY: PTRACE_SEIZE takes no memory.
+    let result = unsafe { libc::ptrace(libc::PTRACE_SEIZE, app, 0, 0) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    // The thread that traces must live; it is the one of this test.
+    thread::sleep(Duration::from_secs(60));
 }
 
 fn hog() {
@@ -774,6 +1250,22 @@ impl Porter {
         self.targets.thaw(target);
         let event = self.until("the thaw", |event| matches!(event, Event::Outcome(t, _) if *t == target));
         assert!(matches!(event, Event::Outcome(_, Outcome::Thawed { .. })), "{event:?}");
+        self.settle();
+    }
+
+    fn inspect(&mut self, target: TargetId) -> Vec<Veto> {
+        self.targets.inspect(target);
+        match self.until("the inspection", |event| matches!(event, Event::Inspected(t, _) if *t == target)) {
+            Event::Inspected(_, Ok(vetoes)) => vetoes,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Until nothing is due.
+    fn settle(&mut self) {
+        while self.targets.poll_timeout().is_some() {
+            self.turn();
+        }
     }
 
     fn gone(&mut self, target: TargetId) {
@@ -852,12 +1344,21 @@ impl App {
         Process { pid: self.pid(), uid, pidfd: pidfd(self.pid()) }
     }
 
-    /// Whether it does anything: waits longer for a sign of life than for the lack of one.
+    /// Whether it does anything. A busy machine may let it wait.
     fn grows(&self) -> bool {
+        self.grows_within(Duration::from_secs(10))
+    }
+
+    /// Whether it does nothing.
+    fn is_still(&self) -> bool {
+        !self.grows_within(Duration::from_millis(400))
+    }
+
+    fn grows_within(&self, patience: Duration) -> bool {
         let length = || fs::metadata(&self.file).map_or(0, |file| file.len());
         let before = length();
         let started = Clock::now();
-        while started.elapsed() < Duration::from_millis(400) {
+        while started.elapsed() < patience {
             thread::sleep(Duration::from_millis(10));
             // One line may have been under way.
             if length() > before + 1 {
@@ -991,6 +1492,14 @@ fn state_of(pid: u32) -> char {
 fn threads_of(pid: u32) -> Vec<char> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     tasks.map(|task| state_in(&fs::read_to_string(task.path().join("stat")).unwrap_or_default())).collect()
+}
+
+fn inode(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(&fs::metadata(path).unwrap())
+}
+
+fn oom_of(pid: u32) -> Option<i32> {
+    fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?.trim().parse().ok()
 }
 
 fn tree_of(pid: u32) -> Vec<u32> {

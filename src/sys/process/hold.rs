@@ -6,12 +6,17 @@ use rustix::process::Signal;
 
 use super::{
     cgroup::{Cgroup, Events},
-    procfs::{Member, is_gone},
+    procfs::{Member, ProcDir, is_gone},
 };
 use crate::time::Instant;
 
 /// Between looks at a tree that is stopping: doubled each time, from the first to the last of these.
 const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
+
+/// Processes, and threads of each, that are asked why a freeze does not end.
+const SUSPECTS: usize = 256;
+/// Where a parent in vfork(2) waits, as different kernels call it.
+const VFORK: &[&str] = &["kernel_clone", "wait_for_vfork_done", "_do_fork"];
 
 /// What holds an app still.
 #[derive(Debug)]
@@ -69,6 +74,11 @@ impl Wait {
         Self { since: now, deadline: now + patience, next: now + LOOK.0, pause: LOOK.0 }
     }
 
+    /// Something else speaks up before the deadline.
+    pub(super) fn only_deadline(&mut self) {
+        self.next = self.deadline;
+    }
+
     /// Looks again soon, or only at the deadline where the kernel speaks up by itself.
     pub(super) fn again(&mut self, now: Instant, told: bool) {
         self.pause = (self.pause * 2).min(LOOK.1);
@@ -78,11 +88,38 @@ impl Wait {
 
 /// How far a freeze has come.
 pub(super) enum Progress {
-    Held,
+    /// These are.
+    Held(Vec<Member>),
     /// The kernel tells when there is more to see.
     Told,
     /// To be looked at again; why it is not held yet.
     Look(String),
+}
+
+/// Which of the processes in a cgroup keeps it from coming to rest, as a sentence part.
+pub(super) fn hanging(hold: &Hold) -> Option<String> {
+    let Hold::Cgroup { cgroup, .. } = hold else { return None };
+    let mut at_worst = None;
+    for pid in cgroup.procs().ok()?.into_iter().take(SUSPECTS) {
+        let Ok(dir) = ProcDir::open(pid) else { continue };
+        for thread in dir.threads(pid).unwrap_or_default().into_iter().take(SUSPECTS) {
+            let what = match thread.state {
+                'D' => "hangs in the kernel",
+                'R' => "does not stop running",
+                _ => continue,
+            };
+            let place = dir.read(&format!("task/{}/wchan", thread.pid)).unwrap_or_default();
+            // Waiting for a child in vfork(2) counts as being at rest.
+            let at_rest = VFORK.contains(&place.as_str());
+            let place = if place.is_empty() || place == "0" { String::new() } else { format!(", {place}") };
+            let told = format!("process {pid} ({}{place}) {what}", thread.comm);
+            if !at_rest {
+                return Some(told);
+            }
+            at_worst.get_or_insert(told);
+        }
+    }
+    at_worst
 }
 
 /// `frozen` of `cgroup.events`; reading is also what arms the next notification.

@@ -2,7 +2,7 @@
 //! cgroup of its own where no systemd manages them.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,13 +13,13 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 use super::{
     cgroup::{Cgroup, parse_mountinfo},
     procfs::{Member, ProcDir, Processes, Stat, is_gone, parse_cgroup},
-    role,
+    role::{self, Role},
 };
 use crate::model::TargetId;
 
 const PREFIX: &str = "nightporter-";
 /// Looks for children born meanwhile before giving up on a tree that forks without end.
-pub(super) const ROUNDS: usize = 8;
+const ROUNDS: usize = 8;
 
 /// What was found out about an app right now.
 #[derive(Debug)]
@@ -27,10 +27,17 @@ pub(super) struct Survey {
     pub(super) home: Home,
     /// The processes that would be held, parents before their children.
     pub(super) members: Vec<Member>,
-    /// Must never be touched, with the reason as a sentence part.
-    pub(super) protected: Option<Arc<str>>,
+    /// Must never be touched.
+    pub(super) protected: Option<Role>,
     /// Cannot be touched without touching another app, with the reason as a sentence part.
     pub(super) conflict: Option<Arc<str>>,
+}
+
+impl Survey {
+    /// Why it must not be held or ended, as a sentence part.
+    pub(super) fn refusal(&self) -> Option<Arc<str>> {
+        self.protected.as_ref().map(|role| &role.reason).or(self.conflict.as_ref()).cloned()
+    }
 }
 
 /// How an app can be held.
@@ -82,7 +89,7 @@ impl World {
         let cgroup = self.cgroup_of(&dir);
         let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
         let tree = processes.tree(main.pid).ok_or("it has more than 4096 processes")?;
-        let protected = self.protected(service, main, &tree, &processes).map(Into::into);
+        let protected = self.protected(service, main, &tree, &processes);
 
         let mut members: Vec<Member> = tree.iter().filter(|s| !s.is_dead()).map(|s| Member::of(s)).collect();
         let home = match cgroup {
@@ -113,10 +120,53 @@ impl World {
             Found::Shared => self.homeless(),
             Found::None => Home::Tree,
         };
-        let conflict = others.iter().find_map(|(pid, other)| {
-            members.iter().any(|member| member.pid == *pid).then(|| format!("{other} runs together with it").into())
-        });
+        let conflict = conflict(&members, others);
         Ok(Survey { home, members, protected, conflict })
+    }
+
+    /// Whether what `survey` found a moment ago still holds, by a look at the app's own processes alone: it lives in the
+    /// same cgroup, which holds the processes it held and what they have started, and none of them must not be touched.
+    /// `None`: it is to be looked at anew.
+    pub(super) fn confirm(&self, survey: Survey, main: Member, others: &[(u32, Arc<str>)]) -> Option<Survey> {
+        let dir = main.dir().ok()?;
+        // Elsewhere processes are looked at one by one when they are stopped or moved.
+        let Home::Cgroup { cgroup, whole } = &survey.home else {
+            return Some(Survey { conflict: conflict(&survey.members, others), ..survey });
+        };
+        let text = dir.read("cgroup").unwrap_or_default();
+        let same =
+            parse_cgroup(&text).is_some_and(|path| self.path_of(unit_of(path).0) == Some(cgroup.path().to_owned()));
+        if !same || !cgroup.is_current() {
+            return None;
+        }
+        let pids = cgroup.procs().ok()?;
+        if pids.contains(&0) {
+            return None;
+        }
+        let mut seen: HashMap<u32, (Stat, Option<PathBuf>)> = HashMap::with_capacity(pids.len());
+        for pid in pids {
+            let Ok(dir) = ProcDir::open(pid) else { continue };
+            let Ok(stat) = dir.stat() else { continue };
+            seen.insert(pid, (stat, dir.exe()));
+        }
+        let known: HashSet<Member> = survey.members.iter().copied().collect();
+        let parents: HashSet<u32> = seen.values().map(|(stat, _)| stat.parent).collect();
+        let living = || seen.values().filter(|(stat, _)| !stat.is_dead());
+        let belongs = |stat: &Stat| known.contains(&Member::of(stat)) || *whole || seen.contains_key(&stat.parent);
+        let harmless = |stat: &Stat, exe: Option<&Path>| {
+            stat.pid != self.me.pid && role::of_process(stat, exe, parents.contains(&stat.pid)).is_none()
+        };
+        let fits = living().all(|(stat, exe)| belongs(stat) && harmless(stat, exe.as_deref()));
+        if !seen.contains_key(&main.pid) || !fits {
+            return None;
+        }
+        let members: Vec<Member> = living().map(|(stat, _)| Member::of(stat)).collect();
+        Some(Survey { conflict: conflict(&members, others), members, ..survey })
+    }
+
+    /// The directory of this path of `/proc/PID/cgroup`.
+    pub(super) fn path_of(&self, path: &str) -> Option<PathBuf> {
+        Some(self.mount.as_ref()?.join(path.trim_start_matches('/')))
     }
 
     /// Moves `members`, `main` and everything below it to a cgroup of its own.
@@ -145,23 +195,23 @@ impl World {
         let cgroup = Cgroup::open(&path)?;
         move_to(&cgroup, members)?;
         for _ in 0..ROUNDS {
-            if self.gather(&cgroup, main)? == 0 {
+            let outside = self.outside(&cgroup, main, &Processes::now()?)?;
+            if outside.is_empty() {
                 return Ok(cgroup);
             }
+            move_to(&cgroup, &outside)?;
         }
         Err(io::Error::other("it starts processes faster than they can be moved"))
     }
 
-    /// Moves what runs below `main` and is not in `cgroup` into it. Returns how many were moved.
-    pub(super) fn gather(&self, cgroup: &Cgroup, main: Member) -> io::Result<usize> {
-        let outside = self.outside(cgroup, main)?;
-        move_to(cgroup, &outside)?;
-        Ok(outside.len())
+    /// Everything in `cgroup` that lives.
+    pub(super) fn inside(&self, cgroup: &Cgroup, processes: &Processes) -> Vec<Member> {
+        let pids = cgroup.procs().unwrap_or_default().into_iter();
+        pids.filter_map(|pid| processes.find(pid)).filter(|stat| !stat.is_dead()).map(Member::of).collect()
     }
 
     /// What runs below `main`, is not in `cgroup`, and is no app on its own.
-    pub(super) fn outside(&self, cgroup: &Cgroup, main: Member) -> io::Result<Vec<Member>> {
-        let processes = Processes::now()?;
+    pub(super) fn outside(&self, cgroup: &Cgroup, main: Member, processes: &Processes) -> io::Result<Vec<Member>> {
         let inside: HashSet<u32> = cgroup.procs()?.into_iter().collect();
         let tree = processes.tree(main.pid).ok_or_else(|| io::Error::other("it has more than 4096 processes"))?;
         let outside = tree.into_iter().filter(|stat| !stat.is_dead() && !inside.contains(&stat.pid));
@@ -202,23 +252,23 @@ impl World {
         left
     }
 
-    fn protected(&self, service: &str, main: Member, tree: &[&Stat], processes: &Processes) -> Option<String> {
+    fn protected(&self, service: &str, main: Member, tree: &[&Stat], processes: &Processes) -> Option<Role> {
         if main.pid == self.me.pid {
-            return Some("it is the porter itself".to_owned());
+            return Some(Role::other("it is the porter itself"));
         }
-        if let Some(reason) = role::of_service(service) {
-            return Some(reason);
+        if let Some(role) = role::of_service(service) {
+            return Some(role);
         }
         tree.iter().find_map(|stat| {
-            let reason = self.role_of(stat, processes)?;
-            let below = || format!("{} below it must not be touched: {reason}", stat.comm);
-            Some(if stat.pid == main.pid { reason.clone() } else { below() })
+            let role = self.role_of(stat, processes)?;
+            let below = || format!("{} below it must not be touched: {}", stat.comm, role.reason).into();
+            Some(if stat.pid == main.pid { role } else { Role { reason: below(), ..role } })
         })
     }
 
-    fn role_of(&self, stat: &Stat, processes: &Processes) -> Option<String> {
+    fn role_of(&self, stat: &Stat, processes: &Processes) -> Option<Role> {
         if stat.pid == self.me.pid || processes.ancestors(self.me.pid).contains(&stat.pid) {
-            return Some("the porter itself runs below it".to_owned());
+            return Some(Role::other("the porter itself runs below it"));
         }
         let exe = ProcDir::open(stat.pid).ok().and_then(|dir| dir.exe());
         role::of_process(stat, exe.as_deref(), processes.has_children(stat.pid))
@@ -301,7 +351,7 @@ enum Found {
 
 /// The cgroup of the app a cgroup path belongs to, and whether the system made it for one app
 /// (systemd's DESKTOP_ENVIRONMENTS.md: `app[-launcher]-ID[-RANDOM].scope` or `.service`).
-fn unit_of(path: &str) -> (&str, bool) {
+pub(super) fn unit_of(path: &str) -> (&str, bool) {
     let mut end = 0;
     for part in path.split('/').skip(1) {
         end += part.len() + 1;
@@ -335,7 +385,15 @@ fn owner_of(cgroup: &Cgroup) -> Option<Member> {
     cgroup.path().file_name()?.to_str()?.starts_with("app-").then(|| parse_owner(parent)).flatten()
 }
 
-fn move_to(cgroup: &Cgroup, members: &[Member]) -> io::Result<()> {
+/// Another app among these, with the reason as a sentence part.
+fn conflict(members: &[Member], others: &[(u32, Arc<str>)]) -> Option<Arc<str>> {
+    let pids: HashSet<u32> = members.iter().map(|member| member.pid).collect();
+    let (_, other) = others.iter().find(|(pid, _)| pids.contains(pid))?;
+    Some(format!("{other} runs together with it").into())
+}
+
+/// Moves these very processes to `cgroup`; the frozen one holds them from then on.
+pub(super) fn move_to(cgroup: &Cgroup, members: &[Member]) -> io::Result<()> {
     for member in members {
         // The pidfd is held over the write: the pid cannot become another process's meanwhile.
         match member.pidfd().and_then(|_pidfd| cgroup.write("cgroup.procs", &member.pid.to_string())) {

@@ -110,10 +110,20 @@ impl ProcDir {
         Some(PathBuf::from(path.into_string().ok()?))
     }
 
-    /// All its threads.
-    fn threads(&self, pid: u32) -> io::Result<Vec<Stat>> {
+    /// A directory below it.
+    pub(super) fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let tasks = pids_in(&openat(&self.fd, "task", flags, Mode::empty())?)?;
+        Ok(openat(&self.fd, name, flags, Mode::empty())?)
+    }
+
+    /// A file below the directory, to be read and written.
+    pub(super) fn open_writable(&self, name: &str) -> io::Result<File> {
+        Ok(File::from(openat(&self.fd, name, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?))
+    }
+
+    /// All its threads.
+    pub(super) fn threads(&self, pid: u32) -> io::Result<Vec<Stat>> {
+        let tasks = pids_in(&self.open_dir("task")?)?;
         if tasks == [pid] {
             return Ok(vec![self.stat()?]);
         }
@@ -246,6 +256,21 @@ pub(super) fn parse_uids(status: &str) -> Option<Vec<u32>> {
     (uids.len() == 4).then_some(uids)
 }
 
+/// The thread that traces the process of this `/proc/PID/status`, if one does.
+pub(super) fn parse_tracer(status: &str) -> Option<u32> {
+    parse_number(status, "TracerPid:")
+}
+
+/// The process this `/proc/TID/status` is of a thread of.
+pub(super) fn parse_process(status: &str) -> Option<u32> {
+    parse_number(status, "Tgid:")
+}
+
+fn parse_number(status: &str, key: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().parse().ok().filter(|number| *number != 0)
+}
+
 /// The cgroup v2 path of `/proc/PID/cgroup`; `None` when there is none or it lies outside our namespace.
 pub(super) fn parse_cgroup(text: &str) -> Option<&str> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
@@ -339,6 +364,9 @@ mod tests {
         assert_eq!(parse_uids("Name:\tx\nUid:\t1\t2\t3\t4\n"), Some(vec![1, 2, 3, 4]));
         assert_eq!(parse_uids("Uid:\t1\t2\n"), None);
         assert_eq!(parse_uids(""), None);
+        assert_eq!(parse_tracer("Name:\tx\nTracerPid:\t77\n"), Some(77));
+        assert_eq!(parse_tracer("TracerPid:\t0\n"), None);
+        assert_eq!(parse_process("Name:\tx\nTgid:\t5\nNgid:\t0\nPid:\t7\n"), Some(5));
         assert_eq!(parse_cgroup("4:memory:/a\n0::/user.slice/app.scope\n"), Some("/user.slice/app.scope"));
         assert_eq!(parse_cgroup("0::/\n"), Some("/"));
         for text in ["", "4:memory:/a\n", "0::/../other\n", "0::/x (deleted)\n", "0::relative\n"] {

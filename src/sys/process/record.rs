@@ -7,6 +7,7 @@
 //! nightporter-frozen 1 BOOT-ID
 //! cgroup INODE PATH
 //! process PID START-TIME
+//! oom PID START-TIME BEFORE SET
 //! ```
 
 use std::{
@@ -22,6 +23,7 @@ use rustix::process::Signal;
 
 use super::{
     cgroup::Cgroup,
+    oom::Raised,
     procfs::{Member, boot_id, is_gone, read_text},
 };
 use crate::model::TargetId;
@@ -34,6 +36,8 @@ const HEADER: &str = "nightporter-frozen 1 ";
 pub struct ThawReport {
     /// Cgroups and processes that run again.
     pub thawed: usize,
+    /// Processes whose `oom_score_adj` is again what it was.
+    pub restored: usize,
     /// Entries whose cgroup or process has ended (or was not held any more).
     pub gone: usize,
     /// What could not be thawed, with why. Stays in the record for the next try.
@@ -52,6 +56,9 @@ impl ThawReport {
 impl fmt::Display for ThawReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} thawed, {} already gone", self.thawed, self.gone)?;
+        if self.restored > 0 {
+            write!(f, ", {} oom_score_adj restored", self.restored)?;
+        }
         for failed in &self.failed {
             write!(f, "; not thawed: {failed}")?;
         }
@@ -85,6 +92,7 @@ pub fn thaw_leftovers(runtime_dir: &Path) -> ThawReport {
     } else {
         for entry in entries {
             match entry.thaw() {
+                Ok(true) if entry.is_oom() => report.restored += 1,
                 Ok(true) => report.thawed += 1,
                 Ok(false) => report.gone += 1,
                 Err(error) => {
@@ -100,11 +108,12 @@ pub fn thaw_leftovers(runtime_dir: &Path) -> ThawReport {
     report
 }
 
-/// One thing held still.
+/// One thing held still, or changed while it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Entry {
     Cgroup { inode: u64, path: PathBuf },
     Process { pid: u32, start: u64 },
+    Oom(Raised),
 }
 
 impl Entry {
@@ -123,8 +132,19 @@ impl Entry {
                 Some(Self::Cgroup { inode: inode.parse().ok()?, path: PathBuf::from(path) })
             }
             ("process", pid, start) => Some(Self::Process { pid: pid.parse().ok()?, start: start.parse().ok()? }),
+            ("oom", pid, rest) => {
+                let mut words = rest.split(' ');
+                let (start, before, set) = (words.next()?, words.next()?, words.next()?);
+                let member = Member { pid: pid.parse().ok()?, start: start.parse().ok()? };
+                let raised = Raised { member, before: before.parse().ok()?, set: set.parse().ok()? };
+                words.next().is_none().then_some(Self::Oom(raised))
+            }
             _ => None,
         }
+    }
+
+    fn is_oom(&self) -> bool {
+        matches!(self, Self::Oom(_))
     }
 
     /// False when there is nothing left to thaw.
@@ -139,6 +159,7 @@ impl Entry {
             }),
             // Sent whether it is seen stopped or not: the SIGSTOP may not have reached it yet, and SIGCONT takes it back.
             Self::Process { pid, start } => Member { pid: *pid, start: *start }.signal(Signal::CONT).map(|()| true),
+            Self::Oom(raised) => raised.restore(),
         };
         match result {
             Err(error) if is_gone(&error) => Ok(false),
@@ -152,6 +173,9 @@ impl fmt::Display for Entry {
         match self {
             Self::Cgroup { inode, path } => write!(f, "cgroup {inode} {}", path.display()),
             Self::Process { pid, start } => write!(f, "process {pid} {start}"),
+            Self::Oom(Raised { member, before, set }) => {
+                write!(f, "oom {} {} {before} {set}", member.pid, member.start)
+            }
         }
     }
 }
@@ -186,9 +210,30 @@ impl Record {
 
     /// Everything held for `target` runs again.
     pub(super) fn remove(&mut self, target: TargetId) {
-        if self.entries.remove(&target).is_some() {
-            self.save_or_log();
+        self.retain(target, Entry::is_oom);
+    }
+
+    /// Every `oom_score_adj` of `target` is what it was.
+    pub(super) fn remove_oom(&mut self, target: TargetId) {
+        self.retain(target, |entry| !entry.is_oom());
+    }
+
+    /// Nothing is left of `target`.
+    pub(super) fn remove_all(&mut self, target: TargetId) {
+        self.retain(target, |_| false);
+    }
+
+    fn retain(&mut self, target: TargetId, keep: impl Fn(&Entry) -> bool) {
+        let Some(entries) = self.entries.get_mut(&target) else { return };
+        let before = entries.len();
+        entries.retain(keep);
+        if entries.len() == before {
+            return;
         }
+        if entries.is_empty() {
+            self.entries.remove(&target);
+        }
+        self.save_or_log();
     }
 
     /// Something held for `target` could not be thawed and its handle goes away: kept for the next try.
@@ -281,11 +326,15 @@ mod tests {
         let process = Entry::Process { pid: 5, start: 6 };
         record.add(TargetId(1), vec![cgroup.clone()]).unwrap();
         record.add(TargetId(2), vec![process.clone()]).unwrap();
+        let oom = Entry::Oom(Raised { member: Member { pid: 5, start: 6 }, before: -17, set: 900 });
+        record.add(TargetId(1), vec![oom.clone()]).unwrap();
         let path = dir.path().join(FILE);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let parsed = Parsed::parse(&fs::read_to_string(&path).unwrap());
-        assert_eq!(parsed, Parsed { boot: boot_id(), entries: vec![cgroup, process], damaged: vec![] });
+        assert_eq!(parsed, Parsed { boot: boot_id(), entries: vec![cgroup, oom.clone(), process], damaged: vec![] });
         record.remove(TargetId(1));
+        assert_eq!(record.entries.get(&TargetId(1)), Some(&vec![oom]));
+        record.remove_oom(TargetId(1));
         record.abandon(TargetId(2));
         assert_eq!(Record::open(dir.path()).unwrap().inherited.len(), 1);
         record.thaw_inherited();
@@ -294,10 +343,10 @@ mod tests {
 
     #[test]
     fn damage_costs_one_entry() {
-        let text = "nightporter-frozen 1 b\nprocess 5 6\nprocess 5\ncgroup x /y\ncgroup 7 y\n\u{fffd}\nprocess 8 9\nprocess 1 2";
+        let text = "nightporter-frozen 1 b\nprocess 5 6\nprocess 5\ncgroup x /y\ncgroup 7 y\n\u{fffd}\nprocess 8 9\noom 1 2 3\noom 1 2 3 4 5\nprocess 1 2";
         let parsed = Parsed::parse(text);
         assert_eq!(parsed.entries, [Entry::Process { pid: 5, start: 6 }, Entry::Process { pid: 8, start: 9 }]);
-        assert_eq!(parsed.damaged.len(), 5, "{:?}", parsed.damaged);
+        assert_eq!(parsed.damaged.len(), 7, "{:?}", parsed.damaged);
         assert_eq!(Parsed::parse(""), Parsed::default());
     }
 

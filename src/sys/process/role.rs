@@ -1,12 +1,44 @@
 //! Who is never touched, by role: the processes and bus names a session stands on (design.md, invariant 3). Either name,
 //! the executable's or the one a process gives itself, is enough: at worst an app protects itself from being frozen.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use super::procfs::Stat;
+use crate::model::VetoKind;
 
 /// `comm` is cut to this many bytes by the kernel.
 const COMM: usize = 15;
+
+const INPUT_METHOD: &str = "an input method";
+const ACCESSIBILITY: &str = "an assistive technology";
+const LOCK_SCREEN: &str = "the lock screen";
+const ALARM: &str = "an alarm clock";
+const TELEPHONE: &str = "the telephone";
+
+/// Why something must never be touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Role {
+    pub(super) kind: VetoKind,
+    /// As a sentence part.
+    pub(super) reason: Arc<str>,
+}
+
+impl Role {
+    /// One without a kind of its own.
+    pub(super) fn other(reason: &str) -> Self {
+        Self { kind: VetoKind::Service, reason: reason.into() }
+    }
+
+    fn new(role: &str, reason: String) -> Self {
+        let kind = match role {
+            INPUT_METHOD => VetoKind::InputMethod,
+            ACCESSIBILITY => VetoKind::Accessibility,
+            LOCK_SCREEN | ALARM | TELEPHONE => VetoKind::LockScreen,
+            _ => VetoKind::Service,
+        };
+        Self { kind, reason: reason.into() }
+    }
+}
 
 /// What a process of this name is, as a noun phrase. A trailing `*` stands for anything.
 const PROCESSES: &[(&str, &[&str])] = &[
@@ -29,7 +61,6 @@ const PROCESSES: &[(&str, &[&str])] = &[
             "startplasma-*",
             "sway",
             "swayidle",
-            "swaylock",
             "labwc",
             "cage",
             "wayfire",
@@ -50,13 +81,92 @@ const PROCESSES: &[(&str, &[&str])] = &[
             "kded*",
             "ksmserver",
             "gsd-*",
+            "dwl",
+            "gamescope*",
+            "hikari",
+            "lipstick",
+            "miracle-wm*",
+            "qtile",
+            "waybar",
+            "xfwm4",
+            "xwayland-satellite",
+            "cosmic-panel",
+            "kglobalaccel*",
+            "lisgd",
         ],
     ),
     (
-        "an input method",
-        &["ibus*", "fcitx*", "squeekboard", "phosh-osk*", "stevia", "maliit-*", "wvkbd*", "onboard", "uim-*"],
+        INPUT_METHOD,
+        &[
+            "ibus*",
+            "fcitx*",
+            "scim*",
+            "uim-*",
+            "nimf*",
+            "kime*",
+            "squeekboard",
+            "phosh-osk*",
+            "stevia",
+            "maliit-*",
+            "plasma-keyboard",
+            "wvkbd*",
+            "svkbd*",
+            "onboard",
+            "florence",
+            "xvkbd",
+            "corekeyboard",
+            "lomiri-keyboard*",
+        ],
     ),
-    ("an assistive technology", &["at-spi*", "orca", "speech-dispatcher", "sd_*"]),
+    (
+        ACCESSIBILITY,
+        &[
+            "at-spi*",
+            "orca",
+            "speech-dispatcher",
+            "sd_*",
+            "espeakup",
+            "brltty*",
+            "kmag",
+            "kmousetool",
+            "dasher",
+            "mousetweaks",
+        ],
+    ),
+    (
+        LOCK_SCREEN,
+        &[
+            "swaylock*",
+            "gtklock",
+            "waylock",
+            "hyprlock",
+            "i3lock*",
+            "xsecurelock",
+            "xscreensaver*",
+            "light-locker",
+            "kscreenlocker*",
+            "physlock",
+            "phrog",
+            "gtkgreet",
+            "regreet",
+        ],
+    ),
+    (ALARM, &["gnome-clocks", "kclock", "kclockd", "lomiri-clock*"]),
+    (
+        TELEPHONE,
+        &[
+            "gnome-calls",
+            "plasma-dialer*",
+            "plasma-phone-dialer",
+            "kde-telephony-daemon",
+            "lomiri-dialer*",
+            "callaudiod",
+            "feedbackd",
+            "cellbroadcastd",
+        ],
+    ),
+    ("the location service", &["geoclue"]),
+    ("the Bluetooth service", &["bluetoothd", "obexd"]),
     ("the keyring", &["gnome-keyring*", "kwalletd*", "ksecretd", "keepassxc"]),
     ("a key agent", &["ssh-agent", "gpg-agent", "scdaemon", "gcr-ssh-agent", "pinentry*"]),
     ("the authorisation agent", &["polkitd", "polkit-*", "lxpolkit", "xfce-polkit"]),
@@ -88,8 +198,22 @@ const NAMES: &[(&str, &[&str])] = &[
             "org.gnome.SettingsDaemon*",
         ],
     ),
-    ("an input method", &["org.freedesktop.IBus*", "org.fcitx.*", "sm.puri.OSK0", "org.maliit.*"]),
-    ("an assistive technology", &["org.a11y.*"]),
+    (INPUT_METHOD, &["org.freedesktop.IBus*", "org.fcitx.*", "sm.puri.OSK0", "org.maliit.*"]),
+    (ACCESSIBILITY, &["org.a11y.*", "org.gnome.Orca*", "org.brlapi.*"]),
+    (LOCK_SCREEN, &["org.gnome.ScreenSaver", "org.freedesktop.ScreenSaver", "org.kde.screensaver"]),
+    (ALARM, &["org.gnome.clocks", "org.kde.kclock", "org.kde.kclockd"]),
+    (
+        TELEPHONE,
+        &[
+            "org.gnome.Calls",
+            "org.kde.phone.dialer",
+            "org.kde.telephony.*",
+            "org.mobian_project.CallAudio",
+            "org.sigxcpu.Feedback",
+        ],
+    ),
+    ("the location service", &["org.freedesktop.GeoClue2"]),
+    ("the Bluetooth service", &["org.bluez", "org.bluez.obex"]),
     ("the keyring", &["org.freedesktop.secrets", "org.gnome.keyring*", "org.kde.kwalletd*"]),
     ("the authorisation service", &["org.freedesktop.PolicyKit1"]),
     ("the network manager", &["org.freedesktop.NetworkManager"]),
@@ -127,12 +251,12 @@ const TERMINALS: &[&str] = &[
 const SHELLS: &[&str] = &["sh", "ash", "bash", "dash", "fish", "ksh*", "mksh", "zsh", "nu", "tcsh", "csh"];
 
 /// Why this process must never be touched, as a sentence part, if so. `has_children`: whether anything runs below it.
-pub(super) fn of_process(stat: &Stat, exe: Option<&Path>, has_children: bool) -> Option<String> {
+pub(super) fn of_process(stat: &Stat, exe: Option<&Path>, has_children: bool) -> Option<Role> {
     if stat.pid == 1 {
-        return Some("it is the first process of the system".to_owned());
+        return Some(Role::other("it is the first process of the system"));
     }
     if stat.is_kernel_thread() {
-        return Some("it is a part of the kernel".to_owned());
+        return Some(Role::other("it is a part of the kernel"));
     }
     let exe = exe.and_then(Path::file_name).and_then(|name| name.to_str());
     let exe = exe.map(|name| name.strip_suffix(" (deleted)").unwrap_or(name));
@@ -140,22 +264,22 @@ pub(super) fn of_process(stat: &Stat, exe: Option<&Path>, has_children: bool) ->
         patterns.iter().any(|pattern| is_comm(pattern, &stat.comm) || exe.is_some_and(|exe| is_name(pattern, exe)))
     };
     if let Some((role, _)) = PROCESSES.iter().find(|(_, patterns)| is(patterns)) {
-        return Some(format!("it is {role} ({})", exe.unwrap_or(&stat.comm)));
+        return Some(Role::new(role, format!("it is {role} ({})", exe.unwrap_or(&stat.comm))));
     }
     if has_children && is(TERMINALS) {
-        return Some("it is a terminal with jobs in it".to_owned());
+        return Some(Role::other("it is a terminal with jobs in it"));
     }
     // What a login or a terminal starts: first of its session, with a terminal of its own.
     if is(SHELLS) && stat.session == stat.pid && stat.terminal != 0 {
-        return Some("it is a login shell".to_owned());
+        return Some(Role::other("it is a login shell"));
     }
     None
 }
 
 /// Why an app of this bus name must never be touched, as a sentence part, if so.
-pub(super) fn of_service(service: &str) -> Option<String> {
+pub(super) fn of_service(service: &str) -> Option<Role> {
     let (role, _) = NAMES.iter().find(|(_, patterns)| patterns.iter().any(|pattern| is_name(pattern, service)))?;
-    Some(format!("it is {role}"))
+    Some(Role::new(role, format!("it is {role}")))
 }
 
 fn is_name(pattern: &str, name: &str) -> bool {
@@ -237,9 +361,46 @@ mod tests {
     }
 
     #[test]
+    fn those_who_need_help_and_those_who_ring() {
+        for (comm, kind) in [
+            ("orca", VetoKind::Accessibility),
+            ("speech-dispatch", VetoKind::Accessibility),
+            ("brltty", VetoKind::Accessibility),
+            ("fcitx5", VetoKind::InputMethod),
+            ("ibus-engine-sim", VetoKind::InputMethod),
+            ("squeekboard", VetoKind::InputMethod),
+            ("phosh-osk-stub", VetoKind::InputMethod),
+            ("maliit-keyboard", VetoKind::InputMethod),
+            ("wvkbd-mobintl", VetoKind::InputMethod),
+            ("swaylock", VetoKind::LockScreen),
+            ("kscreenlocker_g", VetoKind::LockScreen),
+            ("gnome-clocks", VetoKind::LockScreen),
+            ("kclockd", VetoKind::LockScreen),
+            ("gnome-calls", VetoKind::LockScreen),
+            ("plasma-phone-di", VetoKind::LockScreen),
+            ("kwin_wayland", VetoKind::Service),
+        ] {
+            assert_eq!(of_process(&process(comm), None, false).map(|role| role.kind), Some(kind), "{comm}");
+        }
+        for (name, kind) in [
+            ("org.gnome.clocks", VetoKind::LockScreen),
+            ("org.gnome.Calls", VetoKind::LockScreen),
+            ("org.a11y.Bus", VetoKind::Accessibility),
+            ("org.fcitx.Fcitx5", VetoKind::InputMethod),
+        ] {
+            assert_eq!(of_service(name).map(|role| role.kind), Some(kind), "{name}");
+        }
+    }
+
+    #[test]
     fn the_executable_counts_as_well() {
         let renamed = process("innocent");
-        assert!(of_process(&renamed, Some(Path::new("/usr/bin/dbus-daemon")), false).unwrap().contains("message bus"));
+        assert!(
+            of_process(&renamed, Some(Path::new("/usr/bin/dbus-daemon")), false)
+                .unwrap()
+                .reason
+                .contains("message bus")
+        );
         assert!(of_process(&renamed, Some(Path::new("/usr/bin/phoc (deleted)")), false).is_some());
         assert_eq!(of_process(&renamed, Some(Path::new("/usr/bin/chatty")), false), None);
     }

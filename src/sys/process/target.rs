@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::File,
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
@@ -14,31 +13,42 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{
     cgroup::Cgroup,
-    hold::{Hold, Progress, Wait, read_frozen},
-    home::{Home, ROUNDS, Survey, World},
+    hold::{Hold, Progress, Wait, hanging, read_frozen},
+    home::{Home, Survey, World, move_to},
+    inspect::{Held, Inspection, Loose, Request, Usage, inspect, veto},
+    look::{Looker, Sight},
     measure::Scope,
+    oom::Oom,
     page_out::Ticket,
     procfs::{MAX_MEMBERS, Member, Processes, Stat, is_gone},
     record::{Entry, Record},
 };
 use crate::{
     event::{Event, Outcome},
-    model::{AppKey, TargetId},
+    model::{AppKey, TargetId, VetoKind},
     sys::clock,
-    time::Instant,
+    time::{Instant, earliest},
 };
 
 /// A process that got SIGKILL and is there after this long hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);
+/// An inspection that has not answered by then has failed.
+const INSPECTION: Duration = Duration::from_secs(5);
+/// What an inspection found out about the processes may be used for a freeze as long as this.
+const FRESH: Duration = Duration::from_secs(5);
+
 /// What a target needs of its surroundings for a while.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
-    pub(super) world: &'a World,
+    pub(super) world: &'a Arc<World>,
+    pub(super) looker: &'a Looker,
     pub(super) record: &'a mut Record,
     pub(super) made: &'a mut Vec<std::path::PathBuf>,
     pub(super) out: &'a mut Vec<Event>,
     /// A freeze or thaw the kernel has not confirmed by then is given up.
     pub(super) deadline: Duration,
+    /// For the processes of what is held.
+    pub(super) oom_score_adj: Option<i16>,
 }
 
 #[derive(Debug)]
@@ -46,6 +56,8 @@ pub(super) struct Target {
     pub(super) id: TargetId,
     pub(super) app: AppKey,
     pub(super) main: Member,
+    /// Whom it runs as.
+    pub(super) uid: u32,
     pub(super) pidfd: OwnedFd,
     /// For `cgroup.events` while it is held.
     pub(super) token: Token,
@@ -53,11 +65,32 @@ pub(super) struct Target {
     pub(super) phase: Phase,
     pub(super) page_out: Option<Arc<Ticket>>,
     pub(super) kill: Option<Kill>,
+    pub(super) oom: Oom,
+    pub(super) look: Look,
+}
+
+/// What is being looked at for a target, and what was seen last.
+#[derive(Debug, Default)]
+pub(super) struct Look {
+    /// The look a freeze waits for.
+    asked: Option<u64>,
+    /// What that look saw.
+    processes: Option<io::Result<Processes>>,
+    /// The inspection under way.
+    inspection: Option<(u64, Instant)>,
+    /// What the last inspection found out about the processes, and when.
+    survey: Option<(Survey, Instant)>,
+    /// When it came to rest.
+    usage: Option<Usage>,
+    /// The last inspection found some of it awake.
+    was_loose: bool,
 }
 
 #[derive(Debug)]
 pub(super) enum Phase {
     Running,
+    /// About to be held: what is to be held is being looked at.
+    Looking(Wait),
     Freezing(Hold, Wait),
     Frozen(Hold),
     Thawing(Hold, Wait),
@@ -84,8 +117,8 @@ impl Target {
             return Err("its process has ended".into());
         }
         let survey = world.survey(&self.app.service, self.main, others)?;
-        match survey.protected.as_ref().or(survey.conflict.as_ref()) {
-            Some(reason) => Err(Arc::clone(reason)),
+        match survey.refusal() {
+            Some(reason) => Err(reason),
             None => Ok(survey),
         }
     }
@@ -102,30 +135,183 @@ impl Target {
 
     pub(super) fn due(&self) -> Option<Instant> {
         let wait = match &self.phase {
-            Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.next),
+            Phase::Looking(wait) | Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.next),
             Phase::Running | Phase::Frozen(_) => None,
         };
-        crate::time::earliest(wait, self.kill.as_ref().map(|kill| kill.deadline))
+        let inspection = self.look.inspection.map(|(_, deadline)| deadline);
+        let own = earliest(wait, self.kill.as_ref().map(|kill| kill.deadline));
+        earliest(own, earliest(inspection, self.oom.due()))
     }
 
     pub(super) fn freeze(&mut self, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
         let refusal = match &self.phase {
             _ if self.kill.is_some() => Some("it is being ended".into()),
             Phase::Running => None,
-            Phase::Freezing(..) => return,
+            Phase::Looking(_) | Phase::Freezing(..) => return,
             Phase::Frozen(_) => return self.tell(cx, Outcome::Frozen { took: Duration::ZERO }),
             Phase::Thawing(..) => Some("it is just being thawed".into()),
         };
-        let started = match refusal {
-            Some(reason) => Err(reason),
-            None => self.survey(cx.world, others).and_then(|survey| self.begin(survey, cx)),
+        if let Some(reason) = refusal {
+            return self.tell(cx, Outcome::FreezeFailed(reason));
+        }
+        self.oom.restore_all();
+        cx.record.remove_all(self.id);
+        let now = clock::boot();
+        let wait = Wait::start(now, cx.deadline);
+        let fresh = self.look.survey.take().filter(|(_, at)| now.since(*at) <= FRESH);
+        match fresh.and_then(|(survey, _)| cx.world.confirm(survey, self.main, others)) {
+            Some(survey) => self.begin(survey, wait, cx),
+            None => self.ask_survey(wait, others, cx),
+        }
+    }
+
+    /// Has the app looked at, and is frozen then.
+    fn ask_survey(&mut self, mut wait: Wait, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+        let (world, service, main) = (Arc::clone(cx.world), Arc::clone(&self.app.service), self.main);
+        let others = others.to_vec();
+        let look = move || Sight::Survey(world.survey(&service, main, &others));
+        self.look.asked = cx.looker.ask(self.id, look);
+        if self.look.asked.is_none() {
+            return self.tell(cx, Outcome::FreezeFailed("too much other work is waiting".into()));
+        }
+        wait.only_deadline();
+        self.phase = Phase::Looking(wait);
+    }
+
+    /// A look has ended.
+    pub(super) fn seen(&mut self, ticket: u64, sight: Sight, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+        if let Sight::Inspection(inspection) = sight {
+            if self.look.inspection.take_if(|(asked, _)| *asked == ticket).is_some() {
+                self.inspected(*inspection, cx);
+            }
+            return;
+        }
+        // One that nobody waits for any more.
+        if self.look.asked.take_if(|asked| *asked == ticket).is_none() {
+            return;
+        }
+        match sight {
+            Sight::Survey(survey) => {
+                let Phase::Looking(wait) = self.phase else { return };
+                self.phase = Phase::Running;
+                let survey = match survey {
+                    Ok(survey) if survey.refusal().is_some() || has_ended(&self.pidfd) => Ok(Some(survey)),
+                    Ok(survey) => Ok(cx.world.confirm(survey, self.main, others)),
+                    Err(reason) => Err(reason),
+                };
+                match survey {
+                    Ok(Some(survey)) => self.begin(survey, wait, cx),
+                    // It has changed since. That comes to an end, or the time does.
+                    Ok(None) if clock::boot() < wait.deadline => self.ask_survey(wait, others, cx),
+                    Ok(None) => {
+                        self.tell(cx, Outcome::FreezeFailed("it changes faster than it can be looked at".into()));
+                    }
+                    Err(reason) => self.tell(cx, Outcome::FreezeFailed(reason)),
+                }
+            }
+            Sight::Processes(processes) if matches!(self.phase, Phase::Freezing(..)) => {
+                self.look.processes = Some(processes);
+                self.step(clock::boot(), cx);
+            }
+            Sight::Processes(_) | Sight::Inspection(_) => {}
+        }
+    }
+
+    /// Has it looked at whether something speaks against holding it.
+    pub(super) fn inspect(&mut self, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+        // The one under way answers this as well.
+        if self.look.inspection.is_some() {
+            return;
+        }
+        let held = match &self.phase {
+            Phase::Frozen(Hold::Cgroup { cgroup, .. }) => {
+                cgroup.try_clone().ok().map(|cgroup| Held::Cgroup { cgroup, usage: self.look.usage })
+            }
+            Phase::Frozen(Hold::Tree { stopped }) => Some(Held::Tree { stopped: stopped.clone() }),
+            _ => None,
         };
-        if let Err(reason) = started {
+        let request = Request {
+            world: Arc::clone(cx.world),
+            service: Arc::clone(&self.app.service),
+            main: self.main,
+            others: others.to_vec(),
+            held,
+        };
+        match cx.looker.ask(self.id, move || Sight::Inspection(Box::new(inspect(request)))) {
+            Some(ticket) => self.look.inspection = Some((ticket, clock::boot() + INSPECTION)),
+            None => cx.out.push(Event::Inspected(self.id, Err("too much other work is waiting".into()))),
+        }
+    }
+
+    fn inspected(&mut self, inspection: Inspection, cx: &mut Context<'_>) {
+        let Inspection { mut vetoes, survey, loose } = inspection;
+        // Without a veto it is frozen next. Otherwise nobody would need it, and it holds a file descriptor.
+        self.look.survey =
+            survey.filter(|_| matches!(self.phase, Phase::Running) && vetoes.as_ref().is_ok_and(Vec::is_empty));
+        let is_loose = loose.is_some_and(|loose| self.mend(loose, cx));
+        // Once it is mended; one that comes loose again is told of.
+        if is_loose
+            && self.look.was_loose
+            && let Ok(vetoes) = &mut vetoes
+        {
+            vetoes.push(veto(VetoKind::NotHeld, "parts of it run again and again although they are held still"));
+        }
+        self.look.was_loose = is_loose;
+        if has_ended(&self.pidfd) {
+            vetoes = Err("its process has ended".into());
+        }
+        cx.out.push(Event::Inspected(self.id, vetoes));
+    }
+
+    /// Takes in again what runs although it should be held still. False when it is not held (any more).
+    fn mend(&mut self, loose: Loose, cx: &mut Context<'_>) -> bool {
+        let mut phase = std::mem::replace(&mut self.phase, Phase::Running);
+        let mended = match (&mut phase, loose) {
+            (Phase::Frozen(Hold::Cgroup { cgroup, .. }), Loose::Outside(members)) => {
+                Some(move_to(cgroup, &members).map_err(|error| error.to_string()))
+            }
+            (Phase::Frozen(Hold::Tree { stopped }), Loose::Awake(processes)) => {
+                for member in stopped.iter().filter(|member| member.is_stopped() == Some(false)) {
+                    let _ = member.signal(Signal::STOP);
+                }
+                Some(self.stop_more(stopped, &processes, cx).map(drop))
+            }
+            _ => None,
+        };
+        self.phase = phase;
+        if let Some(Err(error)) = &mended {
+            log::warn!("{}: parts of it run although it is held still: {error}", self.app);
+        }
+        mended.is_some()
+    }
+
+    /// Does what is due apart from what it waits for.
+    pub(super) fn work(&mut self, now: Instant, cx: &mut Context<'_>) {
+        if self.look.inspection.take_if(|(_, deadline)| *deadline <= now).is_some() {
+            cx.out.push(Event::Inspected(self.id, Err("looking at it took too long".into())));
+        }
+        let (id, record) = (self.id, &mut *cx.record);
+        let Some(to) = cx.oom_score_adj else { return };
+        let write_down = |raised: &[super::oom::Raised]| {
+            if raised.is_empty() { Ok(()) } else { record.add(id, raised.iter().copied().map(Entry::Oom).collect()) }
+        };
+        if self.oom.work(now, to, write_down) {
+            cx.record.remove_all(id);
+        }
+    }
+
+    fn begin(&mut self, survey: Survey, wait: Wait, cx: &mut Context<'_>) {
+        let refusal = if has_ended(&self.pidfd) { Some("its process has ended".into()) } else { survey.refusal() };
+        let begun = match refusal {
+            Some(reason) => Err(reason),
+            None => self.hold(survey, wait, cx),
+        };
+        if let Err(reason) = begun {
             self.tell(cx, Outcome::FreezeFailed(reason));
         }
     }
 
-    fn begin(&mut self, survey: Survey, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
+    fn hold(&mut self, survey: Survey, wait: Wait, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
         self.home = match survey.home {
             Home::Movable => match cx.world.make_own(&self.app.service, self.id, self.main, &survey.members) {
                 Ok(cgroup) => {
@@ -139,14 +325,13 @@ impl Target {
             },
             home => home,
         };
-        let now = clock::boot();
-        let wait = Wait::start(now, cx.deadline);
         let hold = match &self.home {
             Home::Cgroup { cgroup, .. } => self.freeze_cgroup(cgroup, cx)?,
             _ => Hold::Tree { stopped: Vec::new() },
         };
+        self.look = Look { inspection: self.look.inspection, ..Look::default() };
         self.phase = Phase::Freezing(hold, wait);
-        self.step(now, cx);
+        self.step(clock::boot(), cx);
         Ok(())
     }
 
@@ -177,11 +362,15 @@ impl Target {
     /// Looks at what is waited for.
     pub(super) fn step(&mut self, now: Instant, cx: &mut Context<'_>) {
         match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Looking(wait) if now < wait.deadline => self.phase = Phase::Looking(wait),
+            Phase::Looking(wait) => {
+                self.look.asked = None;
+                let after = now.since(wait.since).as_millis();
+                let reason = format!("its processes could not be looked at within {after} ms");
+                self.tell(cx, Outcome::FreezeFailed(reason.into()));
+            }
             Phase::Freezing(mut hold, mut wait) => match self.is_held(&mut hold, cx) {
-                Ok(Progress::Held) => {
-                    self.phase = Phase::Frozen(hold);
-                    self.tell(cx, Outcome::Frozen { took: clock::boot().since(wait.since) });
-                }
+                Ok(Progress::Held(members)) => self.held(hold, members, wait, cx),
                 Ok(progress) if now < wait.deadline => {
                     wait.again(now, matches!(progress, Progress::Told));
                     self.phase = Phase::Freezing(hold, wait);
@@ -189,7 +378,11 @@ impl Target {
                 Ok(progress) => {
                     let after = now.since(wait.since).as_millis();
                     let mut reason = format!("it did not come to rest within {after} ms");
-                    if let Progress::Look(why) = progress {
+                    let why = match progress {
+                        Progress::Look(why) => Some(why),
+                        Progress::Told | Progress::Held(_) => hanging(&hold),
+                    };
+                    if let Some(why) = why {
                         reason = format!("{reason}: {why}");
                     }
                     self.roll_back(hold, reason, cx);
@@ -199,8 +392,11 @@ impl Target {
             Phase::Thawing(hold, mut wait) => match hold.is_running() {
                 Ok(true) => {
                     self.end_hold(hold, cx);
-                    cx.record.remove(self.id);
                     self.tell(cx, Outcome::Thawed { took: clock::boot().since(wait.since) });
+                    // The record is only written anew once all is done: someone waits for it to run.
+                    if !self.oom.restore(now) {
+                        cx.record.remove_all(self.id);
+                    }
                 }
                 Ok(false) if now < wait.deadline => {
                     wait.again(now, matches!(hold, Hold::Cgroup { .. }));
@@ -222,29 +418,55 @@ impl Target {
         }
     }
 
-    /// Whether everything of the app is held now. Children that were born meanwhile are taken in.
-    fn is_held(&self, hold: &mut Hold, cx: &mut Context<'_>) -> Result<Progress, String> {
-        match hold {
-            Hold::Cgroup { cgroup, events } => self.is_cgroup_held(cgroup, events, cx),
-            Hold::Tree { stopped } => {
-                for _ in 0..ROUNDS {
-                    if let Some(progress) = self.stop_more(stopped, cx)? {
-                        return Ok(progress);
-                    }
-                }
-                Ok(Progress::Look("it starts processes faster than they can be stopped".to_owned()))
-            }
+    /// Everything of it is held.
+    fn held(&mut self, hold: Hold, members: Vec<Member>, wait: Wait, cx: &mut Context<'_>) {
+        if let Hold::Cgroup { cgroup, .. } = &hold {
+            self.look.usage = Usage::of(cgroup);
+        }
+        self.phase = Phase::Frozen(hold);
+        let now = clock::boot();
+        self.tell(cx, Outcome::Frozen { took: now.since(wait.since) });
+        if cx.oom_score_adj.is_some() {
+            self.oom.raise(members, now);
         }
     }
 
-    fn is_cgroup_held(&self, cgroup: &Cgroup, events: &File, cx: &Context<'_>) -> Result<Progress, String> {
-        if !read_frozen(events).map_err(|error| format!("cgroup.events cannot be read: {error}"))? {
+    /// Whether everything of the app is held now. Children that were born meanwhile are taken in.
+    fn is_held(&mut self, hold: &mut Hold, cx: &mut Context<'_>) -> Result<Progress, String> {
+        if let Hold::Cgroup { events, .. } = hold
+            && !read_frozen(events).map_err(|error| format!("cgroup.events cannot be read: {error}"))?
+        {
+            // What was seen before it came to rest says nothing.
+            (self.look.asked, self.look.processes) = (None, None);
             return Ok(Progress::Told);
         }
-        let outside = cx.world.outside(cgroup, self.main).map_err(|error| error.to_string())?;
-        let Some(first) = outside.first() else { return Ok(Progress::Held) };
+        let Some(processes) = self.look.processes.take() else {
+            if self.look.asked.is_none() {
+                self.look.asked = cx.looker.ask(self.id, || Sight::Processes(Processes::now()));
+            }
+            return match self.look.asked {
+                Some(_) => Ok(Progress::Told),
+                None => Err("too much other work is waiting".to_owned()),
+            };
+        };
+        let processes = processes.map_err(|error| format!("/proc cannot be read: {error}"))?;
+        match hold {
+            Hold::Cgroup { cgroup, .. } => self.is_cgroup_held(cgroup, &processes, cx),
+            Hold::Tree { stopped } => match self.stop_more(stopped, &processes, cx)? {
+                Some(progress) => Ok(progress),
+                None => {
+                    self.look.asked = cx.looker.ask(self.id, || Sight::Processes(Processes::now()));
+                    Ok(Progress::Told)
+                }
+            },
+        }
+    }
+
+    fn is_cgroup_held(&self, cgroup: &Cgroup, processes: &Processes, cx: &Context<'_>) -> Result<Progress, String> {
+        let outside = cx.world.outside(cgroup, self.main, processes).map_err(|error| error.to_string())?;
+        let Some(first) = outside.first() else { return Ok(Progress::Held(cx.world.inside(cgroup, processes))) };
         if cx.world.is_own(cgroup) {
-            cx.world.gather(cgroup, self.main).map_err(|error| error.to_string())?;
+            move_to(cgroup, &outside).map_err(|error| error.to_string())?;
         }
         // It may also be one that was just ending.
         Ok(Progress::Look(format!("process {} below it runs outside its cgroup", first.pid)))
@@ -255,8 +477,12 @@ impl Target {
     /// Never a child before its parent: a parent in vfork(2), as posix_spawn(3) uses it, cannot stop until its child has
     /// started its program, so a child stopped before that would keep both from ever coming to rest. And below a process
     /// that is stopped no more are born. `None` when another look will show more.
-    fn stop_more(&self, stopped: &mut Vec<Member>, cx: &mut Context<'_>) -> Result<Option<Progress>, String> {
-        let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
+    fn stop_more(
+        &self,
+        stopped: &mut Vec<Member>,
+        processes: &Processes,
+        cx: &mut Context<'_>,
+    ) -> Result<Option<Progress>, String> {
         let tree = processes.tree(self.main.pid).ok_or("it has more than 4096 processes")?;
         // Pids of the dead are of no use here: none of ours is given away while its parent is stopped.
         let at_rest: HashMap<u32, bool> =
@@ -274,7 +500,7 @@ impl Target {
             let moving = moving.or(unknown.first().map(|stat| stat.pid));
             return Ok(Some(match moving {
                 Some(pid) => Progress::Look(format!("process {pid} does not stop")),
-                None => Progress::Held,
+                None => Progress::Held(stopped.clone()),
             }));
         }
         if stopped.len() + now.len() > MAX_MEMBERS {
@@ -298,6 +524,11 @@ impl Target {
         self.cancel_page_out();
         let hold = match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Running => return self.tell(cx, Outcome::Thawed { took: Duration::ZERO }),
+            Phase::Looking(_) => {
+                self.look.asked = None;
+                self.tell(cx, Outcome::FreezeFailed("it was asked to run again first".into()));
+                return self.tell(cx, Outcome::Thawed { took: Duration::ZERO });
+            }
             Phase::Freezing(hold, _) => {
                 self.tell(cx, Outcome::FreezeFailed("it was asked to run again first".into()));
                 hold
@@ -366,8 +597,18 @@ impl Target {
     /// Lets it run at once, without waiting for the kernel's word. An announced outcome is still given.
     pub(super) fn stop_holding(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         self.cancel_page_out();
+        self.oom.restore_all();
+        cx.record.remove_oom(self.id);
         let (hold, outcome) = match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running => return Ok(()),
+            Phase::Running => {
+                cx.record.remove(self.id);
+                return Ok(());
+            }
+            Phase::Looking(_) => {
+                self.look.asked = None;
+                self.tell(cx, Outcome::FreezeFailed("something else was asked of it first".into()));
+                return Ok(());
+            }
             Phase::Freezing(hold, _) => {
                 (hold, Some(Outcome::FreezeFailed("something else was asked of it first".into())))
             }

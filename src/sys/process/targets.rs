@@ -17,11 +17,14 @@ use mio::{Interest, Registry, Token, unix::SourceFd};
 use super::{
     cgroup::Cgroup,
     home::{Home, World, remove},
+    look::{Looker, Seen},
     measure,
+    oom::Oom,
     page_out::{self, Ticket},
     procfs::{Member, ProcDir, parse_uids},
     record::{Record, thaw_leftovers},
-    target::{Context, Phase, Target, has_ended, kill_all},
+    target::{Context, Look, Phase, Target, has_ended, kill_all},
+    whose::whose,
 };
 use crate::{
     event::{Event, Outcome},
@@ -57,6 +60,9 @@ pub enum ProcessError {
     /// `/proc` is not what it should be.
     #[error("cannot read /proc: {0}; is it mounted?")]
     Proc(io::Error),
+    /// No eventfd could be made.
+    #[error("cannot make an eventfd: {0}")]
+    Eventfd(io::Error),
 }
 
 /// What is found out by itself unless said otherwise.
@@ -70,11 +76,19 @@ pub struct Options {
     pub systemd: Option<bool>,
     /// A freeze or thaw that the kernel has not confirmed by then has failed.
     pub deadline: Duration,
+    /// `oom_score_adj` of what is held still, for each process where it is not higher already; `None`: left alone.
+    pub oom_score_adj: Option<i16>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { signals_only: false, cgroup_mount: None, systemd: None, deadline: Duration::from_secs(2) }
+        Self {
+            signals_only: false,
+            cgroup_mount: None,
+            systemd: None,
+            deadline: Duration::from_secs(2),
+            oom_score_adj: Some(900),
+        }
     }
 }
 
@@ -85,9 +99,11 @@ pub struct Targets {
     first_token: usize,
     sender: Sender,
     jobs: Jobs,
-    world: World,
+    world: Arc<World>,
+    looker: Looker,
     record: Record,
     deadline: Duration,
+    oom_score_adj: Option<i16>,
     targets: HashMap<TargetId, Target>,
     /// By token: two for each target, its pidfd's and its `cgroup.events`'.
     slots: Vec<Option<TargetId>>,
@@ -108,7 +124,7 @@ struct Killed {
 
 impl Targets {
     /// Tokens used, from `first_token` on.
-    pub const TOKENS: usize = 2 * MAX_TARGETS;
+    pub const TOKENS: usize = 2 * MAX_TARGETS + 1;
 
     /// Thaws what an earlier daemon left in `runtime_dir` and starts a freeze record there.
     ///
@@ -130,14 +146,17 @@ impl Targets {
         let record = Record::open(&runtime_dir).map_err(|error| ProcessError::Record { dir: runtime_dir, error })?;
         let made = world.sweep_dead();
         let world = if options.signals_only { world.signals_only() } else { world };
+        let looker = Looker::new(&registry, Token(first_token + 2 * MAX_TARGETS)).map_err(ProcessError::Eventfd)?;
         Ok(Self {
             registry,
             first_token,
             sender,
             jobs,
-            world,
+            world: Arc::new(world),
+            looker,
             record,
             deadline: options.deadline,
+            oom_score_adj: options.oom_score_adj,
             targets: HashMap::new(),
             slots: Vec::new(),
             killed: Vec::new(),
@@ -169,17 +188,21 @@ impl Targets {
             Home::Tree => (Freezer::Signal, None),
         };
         let can_page_out = survey.protected.is_none() && page_out::is_possible(cgroup);
-        let facts = ProcessFacts { pid: main.pid, freezer, can_page_out, protected: survey.protected };
+        let protected = survey.protected.map(|role| role.reason);
+        let facts = ProcessFacts { pid: main.pid, freezer, can_page_out, protected };
         let target = Target {
             id,
             app: app.clone(),
             main,
+            uid: process.uid,
             pidfd: process.pidfd,
             token: Token(token + 1),
             home: survey.home,
             phase: Phase::Running,
             page_out: None,
             kill: None,
+            oom: Oom::default(),
+            look: Look::default(),
         };
         match self.slots.get_mut(slot) {
             Some(free) => *free = Some(id),
@@ -235,18 +258,27 @@ impl Targets {
         self.out.push(Event::Sampled(id, Err(failed.into())));
     }
 
-    /// Looks whether something speaks against holding it still, or on. Ends with `Inspected`.
+    /// Looks, on a worker, whether something about its processes speaks against holding it still, or on: file locks
+    /// others wait for, file systems it serves, devices it uses, a debugger, roles (lifecycle.md §6), and for what is
+    /// held, whether it really is. Ends with `Inspected` within 5 s.
     pub fn inspect(&mut self, id: TargetId) {
-        let found = match self.targets.get(&id) {
-            None => Err("its process has ended".into()),
-            Some(_) => Ok(Vec::new()),
-        };
-        self.out.push(Event::Inspected(id, found));
+        let others = self.others(id);
+        if self.targets.contains_key(&id) {
+            self.with(id, |target, cx| target.inspect(&others, cx));
+        } else {
+            self.out.push(Event::Inspected(id, Err("its process has ended".into())));
+        }
     }
 
-    /// Whose process this is.
+    /// Whose process this is: who lives in the cgroup it is in, or whose process it runs below. Nobody's, if it runs as
+    /// another user than the app. Reads a few small files of `/proc`.
     pub fn of_pid(&self, pid: u32) -> Option<TargetId> {
-        self.targets.values().find(|target| target.main.pid == pid).map(|target| target.id)
+        if let Some(target) = self.targets.values().find(|target| target.main.pid == pid && !has_ended(&target.pidfd)) {
+            // Two names of one process are told by one target, always the same.
+            let same = self.targets.values().filter(|other| other.main == target.main);
+            return same.map(|target| target.id).min();
+        }
+        whose(pid, &self.targets, &self.world)
     }
 
     /// Measures this daemon and zram. Ends with `SampledSelf`, in the inbox.
@@ -275,6 +307,9 @@ impl Targets {
     /// Something happened behind `token`.
     pub fn ready(&mut self, token: Token) {
         let Some(index) = token.0.checked_sub(self.first_token) else { return };
+        if index == 2 * MAX_TARGETS {
+            return self.seen();
+        }
         let Some(id) = self.slots.get(index / 2).copied().flatten() else { return };
         if index % 2 == 1 {
             return self.with(id, |target, cx| target.step(clock::boot(), cx));
@@ -302,6 +337,7 @@ impl Targets {
             self.with(id, |target, cx| {
                 target.step(now, cx);
                 target.force(now, &others, cx);
+                target.work(now, cx);
             });
         }
         let over: Vec<Killed> = self.killed.extract_if(.., |killed| killed.deadline <= now).collect();
@@ -331,6 +367,13 @@ impl Targets {
         self.record.thaw_inherited();
     }
 
+    fn seen(&mut self) {
+        for Seen { target: id, ticket, sight } in self.looker.take() {
+            let others = self.others(id);
+            self.with(id, |target, cx| target.seen(ticket, sight, &others, cx));
+        }
+    }
+
     fn start_page_out(&mut self, id: TargetId) -> Result<(), Arc<str>> {
         let target = self.targets.get_mut(&id).ok_or("its process has ended")?;
         if !matches!(target.phase, Phase::Frozen(_)) {
@@ -355,7 +398,7 @@ impl Targets {
                 log::error!("{} could not be thawed: {error}", target.app);
             }
             // What it was about to say is of no interest any more.
-            cx.out.retain(|event| !matches!(event, Event::Outcome(of, _) if *of == id));
+            cx.out.retain(|event| !matches!(event, Event::Outcome(of, _) | Event::Inspected(of, _) if *of == id));
         });
         let Some(target) = self.targets.remove(&id) else { return };
         let _ = self.registry.deregister(&mut SourceFd(&target.pidfd.as_raw_fd()));
@@ -406,10 +449,12 @@ impl Targets {
         let mut cx = Context {
             registry: &self.registry,
             world: &self.world,
+            looker: &self.looker,
             record: &mut self.record,
             made: &mut self.made,
             out: &mut self.out,
             deadline: self.deadline,
+            oom_score_adj: self.oom_score_adj,
         };
         act(target, &mut cx);
     }
