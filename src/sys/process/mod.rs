@@ -17,4 +17,4 @@ mod target;
 mod targets;
 
 pub use record::{ThawReport, thaw_leftovers};
-pub use targets::{Options, ProcessError, Targets};
+pub use targets::{Options, ProcessError, Targets, UnitOf};

@@ -10,7 +10,10 @@ use std::{
 };
 
 use mio::{Interest, Registry, Token, unix::SourceFd};
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::{
+    io::Errno,
+    process::{Signal, pidfd_send_signal},
+};
 
 use super::{
     cgroup::Cgroup,
@@ -20,16 +23,19 @@ use super::{
     page_out::Ticket,
     procfs::{MAX_MEMBERS, Member, Processes, Stat, is_gone},
     record::{Entry, Record},
+    targets::UnitOf,
 };
 use crate::{
     event::{Event, Outcome},
     model::{AppKey, TargetId},
     sys::clock,
-    time::Instant,
+    time::{Instant, earliest},
 };
 
 /// A process that got SIGKILL and is there after this long hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);
+/// For the manager of its unit to say that it will stop it, half of the grace at most; then SIGTERM comes from us.
+const ASK: Duration = Duration::from_secs(2);
 /// What a target needs of its surroundings for a while.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
@@ -68,6 +74,8 @@ pub(super) enum Phase {
 pub(super) struct Kill {
     deadline: Instant,
     forced: bool,
+    /// The manager of its unit is asked, and SIGTERM is not sent before this.
+    answer_by: Option<Instant>,
     pub(super) members: Vec<Member>,
 }
 
@@ -105,7 +113,8 @@ impl Target {
             Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.next),
             Phase::Running | Phase::Frozen(_) => None,
         };
-        crate::time::earliest(wait, self.kill.as_ref().map(|kill| kill.deadline))
+        let kill = self.kill.as_ref().and_then(|kill| earliest(Some(kill.deadline), kill.answer_by));
+        earliest(wait, kill)
     }
 
     pub(super) fn freeze(&mut self, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
@@ -321,31 +330,73 @@ impl Target {
         }
     }
 
-    /// Asks it to end; SIGKILL follows after `grace`.
-    pub(super) fn kill(&mut self, grace: Duration, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+    /// Asks it to end; SIGKILL follows after `grace`. Gives the unit whose manager is to ask it.
+    pub(super) fn kill(
+        &mut self,
+        grace: Duration,
+        others: &[(u32, Arc<str>)],
+        cx: &mut Context<'_>,
+    ) -> Option<UnitOf> {
         if self.kill.is_some() {
-            return;
+            return None;
         }
         let begun = self.survey(cx.world, others).and_then(|survey| {
             self.stop_holding(cx).map_err(|error| format!("it cannot be thawed: {error}"))?;
-            pidfd_send_signal(self.pidfd.as_fd(), Signal::TERM).map_err(|error| format!("SIGTERM: {error}"))?;
-            Ok(survey.members)
+            Ok(survey)
         });
-        match begun {
-            Ok(members) => {
-                for member in members.iter().filter(|member| **member != self.main) {
-                    if let Err(error) = member.signal(Signal::TERM) {
-                        log::debug!("{}: SIGTERM to process {}: {error}", self.app, member.pid);
-                    }
-                }
-                self.kill = Some(Kill { deadline: clock::boot() + grace, forced: false, members });
+        let survey = match begun {
+            Ok(survey) => survey,
+            Err(reason) => {
+                self.tell(cx, Outcome::KillFailed(reason));
+                return None;
             }
-            Err(reason) => self.tell(cx, Outcome::KillFailed(reason)),
+        };
+        let unit = cx.world.unit(&survey.home).map(|group| UnitOf { app: self.app.clone(), group });
+        let now = clock::boot();
+        let answer_by = Some(now + if unit.is_some() { ASK.min(grace / 2) } else { Duration::ZERO });
+        self.kill = Some(Kill { deadline: now + grace, forced: false, answer_by, members: survey.members });
+        if unit.is_none() {
+            self.terminate(cx);
+        }
+        unit
+    }
+
+    /// The manager of its unit answered: it asks the app to end, or we do.
+    pub(super) fn unit_stopped(&mut self, answer: Result<(), Arc<str>>, cx: &mut Context<'_>) {
+        let Some(kill) = self.kill.as_mut().filter(|kill| !kill.forced) else { return };
+        match answer {
+            Ok(()) => kill.answer_by = None,
+            Err(reason) => {
+                log::info!("{}: ended by signals: {reason}", self.app);
+                self.terminate(cx);
+            }
+        }
+    }
+
+    /// SIGTERM, for whoever it is now known to be. A process that ended meanwhile is told of by its pidfd.
+    fn terminate(&mut self, cx: &mut Context<'_>) {
+        let Some(kill) = &mut self.kill else { return };
+        kill.answer_by = None;
+        match pidfd_send_signal(self.pidfd.as_fd(), Signal::TERM) {
+            Err(error) if error != Errno::SRCH => {
+                self.kill = None;
+                return self.tell(cx, Outcome::KillFailed(format!("SIGTERM: {error}").into()));
+            }
+            _ => {}
+        }
+        for member in kill.members.iter().filter(|member| **member != self.main) {
+            if let Err(error) = member.signal(Signal::TERM) {
+                log::debug!("{}: SIGTERM to process {}: {error}", self.app, member.pid);
+            }
         }
     }
 
     /// The grace is over.
     pub(super) fn force(&mut self, now: Instant, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+        if self.kill.as_ref().and_then(|kill| kill.answer_by).is_some_and(|by| by <= now) {
+            log::info!("{}: ended by signals: systemd does not answer", self.app);
+            self.terminate(cx);
+        }
         let Some(kill) = self.kill.take_if(|kill| kill.deadline <= now) else { return };
         if kill.forced {
             return self.tell(cx, Outcome::KillFailed("it hangs in the kernel and does not die".into()));
@@ -360,7 +411,7 @@ impl Target {
             Ok(survey) => kill_all(survey.members),
             Err(reason) => log::info!("{}: only its main process was killed: {reason}", self.app),
         }
-        self.kill = Some(Kill { deadline: now + DEATH, forced: true, ..kill });
+        self.kill = Some(Kill { deadline: now + DEATH, forced: true, answer_by: None, ..kill });
     }
 
     /// Lets it run at once, without waiting for the kernel's word. An announced outcome is still given.
