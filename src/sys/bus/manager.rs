@@ -154,9 +154,9 @@ impl Manager {
         let found = unit::of_process(&cgroup, wire.bus);
         let same = self.apps.get(service).is_some_and(|(unit, known)| {
             *known == pid
-                && found
-                    .as_ref()
-                    .is_some_and(|found| *found.name == **unit && self.units.get(unit).is_some_and(|u| u.group == found.group))
+                && found.as_ref().is_some_and(|found| {
+                    *found.name == **unit && self.units.get(unit).is_some_and(|u| u.group == found.group)
+                })
         });
         if same {
             return;
@@ -205,7 +205,10 @@ impl Manager {
             }
             Asked::Stop(unit, target) => {
                 let stop = self.units.get_mut(&unit).map(|unit| &mut unit.stop);
-                let stop = stop.filter(|stop| stop.as_ref().is_some_and(|stop| stop.target == target));
+                // Else it was told already how that ended, or the app has.
+                let Some(stop) = stop.filter(|stop| stop.as_ref().is_some_and(|stop| stop.target == target)) else {
+                    return;
+                };
                 let accepted = response.and_then(|message| {
                     message.body().deserialize::<OwnedObjectPath>().map_err(|_| Failure {
                         name: "an answer in a form we do not know".into(),
@@ -215,11 +218,11 @@ impl Manager {
                 });
                 let answer = match accepted {
                     Ok(job) => {
-                        stop.and_then(Option::as_mut).into_iter().for_each(|stop| stop.job = Some(job.clone()));
+                        *stop = Some(Stop { target, job: Some(job) });
                         Ok(())
                     }
                     Err(failure) => {
-                        stop.into_iter().for_each(|stop| *stop = None);
+                        *stop = None;
                         Err(format!("systemd does not stop {unit}: {failure}").into())
                     }
                 };
@@ -263,9 +266,12 @@ impl Manager {
                 let Ok((job, path, unit, result)) = body.deserialize::<(u32, OwnedObjectPath, &str, &str)>() else {
                     return;
                 };
-                let Some((name, unit)) = self.units.get_key_value(unit).map(|(name, _)| Arc::clone(name)).and_then(
-                    |name| self.units.get_mut(&name).map(|unit| (name, unit)),
-                ) else {
+                let Some((name, unit)) = self
+                    .units
+                    .get_key_value(unit)
+                    .map(|(name, _)| Arc::clone(name))
+                    .and_then(|name| self.units.get_mut(&name).map(|unit| (name, unit)))
+                else {
                     return;
                 };
                 unit.jobs.remove(&job);
@@ -277,7 +283,8 @@ impl Manager {
                 }
             }
             (Some(PROPERTIES), Some("PropertiesChanged")) => {
-                let Ok((about, changed, _)) = body.deserialize::<(&str, HashMap<&str, Variant<'_>>, Vec<&str>)>() else {
+                let Ok((about, changed, _)) = body.deserialize::<(&str, HashMap<&str, Variant<'_>>, Vec<&str>)>()
+                else {
                     return;
                 };
                 let path = header.path().map(|path| path.as_str());
@@ -602,10 +609,6 @@ fn call<B: Serialize + DynamicType>(
     body: &B,
     flags: Flags,
 ) -> Option<Message> {
-    let message = Message::method_call(path, member)
-        .destination(to)
-        .interface(interface)
-        .with_flags(flags)
-        .build(body);
+    let message = Message::method_call(path, member).destination(to).interface(interface).with_flags(flags).build(body);
     message.inspect_err(|error| log::error!("cannot make a call of {member}: {error}")).ok()
 }

@@ -207,9 +207,7 @@ pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
         Order::Act(Action::Call { ticket, .. }) => {
             BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into()))
         }
-        Order::Act(Action::Start(app)) => {
-            BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))
-        }
+        Order::Act(Action::Start(app)) => BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into())),
         Order::Unit(order) => {
             if let Some(refusal) = order.refusal() {
                 tell(refusal);

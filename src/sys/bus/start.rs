@@ -79,12 +79,7 @@ async fn service_file(way: &Way, app: &AppKey) -> Option<ServiceFile> {
 }
 
 /// `None` when systemd has nothing to start it by, and the bus may.
-async fn by_systemd(
-    connection: &Connection,
-    way: &Way,
-    app: &AppKey,
-    file: &ServiceFile,
-) -> Option<StartOutcome> {
+async fn by_systemd(connection: &Connection, way: &Way, app: &AppKey, file: &ServiceFile) -> Option<StartOutcome> {
     if let Some(unit) = &file.systemd_service {
         // Whatever job it has: a stop that is under way ends first, a start is joined.
         let outcome = run_job(connection, unit, "StartUnit", &(unit.as_str(), "replace")).await;

@@ -56,10 +56,8 @@ pub(super) fn of_group(path: &str, bus: Bus) -> Option<Unit> {
                 };
                 // systemd puts a `_` before what the kernel would take for a file of its own.
                 let name = part.strip_prefix('_').unwrap_or(part);
-                return (own && is_unit_name(name)).then(|| Unit {
-                    name: name.to_owned(),
-                    group: path.get(..end).unwrap_or(path).to_owned(),
-                });
+                return (own && is_unit_name(name))
+                    .then(|| Unit { name: name.to_owned(), group: path.get(..end).unwrap_or(path).to_owned() });
             }
         }
     }
@@ -266,7 +264,11 @@ mod tests {
         for (path, bus, unit) in [
             (format!("{user}/app.slice/app-org.a.B-1.scope"), session, Some("app-org.a.B-1.scope")),
             (format!("{user}/app.slice/app-flatpak-org.a.B-1.scope"), session, Some("app-flatpak-org.a.B-1.scope")),
-            (format!("{user}/app.slice/app-dbus\\x2d:1.2\\x2dorg.a.slice/dbus-:1.2-org.a@0.service"), session, Some("dbus-:1.2-org.a@0.service")),
+            (
+                format!("{user}/app.slice/app-dbus\\x2d:1.2\\x2dorg.a.slice/dbus-:1.2-org.a@0.service"),
+                session,
+                Some("dbus-:1.2-org.a@0.service"),
+            ),
             (format!("{user}/background.slice/_io.sync.service"), session, Some("io.sync.service")),
             (format!("{user}/dbus.service"), session, Some("dbus.service")),
             // The user's manager is itself a unit of the system's, and knows nothing of another user's.

@@ -331,12 +331,7 @@ impl Target {
     }
 
     /// Asks it to end; SIGKILL follows after `grace`. Gives the unit whose manager is to ask it.
-    pub(super) fn kill(
-        &mut self,
-        grace: Duration,
-        others: &[(u32, Arc<str>)],
-        cx: &mut Context<'_>,
-    ) -> Option<UnitOf> {
+    pub(super) fn kill(&mut self, grace: Duration, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) -> Option<UnitOf> {
         if self.kill.is_some() {
             return None;
         }
