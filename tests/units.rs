@@ -184,6 +184,7 @@ fn an_app_that_moves_is_found_again() {
     scene.main.bus.as_ref().unwrap().look_at_unit(scene.key(), pid);
     assert_eq!(only(scene.sightings(), pid).0, VetoKind::Watchdog);
     // And where it is it is not looked for again.
+    systemd.expect_look();
     while systemd.asked.try_recv().is_ok() {}
     scene.main.bus.as_ref().unwrap().look_at_unit(scene.key(), pid);
     assert_eq!(scene.stop(), Ok(()));
@@ -195,7 +196,7 @@ fn a_stop_is_granted_refused_or_fails() {
     let mut scene = Scene::new(SCOPE);
     let systemd = scene.systemd(Stopping::Grant, |_| {});
     scene.launch();
-    systemd.expect("GetUnit");
+    systemd.expect_look();
     assert!(scene.no_sightings());
     assert_eq!(scene.stop(), Ok(()));
     assert_eq!(systemd.expect("StopUnit"), SCOPE);
@@ -210,21 +211,21 @@ fn a_stop_is_granted_refused_or_fails() {
     drop(systemd);
 
     let systemd = scene.systemd(Stopping::Refuse, |_| {});
-    systemd.expect("Subscribe");
+    systemd.expect_look();
     assert!(scene.no_sightings());
     let reason = scene.stop().unwrap_err();
     assert!(reason.contains("Interactive authentication required"), "{reason}");
     drop(systemd);
 
     let systemd = scene.systemd(Stopping::Vanish, |_| {});
-    systemd.expect("Subscribe");
+    systemd.expect_look();
     assert!(scene.no_sightings());
     assert!(scene.stop().is_err());
     drop(systemd);
 
     // Nothing is told of what is not answered: whoever asked has a time limit. But the bus's end is told.
     let systemd = scene.systemd(Stopping::Silent, |_| {});
-    systemd.expect("Subscribe");
+    systemd.expect_look();
     assert!(scene.no_sightings());
     scene.ask_stop();
     systemd.expect("StopUnit");
@@ -241,6 +242,7 @@ fn the_system_bus_has_the_systems_manager() {
     let systemd = scene.systemd(Stopping::Grant, |unit| unit.watchdog = 1);
     let pid = scene.launch();
     let (kind, reason) = only(scene.sightings(), pid);
+    systemd.expect_look();
     assert!(kind == VetoKind::Watchdog && reason.contains("1 s"), "{reason}");
     assert_eq!(scene.stop(), Ok(()));
     assert_eq!(systemd.expect("StopUnit"), "board.service");

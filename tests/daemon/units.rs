@@ -40,7 +40,7 @@ impl Scene {
         assert!(output.status.success(), "{}", of(&output));
         assert!(self.group.is_frozen() && is_held(self.pid));
         // Looked at because it is held.
-        self.systemd.expect("GetUnit");
+        self.systemd.expect_look();
     }
 
     /// By hand; it ends when the app has.

@@ -59,7 +59,7 @@ enum Signal {
 pub(crate) struct Systemd {
     units: Arc<Mutex<HashMap<String, Unit>>>,
     orders: async_channel::Sender<Order>,
-    /// Every call but those of properties: member and first argument.
+    /// Every call, with its first argument; of those for properties the last of a look, `ActiveState`.
     pub(crate) asked: mpsc::Receiver<(String, String)>,
     thread: Option<JoinHandle<()>>,
 }
@@ -105,6 +105,11 @@ impl Systemd {
         });
         is_ready.recv_timeout(Duration::from_secs(10)).unwrap();
         Self { units, orders, asked, thread: Some(thread) }
+    }
+
+    /// Waits until a unit has been looked at.
+    pub(crate) fn expect_look(&self) {
+        self.expect("Get");
     }
 
     pub(crate) fn set(&self, name: &str, change: impl FnOnce(&mut Unit)) {
@@ -216,6 +221,9 @@ async fn answer(
             other => panic!("systemd has no property {other:?} of {name}"),
         };
         connection.reply(&header, &value).await.unwrap();
+        if property == "ActiveState" {
+            asking.send((member, property.to_owned())).unwrap_or_default();
+        }
         return true;
     }
     let first = body.deserialize::<&str>().or_else(|_| body.deserialize::<(&str, &str)>().map(|(unit, _)| unit));
