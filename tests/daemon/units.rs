@@ -14,7 +14,8 @@ use crate::{
 };
 
 const APP: &str = "org.example.App";
-const UNIT: &str = "app-gnome-org.example.App-7.scope";
+const BRISK: &str = "grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"24h\"\nawake-window = \"100ms\"\n";
+const UNIT: &str = "app-org.example.App@7.service";
 
 /// An app that its shell has moved to a unit of its own since it came, and the manager of that unit.
 struct Scene {
@@ -26,12 +27,18 @@ struct Scene {
 
 impl Scene {
     fn new(stopping: Stopping) -> Self {
-        let world = World::new(Setup::default());
+        Self::with(Setup::default(), stopping, |_| {})
+    }
+
+    fn with(setup: Setup<'_>, stopping: Stopping, change: impl FnOnce(&mut Unit)) -> Self {
+        let world = World::new(setup);
         world.samples(&[(APP, "")]);
         let pid = world.pid(APP);
         let group = Group::of_user(getuid().as_raw(), UNIT);
-        let systemd = Systemd::start(&world.bus_address(), &[(UNIT, Unit::of(&group.name()))], stopping);
+        let mut unit = Unit::of(&group.name());
+        change(&mut unit);
         group.take(pid);
+        let systemd = Systemd::start(&world.bus_address(), &[(UNIT, unit)], stopping);
         Self { world, systemd, pid, group }
     }
 
@@ -70,6 +77,42 @@ fn a_frozen_app_is_ended_by_the_manager_of_its_unit() {
     scene.systemd.job_removed(77, UNIT, "done");
     assert!(!is_running(scene.pid));
     assert!(!scene.world.log().contains("ended by signals"));
+}
+
+#[test]
+fn a_job_thaws_a_frozen_app() {
+    let scene = Scene::new(Stopping::Grant);
+    scene.freeze();
+    // systemctl stop: SIGTERM is not heard in a frozen cgroup.
+    scene.systemd.job_new(4, UNIT);
+    wait("the thaw", || (!scene.group.is_frozen()).then_some(()));
+    wait("the reason", || scene.world.decided(APP, "thaw", "pending systemd job").then_some(()));
+    let refused = scene.world.cli(&["freeze", APP]);
+    assert!(!refused.status.success() && of(&refused).contains(UNIT), "{}", of(&refused));
+    assert!(!scene.group.is_frozen());
+    scene.systemd.job_removed(4, UNIT, "done");
+    wait("the next freeze", || scene.world.cli(&["freeze", APP]).status.success().then_some(()));
+    // RuntimeMaxSec= is over: no job, but no less of a stop.
+    scene.systemd.state(UNIT, "deactivating");
+    wait("the thaw", || (!scene.group.is_frozen()).then_some(()));
+    wait("the reason", || scene.world.decided(APP, "thaw", "deactivating").then_some(()));
+}
+
+#[test]
+fn what_has_a_watchdog_is_left_alone() {
+    let setup = Setup { top: "profile = \"cached\"", lifecycle: BRISK, ..Setup::default() };
+    let scene = Scene::with(setup, Stopping::Grant, |unit| unit.watchdog = 30_000_000);
+    wait("the reason", || {
+        let why = scene.world.why(APP);
+        why.decisions.iter().any(|decision| decision.reason.contains("a watchdog of 30 s")).then_some(())
+    });
+    // It may have been frozen before that was known: it had moved to its unit since it came.
+    wait("the thaw", || (!is_held(scene.pid)).then_some(()));
+    assert!(stays(Duration::from_secs(1), || !is_held(scene.pid)), "{:?}", scene.world.why(APP));
+    // A message changes nothing about that.
+    scene.world.post(APP, "as ever");
+    scene.world.expect(APP, &["as ever"]);
+    assert!(stays(Duration::from_millis(500), || !is_held(scene.pid)), "{:?}", scene.world.why(APP));
 }
 
 #[test]
