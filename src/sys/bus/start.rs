@@ -29,7 +29,7 @@ use crate::{
 /// A start that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(60);
 /// A manager that has not even taken the job after this will not.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(10);
 /// Error names with which the manager says that we may not. The bus may all the same.
 const DENIED: [&str; 2] =
     ["org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"];
