@@ -808,8 +808,7 @@ fn started_by_systemd() {
     assert_eq!(call.header().member().unwrap().as_str(), "StartUnit");
     assert_eq!(call.body().deserialize::<(String, String)>().unwrap(), ("app-unit.service".into(), "replace".into()));
 
-    let key = AppKey::new(bus, "org.example.Fails");
-    main.perform(Action::Start(key.clone()));
+    main.perform(Action::Start(AppKey::new(bus, "org.example.Fails")));
     let failure = |main: &mut Loop, name: &str| {
         let StartOutcome::Failed(text) = started(main, &AppKey::new(bus, name)) else { panic!("{name} did not fail") };
         text

@@ -76,6 +76,8 @@ pub(super) struct Kill {
     forced: bool,
     /// The manager of its unit is asked, and SIGTERM is not sent before this.
     answer_by: Option<Instant>,
+    /// The manager of its unit stops it, and whatever else is in the unit.
+    pub(super) handed_over: bool,
     pub(super) members: Vec<Member>,
 }
 
@@ -349,7 +351,8 @@ impl Target {
         let unit = cx.world.unit(&survey.home).map(|group| UnitOf { app: self.app.clone(), group });
         let now = clock::boot();
         let answer_by = Some(now + if unit.is_some() { ASK.min(grace / 2) } else { Duration::ZERO });
-        self.kill = Some(Kill { deadline: now + grace, forced: false, answer_by, members: survey.members });
+        self.kill =
+            Some(Kill { deadline: now + grace, forced: false, answer_by, handed_over: false, members: survey.members });
         if unit.is_none() {
             self.terminate(cx);
         }
@@ -360,7 +363,7 @@ impl Target {
     pub(super) fn unit_stopped(&mut self, answer: Result<(), Arc<str>>, cx: &mut Context<'_>) {
         let Some(kill) = self.kill.as_mut().filter(|kill| !kill.forced) else { return };
         match answer {
-            Ok(()) => kill.answer_by = None,
+            Ok(()) => (kill.answer_by, kill.handed_over) = (None, true),
             Err(reason) => {
                 log::info!("{}: ended by signals: {reason}", self.app);
                 self.terminate(cx);
@@ -371,7 +374,7 @@ impl Target {
     /// SIGTERM, for whoever it is now known to be. A process that ended meanwhile is told of by its pidfd.
     fn terminate(&mut self, cx: &mut Context<'_>) {
         let Some(kill) = &mut self.kill else { return };
-        kill.answer_by = None;
+        (kill.answer_by, kill.handed_over) = (None, false);
         match pidfd_send_signal(self.pidfd.as_fd(), Signal::TERM) {
             Err(error) if error != Errno::SRCH => {
                 self.kill = None;
@@ -406,7 +409,7 @@ impl Target {
             Ok(survey) => kill_all(survey.members),
             Err(reason) => log::info!("{}: only its main process was killed: {reason}", self.app),
         }
-        self.kill = Some(Kill { deadline: now + DEATH, forced: true, answer_by: None, ..kill });
+        self.kill = Some(Kill { deadline: now + DEATH, forced: true, answer_by: None, handed_over: false, ..kill });
     }
 
     /// Lets it run at once, without waiting for the kernel's word. An announced outcome is still given.

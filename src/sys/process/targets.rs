@@ -390,7 +390,8 @@ impl Targets {
         if target.kill.is_some() && !self.made.is_empty() {
             self.sweep_at = Some(clock::boot() + SWEEP);
         }
-        if let Some(kill) = target.kill
+        // What its manager stops it also ends; and by the deadline the unit may have been started anew.
+        if let Some(kill) = target.kill.filter(|kill| !kill.handed_over)
             && self.killed.len() < MAX_TARGETS
         {
             let deadline = kill.deadline();
