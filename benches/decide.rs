@@ -58,7 +58,10 @@ fn show(what: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     let at = |share: f64| times.get((times.len() as f64 * share) as usize).copied().unwrap_or_default();
     let (median, p99) = (at(0.5), at(0.99));
-    println!("{what}: median {median:?}, p99 {p99:?}; {:.2} of the budget", median.as_secs_f64() / BUDGET.as_secs_f64());
+    println!(
+        "{what}: median {median:?}, p99 {p99:?}; {:.2} of the budget",
+        median.as_secs_f64() / BUDGET.as_secs_f64()
+    );
     assert!(median < BUDGET * 10, "{what} takes {median:?}");
 }
 

@@ -735,9 +735,13 @@ fn apps_are_started_by_systemd() {
     let services = data.path().join("dbus-1/services");
     std::fs::create_dir_all(&services).unwrap();
     for (name, lines) in [
-        ("org.example.Plain-App", "Exec=/usr/bin/app --gapplication-service 'a b'"),
+        ("org.example.Plain-App", "Exec=/usr/bin/app --gapplication-service 'a b' $HOME"),
         ("org.example.Unit", "Exec=/bin/false\nSystemdService=app-unit.service"),
         ("org.example.Fails", "Exec=/usr/bin/fails"),
+        ("org.example.Frozen", "Exec=/bin/false\nSystemdService=Frozen.service"),
+        ("org.example.Taken", "Exec=/usr/bin/taken"),
+        ("org.example.Denied", "Exec=/bin/false\nSystemdService=Denied.service"),
+        ("org.example.Unanswered", "Exec=/bin/false\nSystemdService=Unanswered.service"),
     ] {
         std::fs::write(services.join(format!("{name}.service")), format!("[D-BUS Service]\nName={name}\n{lines}\n"))
             .unwrap();
@@ -765,6 +769,10 @@ fn started_by_systemd() {
     let _manager = run(async move { be_systemd(&address, &ready, &asked).await });
     is_ready.recv_timeout(Duration::from_secs(10)).unwrap();
 
+    // Waited for at the end, and nobody else waits for it.
+    main.perform(Action::Start(AppKey::new(bus, "org.example.Unanswered")));
+    asks.recv_timeout(Duration::from_secs(5)).unwrap();
+
     let key = AppKey::new(bus, "org.example.Plain-App");
     main.perform(Action::Start(key.clone()));
     assert_eq!(started(&mut main, &key), StartOutcome::Started);
@@ -786,7 +794,12 @@ fn started_by_systemd() {
     let exec = &properties["ExecStart"];
     assert_eq!(exec.value_signature().to_string(), "a(sasb)");
     let shown = exec.to_string();
-    assert!(shown.contains("[\"/usr/bin/app\", \"--gapplication-service\", \"a b\"]"), "{shown}");
+    assert!(shown.contains("[\"/usr/bin/app\", \"--gapplication-service\", \"a b\", \"$$HOME\"]"), "{shown}");
+    // The rest is as in the user's manager.
+    let environment = Vec::<String>::try_from(properties["Environment"].try_clone().unwrap()).unwrap();
+    let starter = format!("DBUS_STARTER_ADDRESS={}", daemon.address());
+    assert_eq!(environment, [starter.as_str(), "DBUS_STARTER_BUS_TYPE=session"]);
+    assert_eq!(properties.len(), 7, "{:?}", properties.keys());
 
     let key = AppKey::new(bus, "org.example.Unit");
     main.perform(Action::Start(key.clone()));
@@ -795,10 +808,42 @@ fn started_by_systemd() {
     assert_eq!(call.header().member().unwrap().as_str(), "StartUnit");
     assert_eq!(call.body().deserialize::<(String, String)>().unwrap(), ("app-unit.service".into(), "replace".into()));
 
-    let key = AppKey::new(bus, "org.example.Fails");
+    main.perform(Action::Start(AppKey::new(bus, "org.example.Fails")));
+    let failure = |main: &mut Loop, name: &str| {
+        let StartOutcome::Failed(text) = started(main, &AppKey::new(bus, name)) else { panic!("{name} did not fail") };
+        text
+    };
+    let text = failure(&mut main, "org.example.Fails");
+    assert!(text.contains("failed (start-limit-hit); see systemctl --user status app-nightporter-"), "{text}");
+
+    main.perform(Action::Start(AppKey::new(bus, "org.example.Frozen")));
+    let text = failure(&mut main, "org.example.Frozen");
+    assert!(text.contains("systemctl --user thaw Frozen.service"), "{text}");
+
+    let key = AppKey::new(bus, "org.example.Taken");
     main.perform(Action::Start(key.clone()));
-    let StartOutcome::Failed(text) = started(&mut main, &key) else { panic!("it did not fail") };
-    assert!(text.contains("failed"), "{text}");
+    assert_eq!(started(&mut main, &key), StartOutcome::Started);
+    let units: Vec<String> = asks.try_iter().map(|call| first_argument(&call)).collect();
+    let [.., first, second] = &units[..] else { panic!("{units:?}") };
+    assert!(first != second && first.contains("Taken") && second.contains("Taken"), "{units:?}");
+
+    // The bus may what we may not; here it has no service file, though.
+    main.perform(Action::Start(AppKey::new(bus, "org.example.Denied")));
+    assert_eq!(started(&mut main, &AppKey::new(bus, "org.example.Denied")), StartOutcome::NotActivatable);
+
+    let unanswered = main.expect_within(Duration::from_secs(40), |incoming| match incoming {
+        Incoming::Event(Event::Bus(BusEvent::Started(_, StartOutcome::Failed(text)))) => Some(text.clone()),
+        _ => None,
+    });
+    assert!(unanswered.is_some_and(|text| text.contains("does not answer")));
+}
+
+fn first_argument(call: &Message) -> String {
+    type Properties = Vec<(String, OwnedVariant)>;
+    let body = call.body();
+    let two = body.deserialize::<(String, String)>().map(|(unit, _)| unit);
+    let all = || body.deserialize::<(String, String, Properties, Vec<(String, Properties)>)>().map(|all| all.0);
+    two.or_else(|_| body.deserialize::<String>()).or_else(|_| all()).unwrap()
 }
 
 async fn be_systemd(address: &str, ready: &std::sync::mpsc::Sender<()>, asked: &std::sync::mpsc::Sender<Message>) {
@@ -807,22 +852,49 @@ async fn be_systemd(address: &str, ready: &std::sync::mpsc::Sender<()>, asked: &
     let mut stream = zbus::MessageStream::from(&connection);
     connection.request_name("org.freedesktop.systemd1").await.unwrap();
     ready.send(()).unwrap();
+    let mut taken = false;
     while let Some(Ok(call)) = std::future::poll_fn(|context| std::pin::Pin::new(&mut stream).poll_next(context)).await
     {
         if call.message_type() != zbus::message::Type::MethodCall {
             continue;
         }
-        let body = call.body();
-        let unit: String = match call.header().member().unwrap().as_str() {
-            "StartUnit" => body.deserialize::<(String, String)>().unwrap().0,
-            _ => {
-                type Properties = Vec<(String, OwnedVariant)>;
-                body.deserialize::<(String, String, Properties, Vec<(String, Properties)>)>().unwrap().0
+        let header = call.header();
+        let unit = first_argument(&call);
+        match header.member().unwrap().as_str() {
+            "GetUnit" => {
+                let path = zbus::ObjectPath::try_from("/org/freedesktop/systemd1/unit/x").unwrap();
+                connection.reply(&header, &path).await.unwrap();
+                continue;
             }
+            "Get" => {
+                connection.reply(&header, &Variant::from("start-limit-hit")).await.unwrap();
+                continue;
+            }
+            _ => {}
+        }
+        let refusal = match &*unit {
+            "Denied.service" => Some("org.freedesktop.DBus.Error.AccessDenied"),
+            "Unanswered.service" => {
+                let _ = asked.send(call);
+                continue;
+            }
+            unit if unit.contains("Taken") && !std::mem::replace(&mut taken, true) => {
+                Some("org.freedesktop.systemd1.UnitExists")
+            }
+            _ => None,
         };
+        if let Some(refusal) = refusal {
+            connection.reply_error(&header, refusal, &"no").await.unwrap();
+            let _ = asked.send(call);
+            continue;
+        }
         let job = zbus::ObjectPath::try_from("/org/freedesktop/systemd1/job/17").unwrap();
-        connection.reply(&call.header(), &job).await.unwrap();
-        let result = if unit.contains("Fails") { "failed" } else { "done" };
+        connection.reply(&header, &job).await.unwrap();
+        let result = match &*unit {
+            "Frozen.service" => "frozen",
+            unit if unit.contains("Fails") => "failed",
+            _ => "done",
+        };
         for (path, unit, result) in [("/other/job", "other.service", "failed"), (job.as_str(), unit.as_str(), result)] {
             let path = zbus::ObjectPath::try_from(path).unwrap();
             let manager = "org.freedesktop.systemd1.Manager";

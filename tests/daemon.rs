@@ -4,6 +4,13 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
+#[expect(dead_code, reason = "made for the tests of units; shared")]
+#[path = "units/group.rs"]
+mod group;
+#[expect(dead_code, reason = "made for the tests of units; shared")]
+#[path = "units/systemd.rs"]
+mod systemd;
+
 #[path = "daemon/crashes.rs"]
 mod crashes;
 #[path = "daemon/delivery.rs"]
@@ -19,5 +26,7 @@ mod start;
 mod support;
 #[path = "daemon/trouble.rs"]
 mod trouble;
+#[path = "daemon/units.rs"]
+mod units;
 #[path = "daemon/upstream.rs"]
 mod upstream;

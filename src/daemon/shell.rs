@@ -16,7 +16,7 @@ use crate::{
     config::{Proxy, Settings, UpstreamSettings},
     core::Core,
     event::{BusEvent, Event, FetchError, HttpError, LinkEvent, LinkId},
-    model::{Bus, Snapshot},
+    model::{Bus, Snapshot, TargetId},
     sys::{
         bus::{BusAddress, BusThread},
         clock, fetch, http,
@@ -25,7 +25,7 @@ use crate::{
         link::Links,
         memory,
         network::Monitor,
-        process::{self, Targets},
+        process::{self, Targets, UnitOf},
         signals::Signals,
         store::{Holdback, Store},
         surroundings::Surroundings,
@@ -245,15 +245,25 @@ impl Shell {
             }
             Action::Configure(settings) => self.configure(*settings),
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
-            Action::Freeze(target) => self.targets.freeze(target),
+            Action::Freeze(target) => {
+                self.look_at_unit(target);
+                self.targets.freeze(target);
+            }
             Action::Thaw(target) => self.targets.thaw(target),
             Action::PageOut(target) => self.targets.page_out(target),
-            Action::Kill { target, grace } => self.targets.kill(target, grace),
+            Action::Kill { target, grace } => {
+                if let Some(UnitOf { app, group }) = self.targets.kill(target, grace) {
+                    self.bus.stop_unit(app, target, group);
+                }
+            }
             Action::Forget(target) => {
                 self.targets.forget(target);
                 self.sightings.forget(target);
             }
-            Action::Inspect(target) => self.targets.inspect(target),
+            Action::Inspect(target) => {
+                self.look_at_unit(target);
+                self.targets.inspect(target);
+            }
             Action::Sample(target) => self.targets.sample(target),
             Action::SampleSelf => self.targets.sample_self(),
             Action::Reply(..)
@@ -267,6 +277,13 @@ impl Shell {
             Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),
             Action::AllowSleep => self.surroundings.allow_sleep(),
             Action::Exit => {}
+        }
+    }
+
+    /// It may have moved since it came.
+    fn look_at_unit(&self, target: TargetId) {
+        if let Some((app, pid)) = self.targets.app(target) {
+            self.bus.look_at_unit(app, pid);
         }
     }
 
@@ -307,6 +324,7 @@ impl Shell {
                 Incoming::Windows { uid, windows } => {
                     self.sightings.windows(uid, windows, &self.targets, &mut self.pending);
                 }
+                Incoming::UnitStopped(target, answer) => self.targets.unit_stopped(target, answer),
                 Incoming::Resolved(link, addresses) => self.links.resolved(link, addresses),
             }
         }

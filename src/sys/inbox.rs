@@ -14,7 +14,7 @@ use mio::{Registry, Token, Waker};
 
 use crate::{
     event::{Event, LinkId},
-    model::{AppKey, Owner, Veto, Window},
+    model::{AppKey, Owner, TargetId, Veto, Window},
 };
 
 /// What other threads hand to the loop.
@@ -47,6 +47,8 @@ pub enum Incoming {
         /// All windows, at most 256.
         windows: Option<Vec<(Window, Option<u32>)>>,
     },
+    /// The manager of the app's unit will stop it, or why it does not. For `sys::targets`.
+    UnitStopped(TargetId, Result<(), Arc<str>>),
     /// Name resolution for a link ended. For `sys::link`.
     Resolved(LinkId, Result<Vec<SocketAddr>, String>),
 }

@@ -292,6 +292,11 @@ impl World {
         self.ask_bus("StartServiceByName", &(app, 0_u32));
     }
 
+    /// Where the bus is.
+    pub(crate) fn bus_address(&self) -> String {
+        self.bus.address()
+    }
+
     /// Installs and starts apps, and waits until they are registered.
     pub(crate) fn samples(&self, apps: &[(&str, &str)]) {
         for (app, fault) in apps {

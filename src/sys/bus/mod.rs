@@ -6,6 +6,7 @@
 //! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
+//! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -13,6 +14,7 @@ mod calls;
 mod checks;
 mod deliver;
 mod interfaces;
+mod manager;
 mod panel;
 mod polkit;
 mod process;
@@ -39,7 +41,7 @@ use async_channel::Receiver;
 use futures_core::Stream;
 use zruntime::{Shared, Task};
 
-use self::{polkit::Authority, session::Way};
+use self::{manager::UnitOrder, polkit::Authority, session::Way};
 use super::{
     inbox::{Incoming, Sender},
     users::{Roster, USERS, User, errand::Errands},
@@ -47,7 +49,7 @@ use super::{
 use crate::{
     action::Action,
     event::{BusEvent, CallId, Event},
-    model::{AppKey, Bus},
+    model::{AppKey, Bus, TargetId},
 };
 
 /// Where a bus is.
@@ -65,7 +67,7 @@ pub struct BusAddress {
 pub struct BusThread {
     // Unbounded, for the loop must never wait: what is in it the core asked for, and the core has bounded both its apps
     // (one watch and one start each) and its deliveries (one per registration); replies are bounded by the calls.
-    orders: async_channel::Sender<Action>,
+    orders: async_channel::Sender<Order>,
     ended: mpsc::Receiver<()>,
 }
 
@@ -113,7 +115,23 @@ impl BusThread {
 
     /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`. Never blocks.
     pub fn perform(&self, action: Action) {
-        if self.orders.try_send(action).is_err() {
+        self.send(Order::Act(action));
+    }
+
+    /// Has systemd stop the unit with this cgroup, which holds the app and nothing else. `Incoming::UnitStopped` says
+    /// whether it will. Never blocks.
+    pub fn stop_unit(&self, app: AppKey, target: TargetId, group: String) {
+        self.send(Order::Unit(UnitOrder::Stop { app, target, group }));
+    }
+
+    /// Looks which unit the app with this process is in now; what speaks against holding it still comes as
+    /// `Incoming::Sightings`. It is done by itself when the process is found. Never blocks.
+    pub fn look_at_unit(&self, app: AppKey, pid: u32) {
+        self.send(Order::Unit(UnitOrder::Look { app, pid }));
+    }
+
+    fn send(&self, order: Order) {
+        if self.orders.try_send(order).is_err() {
             log::error!("the bus thread is gone");
         }
     }
@@ -127,8 +145,14 @@ impl BusThread {
     }
 }
 
+/// What is asked of one bus.
+enum Order {
+    Act(Action),
+    Unit(UnitOrder),
+}
+
 enum Input {
-    Order(Action),
+    Order(Order),
     Users(Vec<User>),
     Stop,
 }
@@ -138,7 +162,7 @@ async fn route(
     buses: Vec<BusAddress>,
     mut roster: Option<Roster>,
     panel: bool,
-    orders: Receiver<Action>,
+    orders: Receiver<Order>,
     inbox: Sender,
 ) {
     // polkit is where the system bus is, whatever is served here.
@@ -199,7 +223,7 @@ struct Routes {
 struct Route {
     bus: Bus,
     // Unbounded like the one it is filled from.
-    orders: async_channel::Sender<Action>,
+    orders: async_channel::Sender<Order>,
     task: Task<(), Shared>,
 }
 
@@ -232,6 +256,7 @@ impl Routes {
                 route.task.cancel().await;
             }
             log::info!("{bus}: logged out");
+            self.hand_over(manager::nothing(bus));
             self.tell(BusEvent::Down(bus, "its user is not logged in".into()));
         }
         for user in users {
@@ -244,17 +269,21 @@ impl Routes {
         }
     }
 
-    fn order(&self, order: Action) {
+    fn order(&self, order: Order) {
+        let of = |bus: Bus| self.open.values().find(|route| route.bus == bus);
         let route = match &order {
-            Action::Reply(CallId(call), _) => {
+            Order::Act(Action::Reply(CallId(call), _)) => {
                 u16::try_from(call >> INDEX_SHIFT).ok().and_then(|index| self.open.get(&index))
             }
-            Action::Watch(AppKey { bus, .. })
-            | Action::Unwatch(AppKey { bus, .. })
-            | Action::Call { app: AppKey { bus, .. }, .. }
-            | Action::Start(AppKey { bus, .. })
-            | Action::PanelChanged(bus) => self.open.values().find(|route| route.bus == *bus),
-            other => return log::error!("the bus thread was given {other:?}"),
+            Order::Act(
+                Action::Watch(AppKey { bus, .. })
+                | Action::Unwatch(AppKey { bus, .. })
+                | Action::Call { app: AppKey { bus, .. }, .. }
+                | Action::Start(AppKey { bus, .. })
+                | Action::PanelChanged(bus),
+            ) => of(*bus),
+            Order::Act(other) => return log::error!("the bus thread was given {other:?}"),
+            Order::Unit(order) => of(order.bus()),
         };
         match route {
             Some(route) => {
@@ -262,12 +291,16 @@ impl Routes {
                 let _ = route.orders.try_send(order);
             }
             // An app of a bus that is not served now.
-            None => session::refuse(order, |event| self.tell(event)),
+            None => session::refuse(order, |incoming| self.hand_over(incoming)),
         }
     }
 
     fn tell(&self, event: BusEvent) {
+        self.hand_over(Incoming::Event(Event::Bus(event)));
+    }
+
+    fn hand_over(&self, incoming: Incoming) {
         // False means that the loop is gone, and this thread about to end.
-        let _ = self.inbox.send(Incoming::Event(Event::Bus(event)));
+        let _ = self.inbox.send(incoming);
     }
 }

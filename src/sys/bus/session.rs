@@ -15,10 +15,12 @@ use zbus::{Connection, Message, MessageStream, connection::Builder, message::Typ
 use zruntime::{SharedRuntime, Task};
 
 use super::{
+    Order,
     calls::Calls,
     checks::Verdict,
     deliver::Deliveries,
     interfaces::NAMES,
+    manager::Manager,
     panel::{self, KDE_NAME},
     polkit::Authority,
     process::{self, Purpose},
@@ -66,7 +68,7 @@ pub(super) async fn serve(
     way: Way,
     panel: bool,
     authority: Authority,
-    orders: Receiver<Action>,
+    orders: Receiver<Order>,
     inbox: Sender,
     next_call: u64,
 ) {
@@ -164,14 +166,18 @@ impl Lasting {
     }
 
     fn event(&self, event: BusEvent) {
+        self.tell(Incoming::Event(Event::Bus(event)));
+    }
+
+    fn tell(&self, incoming: Incoming) {
         // False means that the loop is gone, and this thread about to end.
-        let _ = self.inbox.send(Incoming::Event(Event::Bus(event)));
+        let _ = self.inbox.send(incoming);
     }
 
     /// Runs `work` and answers orders meanwhile as there is no bus. `None` when told to stop.
     async fn while_down<T>(
         &mut self,
-        mut orders: Pin<&mut Receiver<Action>>,
+        mut orders: Pin<&mut Receiver<Order>>,
         work: impl Future<Output = T>,
     ) -> Option<T> {
         let mut work = pin!(work);
@@ -191,31 +197,38 @@ impl Lasting {
     }
 
     /// An order while there is no bus: nobody owns anything, nobody can be called.
-    fn refuse(&mut self, order: Action) {
+    fn refuse(&mut self, order: Order) {
         match order {
-            Action::Watch(app) => {
+            Order::Act(Action::Watch(app)) => {
                 self.event(BusEvent::OwnerChanged(app.clone(), None));
                 self.watched.insert(app);
             }
-            Action::Unwatch(app) => {
+            Order::Act(Action::Unwatch(app)) => {
                 self.watched.remove(&app);
             }
-            other => refuse(other, |event| self.event(event)),
+            other => refuse(other, |incoming| self.tell(incoming)),
         }
     }
 }
 
 /// Answers an order that needs a bus there is none of.
-pub(super) fn refuse(order: Action, tell: impl FnOnce(BusEvent)) {
-    match order {
-        Action::Watch(app) => tell(BusEvent::OwnerChanged(app, None)),
-        Action::Call { ticket, .. } => {
-            tell(BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into())));
+pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
+    let event = match order {
+        Order::Act(Action::Watch(app)) => BusEvent::OwnerChanged(app, None),
+        Order::Act(Action::Call { ticket, .. }) => {
+            BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into()))
         }
-        Action::Start(app) => tell(BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))),
+        Order::Act(Action::Start(app)) => BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into())),
+        Order::Unit(order) => {
+            if let Some(refusal) = order.refusal() {
+                tell(refusal);
+            }
+            return;
+        }
         // A reply to somebody who is gone.
-        _ => {}
-    }
+        Order::Act(_) => return,
+    };
+    tell(Incoming::Event(Event::Bus(event)));
 }
 
 /// How a connection ended.
@@ -234,6 +247,7 @@ struct Session<'a> {
     calls: Calls,
     watches: Watches,
     deliveries: Deliveries,
+    manager: Manager,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
     verdicts: Pin<Box<Receiver<Verdict>>>,
@@ -260,7 +274,7 @@ struct Panel {
 
 enum Input {
     Message(Message),
-    Order(Action),
+    Order(Order),
     Verdict(Verdict),
     Stop,
     Broken(String),
@@ -277,6 +291,7 @@ impl<'a> Session<'a> {
             verdicts: Box::pin(verdicts),
             watches: Watches::default(),
             deliveries: Deliveries::default(),
+            manager: Manager::default(),
             starts: HashMap::new(),
             names: [false; NAMES.len()],
             panel: Panel { served: panel, named: false, told: false, changed: false },
@@ -286,7 +301,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    async fn run(mut self, mut orders: Pin<&mut Receiver<Action>>) -> Ended {
+    async fn run(mut self, mut orders: Pin<&mut Receiver<Order>>) -> Ended {
         let mut stream = MessageStream::from(&self.connection);
         for (index, name) in NAMES.into_iter().enumerate() {
             self.wire.ask_bus("RequestName", &(name, WAIT_IN_LINE), Pending::Name(index));
@@ -345,7 +360,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn lost(self, text: String) -> Ended {
+    fn lost(mut self, text: String) -> Ended {
         for (app, task) in self.starts {
             if !task.is_finished() {
                 let outcome = StartOutcome::Failed("the bus went away".into());
@@ -353,14 +368,19 @@ impl<'a> Session<'a> {
             }
         }
         self.deliveries.end(&self.wire);
+        self.manager.end(&self.wire);
         Ended::Lost { text, was_up: self.was_up }
     }
 
-    fn order(&mut self, order: Action) {
+    fn order(&mut self, order: Order) {
         if !self.is_up() {
             return self.lasting.refuse(order);
         }
-        match order {
+        let action = match order {
+            Order::Act(action) => action,
+            Order::Unit(order) => return self.manager.order(&mut self.wire, order),
+        };
+        match action {
             Action::Reply(call, reply) => {
                 self.calls.reply(&mut self.wire, call, reply, &mut self.lasting.next_call);
             }
@@ -370,6 +390,7 @@ impl<'a> Session<'a> {
             }
             Action::Unwatch(app) => {
                 self.watches.remove(&mut self.wire, &app);
+                self.manager.gone(&mut self.wire, &app.service);
                 self.lasting.watched.remove(&app);
             }
             Action::Call { ticket, app, owner, version, call } => {
@@ -450,12 +471,20 @@ impl<'a> Session<'a> {
             }
             Pending::Delivery(number) => self.deliveries.answered(&mut self.wire, number, response),
             Pending::Ping(number) => self.deliveries.pinged(&mut self.wire, number, response),
+            Pending::Manager(asked) => self.manager.answered(&mut self.wire, asked, response),
         }
     }
 
     fn identified(&mut self, owner: &Arc<str>, purpose: Purpose, process: Result<Process, Arc<str>>) {
         match purpose {
-            Purpose::Watch(app) => self.watches.identified(&self.wire, app, Arc::clone(owner), process),
+            Purpose::Watch(app) => {
+                let (service, pid) = (Arc::clone(&app.service), process.as_ref().ok().map(|process| process.pid));
+                if self.watches.identified(&self.wire, app, Arc::clone(owner), process)
+                    && let Some(pid) = pid
+                {
+                    self.manager.seen(&mut self.wire, &service, pid);
+                }
+            }
             Purpose::Check(call) => self.calls.found(&self.wire, call, process),
             Purpose::Caller => self.calls.identified(&mut self.wire, owner, process, &mut self.lasting.next_call),
         }
@@ -463,6 +492,9 @@ impl<'a> Session<'a> {
 
     fn signal(&mut self, message: &Message) {
         let header = message.header();
+        if header.sender().is_some_and(|sender| self.manager.is(sender.as_str())) {
+            return self.manager.signal(&mut self.wire, message);
+        }
         // Anybody can send us a signal of this name; only the bus can be its sender.
         if header.sender().is_none_or(|sender| sender.as_str() != BUS_NAME) {
             return;
@@ -475,6 +507,7 @@ impl<'a> Session<'a> {
                         self.panel_name_changed(new);
                     }
                     self.watches.changed(&mut self.wire, name, new);
+                    self.manager.changed(&mut self.wire, name, new);
                     if new.is_empty() {
                         self.calls.left(&mut self.wire, name);
                     } else {
@@ -589,7 +622,7 @@ impl<'a> Session<'a> {
     fn poll_input(
         &mut self,
         stream: &mut MessageStream,
-        mut orders: Pin<&mut Receiver<Action>>,
+        mut orders: Pin<&mut Receiver<Order>>,
         orders_first: bool,
         context: &mut Context<'_>,
     ) -> Poll<Input> {

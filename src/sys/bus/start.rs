@@ -16,6 +16,7 @@ use zruntime::SharedRuntime;
 
 use super::{
     activation::{self, ServiceFile},
+    manager::{MANAGER, PATH, SYSTEMD},
     session::Way,
     unit,
     wire::BUS_NAME,
@@ -27,9 +28,11 @@ use crate::{
 
 /// A start that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(60);
-const SYSTEMD: &str = "org.freedesktop.systemd1";
-const SYSTEMD_PATH: &str = "/org/freedesktop/systemd1";
-const SYSTEMD_MANAGER: &str = "org.freedesktop.systemd1.Manager";
+/// A manager that has not even taken the job after this will not.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Error names with which the manager says that we may not. The bus may all the same.
+const DENIED: [&str; 2] =
+    ["org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"];
 
 /// Starts the app and waits for the word of whoever starts it.
 pub(super) async fn start(connection: Connection, way: Way, app: AppKey) -> StartOutcome {
@@ -52,11 +55,17 @@ async fn attempt(connection: &Connection, way: &Way, app: &AppKey) -> StartOutco
     if has_owner(connection, &app.service).await {
         return StartOutcome::Started;
     }
-    if has_owner(connection, SYSTEMD).await
-        && let Some(file) = service_file(way, app).await
-        && let Some(outcome) = by_systemd(connection, app, &file).await
-    {
-        return outcome;
+    if has_owner(connection, SYSTEMD).await {
+        match service_file(way, app).await {
+            Some(file) => {
+                if let Some(outcome) = by_systemd(connection, way, app, &file).await {
+                    return outcome;
+                }
+            }
+            // dbus-daemon runs it in its own cgroup then. An app that can be stopped by signals only is better than one
+            // that gets no messages.
+            None => log::debug!("{app}: no service file of it can be read; left to the bus"),
+        }
     }
     by_bus(connection, app).await
 }
@@ -70,38 +79,78 @@ async fn service_file(way: &Way, app: &AppKey) -> Option<ServiceFile> {
 }
 
 /// `None` when systemd has nothing to start it by, and the bus may.
-async fn by_systemd(connection: &Connection, app: &AppKey, file: &ServiceFile) -> Option<StartOutcome> {
+async fn by_systemd(connection: &Connection, way: &Way, app: &AppKey, file: &ServiceFile) -> Option<StartOutcome> {
     if let Some(unit) = &file.systemd_service {
+        // Whatever job it has: a stop that is under way ends first, a start is joined.
         let outcome = run_job(connection, unit, "StartUnit", &(unit.as_str(), "replace")).await;
         match outcome {
-            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == "org.freedesktop.systemd1.NoSuchUnit" => {
+            Err(error) if is_named(&error, &["org.freedesktop.systemd1.NoSuchUnit"]) => {
                 log::warn!("{app}: its service file names {unit}, which systemd does not know");
             }
-            outcome => return Some(ended(outcome)),
+            outcome => return ended(connection, app, unit, outcome).await,
         }
     }
-    let path = file.exec.first()?;
     if app.bus == Bus::System && file.user.is_none() {
         return Some(StartOutcome::Failed("its service file names no user to run as".into()));
     }
-    let mut random = [0; 4];
-    if let Err(error) = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()) {
-        return Some(StartOutcome::Failed(format!("no random number for the unit's name: {error}")));
+    // Another unit of that name: it bears another number then.
+    for again in [true, false] {
+        let mut random = [0; 4];
+        if let Err(error) = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()) {
+            return Some(StartOutcome::Failed(format!("no random number for the unit's name: {error}")));
+        }
+        let unit = unit::unit_for(&app.service, u32::from_ne_bytes(random))?;
+        let properties = transient(app, file, &starter_address(way, app.bus))?;
+        let none: Vec<(&str, Vec<(&str, Variant<'_>)>)> = Vec::new();
+        let arguments = (unit.as_str(), "fail", properties, none);
+        match run_job(connection, &unit, "StartTransientUnit", &arguments).await {
+            Err(error) if again && is_named(&error, &["org.freedesktop.systemd1.UnitExists"]) => {}
+            outcome => return ended(connection, app, &unit, outcome).await,
+        }
     }
-    let unit = unit::unit_for(&app.service, u32::from_ne_bytes(random))?;
+    None
+}
+
+/// What the app's own unit is to be. The rest is its manager's default: its environment, which sessions keep in step with
+/// that of the bus, and no `Restart=`.
+fn transient(app: &AppKey, file: &ServiceFile, address: &str) -> Option<Vec<(&'static str, Variant<'static>)>> {
+    let path = file.exec.first()?;
+    // systemd puts variables into a command line, the bus does not.
+    let words: Vec<String> = file.exec.iter().map(|word| word.replace('$', "$$")).collect();
+    let kind = match app.bus {
+        Bus::System => "system",
+        Bus::Session(_) => "session",
+    };
+    // As the D-Bus specification has it ("Message Bus Starting Services").
+    let environment = vec![format!("DBUS_STARTER_ADDRESS={address}"), format!("DBUS_STARTER_BUS_TYPE={kind}")];
     let mut properties = vec![
         ("Description", Variant::from(format!("{app}, started by Night Porter"))),
-        ("ExecStart", Variant::from(vec![(path.clone(), file.exec.clone(), false)])),
+        ("ExecStart", Variant::from(vec![(path.clone(), words, false)])),
         ("Type", Variant::from("dbus")),
         ("BusName", Variant::from(app.service.to_string())),
         ("CollectMode", Variant::from("inactive-or-failed")),
+        ("Environment", Variant::from(environment)),
     ];
     match (app.bus, &file.user) {
         (Bus::System, Some(user)) => properties.push(("User", Variant::from(user.clone()))),
         _ => properties.push(("Slice", Variant::from("app.slice"))),
     }
-    let none: Vec<(&str, Vec<(&str, Variant<'_>)>)> = Vec::new();
-    Some(ended(run_job(connection, &unit, "StartTransientUnit", &(unit.as_str(), "fail", properties, none)).await))
+    Some(properties)
+}
+
+/// Where the app is to find the bus.
+fn starter_address(way: &Way, bus: Bus) -> String {
+    let variable = |name| std::env::var(name).ok().filter(|address| !address.is_empty());
+    let own = |dir: &std::path::Path| format!("unix:path={}/bus", dir.display());
+    match (way, bus) {
+        (Way::Address(Some(address)), _) => address.clone(),
+        (Way::User(user, _), _) => own(&user.runtime_dir),
+        (_, Bus::System) => {
+            variable("DBUS_SYSTEM_BUS_ADDRESS").unwrap_or_else(|| "unix:path=/run/dbus/system_bus_socket".into())
+        }
+        (_, Bus::Session(uid)) => variable("DBUS_SESSION_BUS_ADDRESS")
+            .unwrap_or_else(|| own(std::path::Path::new(&format!("/run/user/{uid}")))),
+    }
 }
 
 /// Has systemd make a job for `unit` and waits until it is done; gives its result (`done`, `failed`, …).
@@ -113,14 +162,18 @@ where
     let rule = MatchRule::builder()
         .msg_type(Type::Signal)
         .sender(SYSTEMD)
-        .path(SYSTEMD_PATH)
-        .interface(SYSTEMD_MANAGER)
+        .path(PATH)
+        .interface(MANAGER)
         .member("JobRemoved")
         .arg(2, unit)
         .build()?
         .to_owned();
     let mut removed = pin!(MessageStream::for_match_rule(rule, connection, None).await?);
-    let reply = connection.call_method(Some(SYSTEMD), SYSTEMD_PATH, Some(SYSTEMD_MANAGER), method, arguments).await?;
+    let call = connection.call_method(Some(SYSTEMD), PATH, Some(MANAGER), method, arguments);
+    let reply = match SharedRuntime::current()?.timeout(ANSWER, call).await {
+        Ok(reply) => reply?,
+        Err(_) => return Err(zbus::Error::Failure(format!("it does not answer within {} s", ANSWER.as_secs()))),
+    };
     let job: OwnedObjectPath = reply.body().deserialize()?;
     while let Some(signal) = poll_fn(|context| removed.as_mut().poll_next(context)).await {
         let signal = signal?;
@@ -133,11 +186,56 @@ where
     Err(zbus::Error::Failure("the connection is gone".into()))
 }
 
-fn ended(result: zbus::Result<String>) -> StartOutcome {
-    match result {
-        Ok(result) if result == "done" => StartOutcome::Started,
-        Ok(result) => StartOutcome::Failed(format!("systemd could not start it: {result}")),
-        Err(error) => StartOutcome::Failed(format!("systemd: {error}")),
+/// `None` when we may not have systemd start it. The bus may: it knows the user, and hands what has a unit to systemd.
+async fn ended(
+    connection: &Connection,
+    app: &AppKey,
+    unit: &str,
+    result: zbus::Result<String>,
+) -> Option<StartOutcome> {
+    let result = match result {
+        Ok(result) if result == "done" => return Some(StartOutcome::Started),
+        Ok(result) => result,
+        Err(error) if is_named(&error, &DENIED) => {
+            log::info!("{app}: systemd does not let us start {unit} ({error}); left to the bus");
+            return None;
+        }
+        Err(error) => return Some(StartOutcome::Failed(format!("systemd: {error}"))),
+    };
+    let user = if app.bus == Bus::System { "" } else { " --user" };
+    let text = match &*result {
+        // lifecycle.md §4.2: since systemd 256, and it says no more than this.
+        "frozen" => format!("somebody has frozen its unit: systemctl{user} thaw {unit}"),
+        _ => {
+            let why = why(connection, unit).await.filter(|why| *why != result);
+            let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+            format!("systemd could not start it: {result}{why}; see systemctl{user} status {unit}")
+        }
+    };
+    Some(StartOutcome::Failed(text))
+}
+
+/// What became of a service (`Result=`), if its unit is still there to be asked.
+async fn why(connection: &Connection, unit: &str) -> Option<String> {
+    let ask = async {
+        let reply = connection.call_method(Some(SYSTEMD), PATH, Some(MANAGER), "GetUnit", &unit).await.ok()?;
+        let path: OwnedObjectPath = reply.body().deserialize().ok()?;
+        let (properties, service) = ("org.freedesktop.DBus.Properties", "org.freedesktop.systemd1.Service");
+        let property = (service, "Result");
+        let reply = connection.call_method(Some(SYSTEMD), &path, Some(properties), "Get", &property).await.ok()?;
+        match reply.body().deserialize::<Variant<'_>>() {
+            Ok(Variant::Str(text)) => Some(text.chars().take(100).collect()),
+            _ => None,
+        }
+    };
+    SharedRuntime::current().ok()?.timeout(Duration::from_secs(2), ask).await.ok().flatten()
+}
+
+fn is_named(error: &zbus::Error, names: &[&str]) -> bool {
+    match error {
+        zbus::Error::MethodError(name, ..) => names.contains(&name.as_str()),
+        zbus::Error::FDO(error) => names.contains(&zbus::DBusError::name(&**error).as_str()),
+        _ => false,
     }
 }
 

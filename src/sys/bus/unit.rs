@@ -5,6 +5,11 @@
 
 use std::fmt::Write as _;
 
+use crate::model::Bus;
+
+/// UNIT_NAME_MAX of systemd.
+const NAME_MAX: usize = 255;
+
 /// What a process's cgroup says about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Placement {
@@ -14,12 +19,69 @@ pub(super) struct Placement {
     pub(super) sandbox: bool,
 }
 
+/// A unit of a systemd manager, as a process's cgroup names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Unit {
+    /// Its name: a service or a scope.
+    pub(super) name: String,
+    /// Its cgroup, below the root of the hierarchy: what systemd tells as `ControlGroup`.
+    pub(super) group: String,
+}
+
+/// The unit that the manager on `bus` has made for a process with this `/proc/PID/cgroup`: the user's own manager on a
+/// session bus, the system's on the system bus. `None` for what is another manager's, or nobody's.
+pub(super) fn of_process(cgroup: &str, bus: Bus) -> Option<Unit> {
+    of_group(v2_path(cgroup), bus)
+}
+
+/// The same of a path in the cgroup hierarchy.
+pub(super) fn of_group(path: &str, bus: Bus) -> Option<Unit> {
+    let user_manager = |part: &str| {
+        let uid = part.strip_prefix("user@")?.strip_suffix(".service")?;
+        uid.parse::<u32>().ok()
+    };
+    let mut end = 0;
+    // Below the system's manager, and below each user's, are its slices and then its units.
+    let mut manager = None;
+    for part in path.strip_prefix('/')?.split('/') {
+        end += 1 + part.len();
+        match (user_manager(part), bus) {
+            (Some(_), Bus::System) => return None,
+            (Some(uid), Bus::Session(_)) if manager.is_none() => manager = Some(uid),
+            _ if part.ends_with(".slice") => {}
+            _ => {
+                let own = match bus {
+                    Bus::System => true,
+                    Bus::Session(uid) => manager == Some(uid),
+                };
+                // systemd puts a `_` before what the kernel would take for a file of its own.
+                let name = part.strip_prefix('_').unwrap_or(part);
+                return (own && is_unit_name(name))
+                    .then(|| Unit { name: name.to_owned(), group: path.get(..end).unwrap_or(path).to_owned() });
+            }
+        }
+    }
+    None
+}
+
+/// The path in the cgroup v2 hierarchy that `/proc/PID/cgroup` tells, or nothing.
+fn v2_path(cgroup: &str) -> &str {
+    cgroup.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default()
+}
+
+/// Whether systemd could have given this name to a service or scope. Nothing else gets into match rules and calls.
+fn is_unit_name(name: &str) -> bool {
+    let stem = name.strip_suffix(".service").or_else(|| name.strip_suffix(".scope"));
+    stem.is_some_and(|stem| !stem.is_empty())
+        && name.len() <= NAME_MAX
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b":-_.\\@".contains(&b))
+}
+
 /// What `/proc/PID/cgroup` says: from the unit its manager made, which is the outermost below the user manager. Below it
 /// a service with a delegated subtree makes cgroups of any name it likes.
 pub(super) fn placement(cgroup: &str) -> Placement {
-    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
     let mut unit = None;
-    for part in path.split('/') {
+    for part in v2_path(cgroup).split('/') {
         if part.ends_with(".slice") || part.is_empty() || (part.starts_with("user@") && part.ends_with(".service")) {
             continue;
         }
@@ -64,8 +126,7 @@ pub(super) fn app_id(unit: &str) -> Option<String> {
 /// The unit an app is started in: `app-nightporter-ID@RANDOM.service`. `None` when that is longer than systemd takes.
 pub(super) fn unit_for(app: &str, random: u32) -> Option<String> {
     let name = format!("app-nightporter-{}@{random:08x}.service", escape(app));
-    // UNIT_NAME_MAX of systemd.
-    (name.len() <= 255).then_some(name)
+    (name.len() <= NAME_MAX).then_some(name)
 }
 
 /// systemd-escape(1): what is not alphanumeric, `_`, `:` or an inner `.` becomes `\xHH`; `/` becomes `-`.
@@ -129,6 +190,17 @@ mod tests {
             ("app-tuba@autostart.service", Some("tuba")),
             ("dbus-:1.2-org.gnome.Calls@0.service", Some("org.gnome.Calls")),
             ("dbus-:1.17-org.a\\x2db@3.service", Some("org.a-b")),
+            ("app-org.kde.konsole-1234.scope", Some("org.kde.konsole")),
+            ("app-org.kde.dolphin@9b4e0f4c7b3d4c4e8f7a.service", Some("org.kde.dolphin")),
+            ("app-org.kde.kdeconnect.daemon@autostart.service", Some("org.kde.kdeconnect.daemon")),
+            ("app-gnome\\x2dkeyring\\x2dpkcs11@autostart.service", Some("gnome-keyring-pkcs11")),
+            ("app-gnome-org.gnome.Evolution\\x2dalarm\\x2dnotify-2211.scope", Some("org.gnome.Evolution-alarm-notify")),
+            ("app-phosh-sm.puri.Chatty-812.scope", Some("sm.puri.Chatty")),
+            ("app-sway-foot-4711.scope", Some("foot")),
+            ("app-Hyprland-firefox-1a2b3c4d.scope", Some("firefox")),
+            ("app-flatpak-org.mozilla.firefox-2862107932.scope", Some("org.mozilla.firefox")),
+            ("app-my\\x2dshell-org.a.B@77.service", Some("org.a.B")),
+            ("app-dbus\\x2d:1.2\\x2dorg.a.B.slice", None),
         ] {
             assert_eq!(app_id(unit).as_deref(), id, "{unit}");
         }
@@ -183,6 +255,51 @@ mod tests {
             let placement = placement(&cgroup);
             assert_eq!((placement.app_id.as_deref(), placement.sandbox), (id, sandbox), "{cgroup}");
         }
+    }
+
+    #[test]
+    fn units_belong_to_the_manager_of_their_bus() {
+        let user = "/user.slice/user-1000.slice/user@1000.service";
+        let session = Bus::Session(1000);
+        for (path, bus, unit) in [
+            (format!("{user}/app.slice/app-org.a.B-1.scope"), session, Some("app-org.a.B-1.scope")),
+            (format!("{user}/app.slice/app-flatpak-org.a.B-1.scope"), session, Some("app-flatpak-org.a.B-1.scope")),
+            (
+                format!("{user}/app.slice/app-dbus\\x2d:1.2\\x2dorg.a.slice/dbus-:1.2-org.a@0.service"),
+                session,
+                Some("dbus-:1.2-org.a@0.service"),
+            ),
+            (format!("{user}/background.slice/_io.sync.service"), session, Some("io.sync.service")),
+            (format!("{user}/dbus.service"), session, Some("dbus.service")),
+            // The user's manager is itself a unit of the system's, and knows nothing of another user's.
+            (format!("{user}/app.slice/app-org.a.B-1.scope"), Bus::System, None),
+            (format!("{user}/app.slice/app-org.a.B-1.scope"), Bus::Session(1001), None),
+            (format!("{user}/app.slice"), session, None),
+            (format!("{user}/evil.d/app-org.a.B-1.scope"), session, None),
+            (format!("{user}/a'b.service"), session, None),
+            (format!("{user}/.service"), session, None),
+            (format!("{user}/{}.service", "a".repeat(255)), session, None),
+            ("/user.slice/user-1000.slice/session-2.scope".into(), session, None),
+            ("/user.slice/user-1000.slice/session-2.scope".into(), Bus::System, Some("session-2.scope")),
+            ("/system.slice/sample1.service".into(), Bus::System, Some("sample1.service")),
+            ("/system.slice/system-getty.slice/getty@tty1.service".into(), Bus::System, Some("getty@tty1.service")),
+            ("/system.slice/sample1.service".into(), session, None),
+            ("/user@x.service/a.service".into(), session, None),
+            ("/".into(), Bus::System, None),
+            (String::new(), Bus::System, None),
+            ("relative.service".into(), Bus::System, None),
+        ] {
+            let found = of_group(&path, bus);
+            assert_eq!(found.as_ref().map(|unit| unit.name.as_str()), unit, "{path} on {bus}");
+            assert!(found.is_none_or(|unit| unit.group == path), "{path}");
+            for below in ["/", "/inner/most", "/evil.service"] {
+                let inside = of_process(&format!("1:x:/\n0::{path}{below}\n"), bus);
+                if unit.is_some() {
+                    assert_eq!(inside.map(|unit| unit.group).as_deref(), Some(&*path), "{path}{below}");
+                }
+            }
+        }
+        assert_eq!(of_process("", session), None);
     }
 
     #[test]

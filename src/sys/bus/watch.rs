@@ -72,13 +72,21 @@ impl Watches {
         self.tell(wire, &app, (!new.is_empty()).then(|| new.into()));
     }
 
-    /// The process of a watched name's owner was found, or not.
-    pub(super) fn identified(&self, wire: &Wire, app: AppKey, owner: Arc<str>, process: Result<Process, Arc<str>>) {
+    /// The process of a watched name's owner was found, or not. False when the name has another owner by now.
+    pub(super) fn identified(
+        &self,
+        wire: &Wire,
+        app: AppKey,
+        owner: Arc<str>,
+        process: Result<Process, Arc<str>>,
+    ) -> bool {
         let owner = Owner(owner);
         // By now it may be somebody else's name; then the news is of no use to anyone.
-        if self.names.get(&app.service).and_then(|watch| watch.told.as_ref()) == Some(&Some(owner.clone())) {
+        let current = self.names.get(&app.service).and_then(|watch| watch.told.as_ref()) == Some(&Some(owner.clone()));
+        if current {
             wire.tell(Incoming::Process { app, owner, process });
         }
+        current
     }
 
     fn tell(&mut self, wire: &mut Wire, app: &AppKey, owner: Option<Arc<str>>) {

@@ -8,7 +8,7 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use serde::Serialize;
 use zbus::{DynamicType, Message, message::Type};
 
-use super::process::Purpose;
+use super::{manager::Asked, process::Purpose};
 use crate::{
     event::{BusEvent, Event},
     model::{AppKey, Bus},
@@ -50,6 +50,8 @@ pub(super) enum Pending {
     Delivery(u64),
     /// The Ping behind it.
     Ping(u64),
+    /// Something about systemd.
+    Manager(Asked),
 }
 
 /// A reply.

@@ -218,6 +218,13 @@ impl World {
         Ok(outside.map(Member::of).filter(|member| !is_app_of_its_own(*member)).collect())
     }
 
+    /// The path of the systemd unit that `home` is, below the root of the hierarchy.
+    pub(super) fn unit(&self, home: &Home) -> Option<String> {
+        let Home::Cgroup { cgroup, .. } = home else { return None };
+        let path = cgroup.path().strip_prefix(self.mount.as_ref()?).ok()?.to_str()?;
+        (path.ends_with(".service") || path.ends_with(".scope")).then(|| format!("/{path}"))
+    }
+
     /// Whether `cgroup` is one of those made by [`World::make_own`].
     pub(super) fn is_own(&self, cgroup: &Cgroup) -> bool {
         self.base().is_some_and(|base| {

@@ -25,4 +25,4 @@ mod whose;
 
 pub(in crate::sys) use cgroup::parse_mountinfo;
 pub use record::{ThawReport, thaw_leftovers};
-pub use targets::{Options, ProcessError, Targets};
+pub use targets::{Options, ProcessError, Targets, UnitOf};

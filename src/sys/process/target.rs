@@ -9,7 +9,10 @@ use std::{
 };
 
 use mio::{Interest, Registry, Token, unix::SourceFd};
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::{
+    io::Errno,
+    process::{Signal, pidfd_send_signal},
+};
 
 use super::{
     cgroup::Cgroup,
@@ -22,6 +25,7 @@ use super::{
     page_out::Ticket,
     procfs::{MAX_MEMBERS, Member, Processes, Stat, is_gone},
     record::{Entry, Record},
+    targets::UnitOf,
 };
 use crate::{
     event::{Event, Outcome},
@@ -36,7 +40,8 @@ const DEATH: Duration = Duration::from_secs(2);
 const INSPECTION: Duration = Duration::from_secs(5);
 /// What an inspection found out about the processes may be used for a freeze as long as this.
 const FRESH: Duration = Duration::from_secs(5);
-
+/// For the manager of its unit to say that it will stop it, half of the grace at most; then SIGTERM comes from us.
+const ASK: Duration = Duration::from_secs(2);
 /// What a target needs of its surroundings for a while.
 pub(super) struct Context<'a> {
     pub(super) registry: &'a Registry,
@@ -101,6 +106,10 @@ pub(super) enum Phase {
 pub(super) struct Kill {
     deadline: Instant,
     forced: bool,
+    /// The manager of its unit is asked, and SIGTERM is not sent before this.
+    answer_by: Option<Instant>,
+    /// The manager of its unit stops it, and whatever else is in the unit.
+    pub(super) handed_over: bool,
     pub(super) members: Vec<Member>,
 }
 
@@ -139,8 +148,8 @@ impl Target {
             Phase::Running | Phase::Frozen(_) => None,
         };
         let inspection = self.look.inspection.map(|(_, deadline)| deadline);
-        let own = earliest(wait, self.kill.as_ref().map(|kill| kill.deadline));
-        earliest(own, earliest(inspection, self.oom.due()))
+        let kill = self.kill.as_ref().and_then(|kill| earliest(Some(kill.deadline), kill.answer_by));
+        earliest(earliest(wait, kill), earliest(inspection, self.oom.due()))
     }
 
     pub(super) fn freeze(&mut self, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
@@ -552,31 +561,69 @@ impl Target {
         }
     }
 
-    /// Asks it to end; SIGKILL follows after `grace`.
-    pub(super) fn kill(&mut self, grace: Duration, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+    /// Asks it to end; SIGKILL follows after `grace`. Gives the unit whose manager is to ask it.
+    pub(super) fn kill(&mut self, grace: Duration, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) -> Option<UnitOf> {
         if self.kill.is_some() {
-            return;
+            return None;
         }
         let begun = self.survey(cx.world, others).and_then(|survey| {
             self.stop_holding(cx).map_err(|error| format!("it cannot be thawed: {error}"))?;
-            pidfd_send_signal(self.pidfd.as_fd(), Signal::TERM).map_err(|error| format!("SIGTERM: {error}"))?;
-            Ok(survey.members)
+            Ok(survey)
         });
-        match begun {
-            Ok(members) => {
-                for member in members.iter().filter(|member| **member != self.main) {
-                    if let Err(error) = member.signal(Signal::TERM) {
-                        log::debug!("{}: SIGTERM to process {}: {error}", self.app, member.pid);
-                    }
-                }
-                self.kill = Some(Kill { deadline: clock::boot() + grace, forced: false, members });
+        let survey = match begun {
+            Ok(survey) => survey,
+            Err(reason) => {
+                self.tell(cx, Outcome::KillFailed(reason));
+                return None;
             }
-            Err(reason) => self.tell(cx, Outcome::KillFailed(reason)),
+        };
+        let unit = cx.world.unit(&survey.home).map(|group| UnitOf { app: self.app.clone(), group });
+        let now = clock::boot();
+        let answer_by = Some(now + if unit.is_some() { ASK.min(grace / 2) } else { Duration::ZERO });
+        self.kill =
+            Some(Kill { deadline: now + grace, forced: false, answer_by, handed_over: false, members: survey.members });
+        if unit.is_none() {
+            self.terminate(cx);
+        }
+        unit
+    }
+
+    /// The manager of its unit answered: it asks the app to end, or we do.
+    pub(super) fn unit_stopped(&mut self, answer: Result<(), Arc<str>>, cx: &mut Context<'_>) {
+        let Some(kill) = self.kill.as_mut().filter(|kill| !kill.forced) else { return };
+        match answer {
+            Ok(()) => (kill.answer_by, kill.handed_over) = (None, true),
+            Err(reason) => {
+                log::info!("{}: ended by signals: {reason}", self.app);
+                self.terminate(cx);
+            }
+        }
+    }
+
+    /// SIGTERM, for whoever it is now known to be. A process that ended meanwhile is told of by its pidfd.
+    fn terminate(&mut self, cx: &mut Context<'_>) {
+        let Some(kill) = &mut self.kill else { return };
+        (kill.answer_by, kill.handed_over) = (None, false);
+        match pidfd_send_signal(self.pidfd.as_fd(), Signal::TERM) {
+            Err(error) if error != Errno::SRCH => {
+                self.kill = None;
+                return self.tell(cx, Outcome::KillFailed(format!("SIGTERM: {error}").into()));
+            }
+            _ => {}
+        }
+        for member in kill.members.iter().filter(|member| **member != self.main) {
+            if let Err(error) = member.signal(Signal::TERM) {
+                log::debug!("{}: SIGTERM to process {}: {error}", self.app, member.pid);
+            }
         }
     }
 
     /// The grace is over.
     pub(super) fn force(&mut self, now: Instant, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
+        if self.kill.as_ref().and_then(|kill| kill.answer_by).is_some_and(|by| by <= now) {
+            log::info!("{}: ended by signals: systemd does not answer", self.app);
+            self.terminate(cx);
+        }
         let Some(kill) = self.kill.take_if(|kill| kill.deadline <= now) else { return };
         if kill.forced {
             return self.tell(cx, Outcome::KillFailed("it hangs in the kernel and does not die".into()));
@@ -591,7 +638,7 @@ impl Target {
             Ok(survey) => kill_all(survey.members),
             Err(reason) => log::info!("{}: only its main process was killed: {reason}", self.app),
         }
-        self.kill = Some(Kill { deadline: now + DEATH, forced: true, ..kill });
+        self.kill = Some(Kill { deadline: now + DEATH, forced: true, answer_by: None, handed_over: false, ..kill });
     }
 
     /// Lets it run at once, without waiting for the kernel's word. An announced outcome is still given.

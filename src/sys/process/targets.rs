@@ -92,6 +92,15 @@ impl Default for Options {
     }
 }
 
+/// A systemd unit that holds an app and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitOf {
+    /// Whose it is.
+    pub app: AppKey,
+    /// Its cgroup, below the root of the hierarchy.
+    pub group: String,
+}
+
 /// The processes behind apps' names. Owned by the loop thread; never blocks. Results are taken with
 /// [`Targets::drain`], those of measuring and paging out come through the inbox.
 pub struct Targets {
@@ -227,9 +236,25 @@ impl Targets {
     }
 
     /// Asks it to end with SIGTERM, and kills it after `grace`. Ends with `TargetGone` or `KillFailed`.
-    pub fn kill(&mut self, id: TargetId, grace: Duration) {
+    ///
+    /// Where it is alone in a cgroup that bears the name of a systemd unit, it is thawed, and the unit is given back: its
+    /// manager is to be asked first, so that `ExecStop=` runs and `Restart=` does not bring it back. SIGTERM then follows
+    /// when [`Targets::unit_stopped`] tells of a refusal, or nothing in time.
+    pub fn kill(&mut self, id: TargetId, grace: Duration) -> Option<UnitOf> {
         let ended = || Outcome::KillFailed("its process has ended".into());
-        self.with_others(id, ended, |target, others, cx| target.kill(grace, others, cx));
+        let mut unit = None;
+        self.with_others(id, ended, |target, others, cx| unit = target.kill(grace, others, cx));
+        unit
+    }
+
+    /// What the manager of its unit answered.
+    pub fn unit_stopped(&mut self, id: TargetId, answer: Result<(), Arc<str>>) {
+        self.with(id, |target, cx| target.unit_stopped(answer, cx));
+    }
+
+    /// Which app it is, and its process.
+    pub fn app(&self, id: TargetId) -> Option<(AppKey, u32)> {
+        self.targets.get(&id).map(|target| (target.app.clone(), target.main.pid))
     }
 
     /// Moves the memory of a frozen app to swap. Ends with `PagedOut` or `PageOutFailed`, in the inbox.
@@ -408,7 +433,8 @@ impl Targets {
         if target.kill.is_some() && !self.made.is_empty() {
             self.sweep_at = Some(clock::boot() + SWEEP);
         }
-        if let Some(kill) = target.kill
+        // What its manager stops it also ends; and by the deadline the unit may have been started anew.
+        if let Some(kill) = target.kill.filter(|kill| !kill.handed_over)
             && self.killed.len() < MAX_TARGETS
         {
             let deadline = kill.deadline();
