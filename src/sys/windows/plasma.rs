@@ -28,7 +28,6 @@ const APP_ID: u16 = 1;
 const STATE: u16 = 2;
 const UNMAPPED: u16 = 5;
 const INITIAL_STATE: u16 = 6;
-const PARENT: u16 = 7;
 const GEOMETRY: u16 = 8;
 const PID: u16 = 10;
 /// A window's request.
@@ -56,7 +55,6 @@ struct PlasmaWindow {
     app_id: Arc<str>,
     pid: Option<u32>,
     state: u32,
-    parent: Option<u32>,
     /// Left, top, right, bottom.
     place: Option<[i64; 4]>,
     /// All of it has been told.
@@ -108,7 +106,6 @@ impl Plasma {
             APP_ID => window.app_id = app_id(args.string()?),
             STATE => window.state = args.uint()?,
             INITIAL_STATE => window.complete = true,
-            PARENT => window.parent = Some(args.uint()?).filter(|parent| *parent != 0),
             GEOMETRY => {
                 let (x, y) = (i64::from(args.int()?), i64::from(args.int()?));
                 let (width, height) = (i64::from(args.uint()?), i64::from(args.uint()?));
@@ -119,9 +116,6 @@ impl Plasma {
                 requests.push(object, DESTROY, &[]);
                 requests.retire(object)?;
                 self.windows.remove(&object);
-                for other in self.windows.values_mut() {
-                    other.parent.take_if(|parent| *parent == object);
-                }
             }
             _ => {}
         }
@@ -140,7 +134,7 @@ impl Plasma {
                 let below = layer(window).is_some_and(|below| layer(over).is_some_and(|above| above > below));
                 id != *top && below && within(window.place, over.place)
             });
-            window.state & MINIMIZED != 0 || covered && !active(window) && !self.descends(window, cover)
+            window.state & MINIMIZED != 0 || covered && !active(window)
         };
         let told = |(id, window): (&u32, &PlasmaWindow)| {
             listed(Arc::clone(&window.app_id), window.pid, window.state & ACTIVE != 0, hidden(*id, window))
@@ -156,19 +150,6 @@ impl Plasma {
         requests.push(self.manager, opcode, &[Arg::Uint(id), which]);
         self.windows.insert(id, PlasmaWindow { uuid: uuid.into(), ..PlasmaWindow::default() });
         Ok(())
-    }
-
-    /// Whether it is a dialogue of what covers the others; those lie above it.
-    fn descends(&self, window: &PlasmaWindow, cover: Option<(&u32, &PlasmaWindow)>) -> bool {
-        let mut parent = window.parent;
-        for _ in 0..=self.windows.len() {
-            match parent {
-                None => return false,
-                Some(one) if cover.is_some_and(|(top, _)| one == *top) => return true,
-                Some(one) => parent = self.windows.get(&one).and_then(|window| window.parent),
-            }
-        }
-        true
     }
 }
 
