@@ -144,6 +144,26 @@ impl Home {
         Ended(child.unwrap_or_else(|error| panic!("{program} does not start: {error}")))
     }
 
+    /// A pointer, by wlr-virtual-pointer: phoc has no seat, and nothing that could be active, before the first device.
+    pub(crate) fn pointer(&self, on: &Compositor) -> UnixStream {
+        const MANAGER: &str = "zwlr_virtual_pointer_manager_v1";
+        let mut stream = UnixStream::connect(self.path(&on.display)).unwrap();
+        let (registry, manager, pointer) = (2, 3, 4);
+        stream.write_all(&event(1, 1, &[registry], None, &[])).unwrap();
+        let mut said = Vec::new();
+        let global = wait("the compositor's pointers", || {
+            let mut buffer = [0; 4096];
+            let read = stream.read(&mut buffer).unwrap();
+            said.extend_from_slice(&buffer[..read]);
+            // The number of a global, the length of its name, and its name.
+            let at = said.windows(MANAGER.len()).position(|part| part == MANAGER.as_bytes())?;
+            Some(u32::from_ne_bytes(said[at - 8..at - 4].try_into().unwrap()))
+        });
+        stream.write_all(&event(registry, 0, &[global], Some(MANAGER), &[1, manager])).unwrap();
+        stream.write_all(&event(manager, 0, &[0, pointer], None, &[])).unwrap();
+        stream
+    }
+
     /// `swaymsg`.
     pub(crate) fn sway(&self, compositor: &Compositor, order: &str) {
         let socket = self.path(&format!("sway-ipc.{}.{}.sock", self.user.uid, compositor.child.id()));

@@ -391,6 +391,47 @@ mod tests {
         assert_eq!(session.news(), Some(Some(vec![listed("".into(), Some(77), false, false)])));
     }
 
+    /// What KWin 5.27.5 (Debian 12, `--virtual`) said to a client that asks what this one does, byte for byte: weston-flower
+    /// comes, weston-terminal over it, maximized, and both go.
+    #[test]
+    fn kwin_is_understood() {
+        let mut said = &include_bytes!("../../../tests/windows/kwin-5.27.5.bin")[..];
+        let mut session = begun();
+        let mut told: Vec<Option<Vec<(String, bool, bool)>>> = Vec::new();
+        while let Some((_, length)) = wire::message(said).unwrap() {
+            session.take(&said[..length]).unwrap();
+            said = &said[length..];
+            let Some(windows) = session.news() else { continue };
+            let windows = windows.map(|windows| {
+                assert!(windows.iter().all(|(window, pid)| window.told_pid && pid.is_some_and(|pid| pid > 1)));
+                let short = |window: &Window| window.app_id.rsplit('.').next().unwrap().to_owned();
+                windows.iter().map(|(window, _)| (short(window), window.active, window.hidden)).collect()
+            });
+            if told.last() != Some(&windows) {
+                told.push(windows);
+            }
+        }
+        assert_eq!(said, b"");
+        let flower = |active, hidden| ("flower".to_owned(), active, hidden);
+        let terminal = |active| ("wayland-terminal".to_owned(), active, false);
+        for list in &mut told {
+            list.as_mut().map(|list| list.sort());
+        }
+        let expected = [
+            None,
+            Some(vec![]),
+            Some(vec![flower(true, false)]),
+            Some(vec![flower(true, false), terminal(false)]),
+            Some(vec![flower(false, false), terminal(false)]),
+            Some(vec![flower(false, true), terminal(true)]),
+            // For a moment KWin says of both that they are active.
+            Some(vec![flower(true, false), terminal(true)]),
+            Some(vec![flower(true, false)]),
+            Some(vec![]),
+        ];
+        assert_eq!(told, expected);
+    }
+
     #[test]
     fn who_tells_nothing_is_known_to() {
         let mut session = begun();

@@ -22,9 +22,9 @@ function activeWindow() {
     return "activeWindow" in workspace ? workspace.activeWindow : workspace.activeClient;
 }
 
+// From the bottom. Plasma 5.27 does not tell it: there only what is minimized or on another desktop is hidden.
 function stack() {
-    const order = workspace.stackingOrder;
-    return order ? Array.from(order) : [];
+    return workspace.stackingOrder ? Array.from(workspace.stackingOrder) : [];
 }
 
 function onCurrentDesktop(window) {
