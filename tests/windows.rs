@@ -1,6 +1,6 @@
 //! Windows as real compositors tell of them, and what other things behind such a socket cannot do. Run as root this is the
 //! system's daemon and another user's session: sway does not run as root anyway.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 #[path = "windows/support.rs"]
 mod support;
@@ -133,7 +133,7 @@ fn users_come_and_go() {
         told.nothing_known();
     }
     // A directory that is another's is not looked into.
-    let other = User { uid: home.user.uid + 1, gid: home.user.gid, runtime_dir: home.user.runtime_dir.clone() };
+    let other = User { uid: home.user.uid + 1, ..home.user };
     usher.present(vec![other]);
     assert_eq!(told.next(Instant::now() + Duration::from_secs(3)), None);
 }
