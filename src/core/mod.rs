@@ -11,6 +11,7 @@ mod access;
 mod beginning;
 mod control;
 pub mod delivery;
+pub mod foreground;
 pub mod ledger;
 pub mod lifecycle;
 mod panel;

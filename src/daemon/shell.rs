@@ -31,6 +31,7 @@ use crate::{
         surroundings::Surroundings,
         timer::{Alarm, OneResume, ResumeWatch},
         users,
+        windows::{self, Whose},
     },
     time::{Instant, earliest},
 };
@@ -140,10 +141,19 @@ impl Shell {
             Jobs::default(),
         );
         // The system's daemon serves the users who are logged in.
-        let (usher, roster) = (!options.user).then(users::roster).unzip();
+        let (mut usher, roster) = (!options.user).then(users::roster).unzip();
+        let whose = match &mut usher {
+            Some(usher) => Some(Whose::Users(usher.roster())),
+            None => Whose::own(),
+        };
         let (surroundings, watching) =
             Surroundings::with_users(None, settings.urgency.low_battery, usher, sender.clone());
-        let bus = BusThread::spawn_with(addresses(options)?, roster, settings.kde_panel, sender.clone(), watching)
+        let following = sender.clone();
+        let beside = async move {
+            let _windows = whose.map(|whose| zruntime::spawn(windows::serve(whose, following)));
+            watching.await;
+        };
+        let bus = BusThread::spawn_with(addresses(options)?, roster, settings.kde_panel, sender.clone(), beside)
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,

@@ -20,3 +20,4 @@ pub mod surroundings;
 pub mod timer;
 pub mod tls;
 pub mod users;
+pub mod windows;

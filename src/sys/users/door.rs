@@ -4,6 +4,7 @@
 //! gone.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     future::Future,
     io,
@@ -141,16 +142,22 @@ async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>) {
 
 /// As the user: watches the directory, then looks for the socket, so that none can come between.
 fn look(directory: &Path, uid: u32) -> Looked {
-    let opened = openat(CWD, directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    let opened = match opened.map_err(io::Error::from).and_then(|fd| owned_by(fd, uid)) {
+    let opened = match open(directory, uid) {
         Ok(opened) => opened,
         Err(error) => return Looked { watch: None, stream: Err(error) },
     };
     let watch = watch(&opened).inspect_err(|error| log::debug!("cannot watch {}: {error}", directory.display())).ok();
-    Looked { watch, stream: enter(&opened, uid) }
+    Looked { watch, stream: enter(&opened, OsStr::new(SOCKET), uid) }
 }
 
-fn watch(directory: &File) -> io::Result<OwnedFd> {
+/// The user's own directory.
+pub(in crate::sys) fn open(directory: &Path, uid: u32) -> io::Result<File> {
+    let opened = openat(CWD, directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(io::Error::from).and_then(|fd| owned_by(fd, uid))
+}
+
+/// Tells of what is new in the directory.
+pub(in crate::sys) fn watch(directory: &File) -> io::Result<OwnedFd> {
     let inotify = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
     let news = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ONLYDIR;
     inotify::add_watch(&inotify, itself(directory), news)?;
@@ -158,8 +165,8 @@ fn watch(directory: &File) -> io::Result<OwnedFd> {
 }
 
 /// Connects to the socket in the directory, if it is the user's own. Does not wait for whoever listens.
-fn enter(directory: &File, uid: u32) -> io::Result<UnixStream> {
-    let found = openat(directory, SOCKET, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+pub(in crate::sys) fn enter(directory: &File, name: &OsStr, uid: u32) -> io::Result<UnixStream> {
+    let found = openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let found = owned_by(found, uid)?;
     if !found.metadata()?.file_type().is_socket() {
         return Err(io::Error::other("it is no socket"));

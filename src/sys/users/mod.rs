@@ -36,7 +36,7 @@ pub(super) const USERS: usize = 64;
 #[derive(Debug)]
 pub struct Usher {
     present: Arc<Mutex<Vec<User>>>,
-    ring: async_channel::Sender<()>,
+    rings: Vec<async_channel::Sender<()>>,
 }
 
 /// Hears who is logged in. The latest counts, so nothing need be queued.
@@ -49,17 +49,26 @@ pub struct Roster {
 
 /// Both ends.
 pub fn roster() -> (Usher, Roster) {
-    let present = Arc::new(Mutex::new(Vec::new()));
-    let (ring, rung) = async_channel::bounded(1);
-    (Usher { present: Arc::clone(&present), ring }, Roster { present, rung: Box::pin(rung) })
+    let mut usher = Usher { present: Arc::default(), rings: Vec::new() };
+    let roster = usher.roster();
+    (usher, roster)
 }
 
 impl Usher {
+    /// One more who hears it, from now on.
+    pub fn roster(&mut self) -> Roster {
+        let (ring, rung) = async_channel::bounded(1);
+        self.rings.push(ring);
+        Roster { present: Arc::clone(&self.present), rung: Box::pin(rung) }
+    }
+
     /// These are logged in, and nobody else.
     pub fn present(&self, users: Vec<User>) {
         *lock(&self.present) = users;
-        // Full means that it rings already.
-        let _ = self.ring.try_send(());
+        for ring in &self.rings {
+            // Full means that it rings already.
+            let _ = ring.try_send(());
+        }
     }
 }
 
