@@ -27,6 +27,7 @@ use crate::{
         network::Monitor,
         process::{self, Targets},
         signals::Signals,
+        signs::Signs,
         store::{Holdback, Store},
         surroundings::Surroundings,
         timer::{Alarm, OneResume, ResumeWatch},
@@ -141,9 +142,11 @@ impl Shell {
         );
         // The system's daemon serves the users who are logged in.
         let (usher, roster) = (!options.user).then(users::roster).unzip();
+        let signs = Signs::new(sender.clone());
         let (surroundings, watching) =
-            Surroundings::with_users(None, settings.urgency.low_battery, usher, sender.clone());
-        let bus = BusThread::spawn_with(addresses(options)?, roster, settings.kde_panel, sender.clone(), watching)
+            Surroundings::watching(None, settings.urgency.low_battery, usher, Some(signs.clone()), sender.clone());
+        let (buses, panel) = (addresses(options)?, settings.kde_panel);
+        let bus = BusThread::spawn_watching(buses, roster, panel, Some(signs), sender.clone(), watching)
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,

@@ -30,6 +30,7 @@ use crate::{
     model::{AppKey, Bus},
     sys::{
         inbox::{Incoming, Process, Sender},
+        signs::Signs,
         users::{User, door::Door, errand::Errands},
     },
 };
@@ -59,7 +60,15 @@ pub(super) enum Way {
 }
 
 /// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
-pub(super) async fn serve(bus: Bus, way: Way, panel: bool, orders: Receiver<Action>, inbox: Sender, next_call: u64) {
+pub(super) async fn serve(
+    bus: Bus,
+    way: Way,
+    panel: bool,
+    signs: Option<Signs>,
+    orders: Receiver<Action>,
+    inbox: Sender,
+    next_call: u64,
+) {
     let panel = panel && matches!(bus, Bus::Session(_));
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,
@@ -69,7 +78,7 @@ pub(super) async fn serve(bus: Bus, way: Way, panel: bool, orders: Receiver<Acti
         Way::Address(_) => None,
         Way::User(user, errands) => Some(Door::new(user.clone(), errands.clone())),
     };
-    let mut lasting = Lasting { bus, way, inbox, watched: BTreeSet::new(), next_call, told_down: false };
+    let mut lasting = Lasting { bus, way, signs, inbox, watched: BTreeSet::new(), next_call, told_down: false };
     let mut orders = pin!(orders);
     let mut delay = RETRY.0;
     loop {
@@ -125,6 +134,7 @@ async fn connect(address: Option<String>, bus: Bus) -> zbus::Result<Connection> 
 struct Lasting {
     bus: Bus,
     way: Way,
+    signs: Option<Signs>,
     inbox: Sender,
     watched: BTreeSet<AppKey>,
     next_call: u64,
@@ -224,6 +234,8 @@ struct Session<'a> {
     watches: Watches,
     deliveries: Deliveries,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
+    /// Watches this bus for what speaks against holding apps still; ends with the connection.
+    _signs: Option<Task<(), zruntime::Shared>>,
     names: [bool; NAMES.len()],
     panel: Panel,
     was_up: bool,
@@ -254,6 +266,10 @@ enum Input {
 
 impl<'a> Session<'a> {
     fn new(lasting: &'a mut Lasting, connection: Connection, panel: bool) -> Self {
+        let _signs = match (&lasting.signs, lasting.bus) {
+            (Some(signs), Bus::Session(uid)) => Some(signs.on_session_bus(connection.clone(), uid)),
+            _ => None,
+        };
         Self {
             wire: Wire::new(lasting.bus, lasting.inbox.clone()),
             lasting,
@@ -262,6 +278,7 @@ impl<'a> Session<'a> {
             watches: Watches::default(),
             deliveries: Deliveries::default(),
             starts: HashMap::new(),
+            _signs,
             names: [false; NAMES.len()],
             panel: Panel { served: panel, named: false, told: false, changed: false },
             was_up: false,
