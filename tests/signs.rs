@@ -64,6 +64,21 @@ fn who_plays_and_who_records_is_seen_while_it_does() {
 }
 
 #[test]
+fn a_client_of_pulseaudio_that_counts_from_one_is_found() {
+    let home = Home::new(ALICE);
+    let noise = home.noise();
+    let _sound = home.start_sound();
+    let mut world = World::new(&[&home]);
+    let apart = home.run_apart("paplay", &[&noise]);
+    let children = format!("/proc/{0}/task/{0}/children", apart.pid());
+    let inner: u32 = wait("the child", || fs::read_to_string(&children).unwrap().trim().parse().ok());
+    world.wait_kinds(inner, &[VetoKind::Playback]);
+    assert_eq!(world.pids(), [inner].into(), "it says that it is process 1, which it is not here");
+    drop(apart);
+    world.wait_kinds(inner, &[]);
+}
+
+#[test]
 fn a_sound_server_may_come_later_and_come_again() {
     let home = Home::new(ALICE);
     let noise = home.noise();
@@ -253,10 +268,13 @@ fn what_gnome_is_told_to_hold_off_is_seen_by_the_apps_name() {
     drop(app);
 }
 
-/// logind and ModemManager, and what they have.
+/// What, mode, uid, pid.
+type Lock = (&'static str, &'static str, u32, u32);
+
+/// logind, and the locks it knows.
 struct System {
     bus: services::Daemon,
-    locks: Arc<Mutex<Vec<(&'static str, &'static str, u32, u32)>>>,
+    locks: Arc<Mutex<Vec<Lock>>>,
     asked: Arc<AtomicUsize>,
     logind: Option<StandIn>,
 }
@@ -291,7 +309,7 @@ impl System {
         self.logind = Some(logind);
     }
 
-    fn put(&self, locks: &[(&'static str, &'static str, u32, u32)]) {
+    fn put(&self, locks: &[Lock]) {
         *self.locks.lock().unwrap() = locks.to_vec();
         // logind says so at each lock, whether that changes the sum of them or not.
         self.say("BlockInhibited");

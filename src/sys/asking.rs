@@ -92,6 +92,11 @@ impl<P> Calls<P> {
         Some((serial, pending, response))
     }
 
+    /// How many calls wait for a reply.
+    pub(super) fn waiting(&self) -> usize {
+        self.pending.len()
+    }
+
     /// What waits to be written.
     pub(super) fn drain(&mut self) -> Vec<Message> {
         std::mem::take(&mut self.out)

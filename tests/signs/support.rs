@@ -24,10 +24,6 @@ use nightporter::{
         users::{self, User, Usher},
     },
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use tempfile::TempDir;
 use zbus::{Message, MessageStream, connection::Builder, message::Type};
 
@@ -58,10 +54,6 @@ pub(crate) struct Running(Child);
 impl Running {
     pub(crate) fn pid(&self) -> u32 {
         self.0.id()
-    }
-
-    pub(crate) fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
     }
 }
 
@@ -122,6 +114,17 @@ impl Home {
         let mut command = self.command(program, arguments);
         command.stdout(log.try_clone().unwrap()).stderr(log);
         Running(command.spawn().unwrap_or_else(|error| panic!("{program}: {error}")))
+    }
+
+    /// Starts a program as this user in a pid namespace of its own, where it is process 1. It ends with this.
+    pub(crate) fn run_apart(&self, program: &str, arguments: &[&str]) -> Running {
+        let command = self.command(program, arguments);
+        let inner: Vec<_> =
+            std::iter::once(command.get_program()).chain(command.get_args()).map(ToOwned::to_owned).collect();
+        let mut apart = Command::new("unshare");
+        apart.args(["--pid", "--fork", "--kill-child", "--"]).args(inner).env_clear();
+        apart.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Running(apart.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
 
     fn command(&self, program: &str, arguments: &[&str]) -> Command {

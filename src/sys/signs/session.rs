@@ -21,6 +21,7 @@ use super::{
 use crate::{
     model::{Veto, VetoKind},
     sys::asking::{BUS_NAME, Calls, PROPERTIES, Response},
+    time::Instant,
 };
 
 /// Players, tray items, names with a role, and inhibitors looked at, of each; what comes beyond is not seen.
@@ -68,6 +69,8 @@ struct Player {
 struct Tray {
     watcher: Option<Arc<str>>,
     asked: Option<NonZeroU32>,
+    /// Whether they have changed since they were asked for.
+    again: bool,
     items: BTreeSet<Arc<str>>,
 }
 
@@ -162,11 +165,36 @@ impl SessionBus {
 
     fn ask_tray(&mut self, calls: &mut Calls<Asked>) {
         let Some(watcher) = &self.tray.watcher else { return };
-        // The latest answer counts, and only that is waited for.
-        if let Some(earlier) = self.tray.asked.take() {
-            calls.forget(earlier);
+        // No faster than it answers.
+        if self.tray.asked.is_some() {
+            self.tray.again = true;
+            return;
         }
+        self.tray.again = false;
         self.tray.asked = calls.call(watcher, TRAY_PATH, PROPERTIES, "Get", &(TRAY, TRAY_ITEMS), Asked::TrayItems);
+    }
+
+    fn tray_answered(&mut self, calls: &mut Calls<Asked>, serial: NonZeroU32, response: Response) {
+        if self.tray.asked != Some(serial) {
+            return;
+        }
+        self.tray.asked = None;
+        match response {
+            Ok(message) => {
+                let body = message.body();
+                if let Ok(Variant::Array(items)) = body.deserialize::<Variant<'_>>() {
+                    let items = items.iter().filter_map(|item| match item {
+                        Variant::Str(item) => Some(item.as_str()),
+                        _ => None,
+                    });
+                    self.tray_items(calls, items.collect());
+                }
+            }
+            Err(text) => log::debug!("bus of user {}: {text}", self.uid),
+        }
+        if self.tray.again {
+            self.ask_tray(calls);
+        }
     }
 
     fn tray_items(&mut self, calls: &mut Calls<Asked>, items: Vec<&str>) {
@@ -257,6 +285,9 @@ impl Watch for SessionBus {
     }
 
     fn reply(&mut self, calls: &mut Calls<Asked>, serial: NonZeroU32, asked: Asked, response: Response) {
+        if let Asked::TrayItems = asked {
+            return self.tray_answered(calls, serial, response);
+        }
         let message = match response {
             Ok(message) => message,
             Err(text) => {
@@ -296,18 +327,7 @@ impl Watch for SessionBus {
                     player.playing = body.deserialize::<Variant<'_>>().is_ok_and(|status| is_playing(&status));
                 }
             }
-            Asked::TrayItems => {
-                if self.tray.asked == Some(serial) {
-                    self.tray.asked = None;
-                    if let Ok(Variant::Array(items)) = body.deserialize::<Variant<'_>>() {
-                        let items = items.iter().filter_map(|item| match item {
-                            Variant::Str(item) => Some(item.as_str()),
-                            _ => None,
-                        });
-                        self.tray_items(calls, items.collect());
-                    }
-                }
-            }
+            Asked::TrayItems => {}
             Asked::Inhibitors => {
                 for path in body.deserialize::<Vec<ObjectPath<'_>>>().unwrap_or_default() {
                     self.inhibitor(calls, path.as_str());
@@ -371,7 +391,7 @@ impl Watch for SessionBus {
         }
     }
 
-    fn look(&mut self, teller: &mut Teller) {
+    fn look(&mut self, teller: &mut Teller, now: Instant) {
         let used: BTreeSet<&Arc<str>> = self
             .roles
             .values()
@@ -382,7 +402,7 @@ impl Watch for SessionBus {
         self.pids.retain(|name, _| used.contains(name));
         let seen = self.vetoes().into_iter();
         let seen = seen.filter_map(|(owner, veto)| Some(((*self.pids.get(&owner)?)?, veto)));
-        teller.see(self.uid, seen.collect());
+        teller.see(self.uid, seen.collect(), now);
     }
 
     fn poll_elsewhere(&mut self, context: &mut Context<'_>) -> Poll<()> {

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     model::{Veto, VetoKind},
     sys::asking::{Calls, PROPERTIES, Response},
+    time::Instant,
 };
 
 const LOGIND: &str = "org.freedesktop.login1";
@@ -40,6 +41,8 @@ pub(super) struct SystemBus {
     line: Line,
     logind: Option<Arc<str>>,
     asked: Option<NonZeroU32>,
+    /// Whether they have changed since they were asked for.
+    again: bool,
     /// The locks, by user.
     locks: BTreeMap<u32, Vec<(u32, Veto)>>,
     modems: Option<Arc<str>>,
@@ -58,7 +61,15 @@ pub(super) enum Asked {
 
 impl SystemBus {
     pub(super) fn new(line: Line) -> Self {
-        Self { line, logind: None, asked: None, locks: BTreeMap::new(), modems: None, calls: BTreeMap::new() }
+        Self {
+            line,
+            logind: None,
+            asked: None,
+            again: false,
+            locks: BTreeMap::new(),
+            modems: None,
+            calls: BTreeMap::new(),
+        }
     }
 
     fn owner(&mut self, calls: &mut Calls<Asked>, name: &str, owner: Option<Arc<str>>) {
@@ -66,6 +77,9 @@ impl SystemBus {
             LOGIND if self.logind != owner => {
                 // While it restarts its last word holds: the locks outlive it.
                 self.logind = owner;
+                if let Some(earlier) = self.asked.take() {
+                    calls.forget(earlier);
+                }
                 self.ask_locks(calls);
             }
             MODEMS if self.modems != owner => {
@@ -81,11 +95,30 @@ impl SystemBus {
 
     fn ask_locks(&mut self, calls: &mut Calls<Asked>) {
         let Some(logind) = &self.logind else { return };
-        // The latest answer counts, and only that is waited for.
-        if let Some(earlier) = self.asked.take() {
-            calls.forget(earlier);
+        // No faster than it answers: anybody can take locks and let them go.
+        if self.asked.is_some() {
+            self.again = true;
+            return;
         }
+        self.again = false;
         self.asked = calls.call(logind, LOGIND_PATH, MANAGER, "ListInhibitors", &(), Asked::Locks);
+    }
+
+    fn locks_answered(&mut self, calls: &mut Calls<Asked>, serial: NonZeroU32, response: Response) {
+        if self.asked != Some(serial) {
+            return;
+        }
+        self.asked = None;
+        match response {
+            Ok(message) => match message.body().deserialize::<Vec<Lock<'_>>>() {
+                Ok(locks) => self.locks = vetoes(&locks),
+                Err(error) => log::warn!("logind tells of its locks in a form we do not know: {error}"),
+            },
+            Err(text) => log::warn!("logind does not tell of its locks: {text}"),
+        }
+        if self.again {
+            self.ask_locks(calls);
+        }
     }
 
     fn call_came(&mut self, calls: &mut Calls<Asked>, path: &str, ask: bool) {
@@ -122,6 +155,9 @@ impl Watch for SystemBus {
     }
 
     fn reply(&mut self, calls: &mut Calls<Asked>, serial: NonZeroU32, asked: Asked, response: Response) {
+        if let Asked::Locks = asked {
+            return self.locks_answered(calls, serial, response);
+        }
         let message = match (response, &asked) {
             (Ok(message), _) => message,
             (Err(text), Asked::Match) => return log::info!("system bus: a change will go unnoticed: {text}"),
@@ -131,20 +167,12 @@ impl Watch for SystemBus {
         };
         let body = message.body();
         match asked {
-            Asked::Match => {}
+            Asked::Match | Asked::Locks => {}
             Asked::Owner(name) => {
                 if let Ok(owner) = body.deserialize::<&str>() {
                     self.owner(calls, name, Some(owner.into()));
                 }
             }
-            Asked::Locks if self.asked == Some(serial) => {
-                self.asked = None;
-                match body.deserialize::<Vec<Lock<'_>>>() {
-                    Ok(locks) => self.locks = vetoes(&locks),
-                    Err(error) => log::warn!("logind tells of its locks in a form we do not know: {error}"),
-                }
-            }
-            Asked::Locks => {}
             Asked::Modems => {
                 for path in calls_of(&body.deserialize().unwrap_or_default()) {
                     self.call_came(calls, &path, true);
@@ -199,9 +227,9 @@ impl Watch for SystemBus {
         }
     }
 
-    fn look(&mut self, teller: &mut Teller) {
+    fn look(&mut self, teller: &mut Teller, now: Instant) {
         self.line.set(self.calls.values().any(|over| !over));
-        teller.see_all(self.locks.clone());
+        teller.see_all(self.locks.clone(), now);
     }
 }
 

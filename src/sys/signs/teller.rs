@@ -31,6 +31,8 @@ pub(super) struct Teller {
     users: BTreeMap<u32, User>,
     /// Nothing is told before.
     not_before: Instant,
+    /// Nothing need be looked at before: it would not be told.
+    open_at: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -45,16 +47,23 @@ struct User {
 
 impl Teller {
     pub(super) fn new(source: &'static str, inbox: Sender) -> Self {
-        Self { source, inbox, users: BTreeMap::new(), not_before: Instant::from_nanos(0) }
+        let (not_before, open_at) = (Instant::from_nanos(0), Instant::from_nanos(0));
+        Self { source, inbox, users: BTreeMap::new(), not_before, open_at }
+    }
+
+    /// When it is worth seeing what there is: looking costs time as well, and a flood is looked at ten times a second.
+    pub(super) fn open_at(&self) -> Instant {
+        self.open_at
     }
 
     /// All that is seen of a user's processes. Of processes that are another user's nothing is told: what comes over a
     /// user's own socket may be made up.
-    pub(super) fn see(&mut self, uid: u32, seen: Vec<(u32, Veto)>) {
+    pub(super) fn see(&mut self, uid: u32, seen: Vec<(u32, Veto)>, now: Instant) {
         let user = self.users.entry(uid).or_default();
         if user.seen == seen && user.told.is_some() {
             return;
         }
+        self.open_at = now + GAP;
         let pids: BTreeSet<u32> = seen.iter().map(|(pid, _)| *pid).collect();
         let own: BTreeSet<u32> = pids.into_iter().filter(|pid| belongs_to(*pid, uid)).collect();
         let wanted: BTreeSet<(u32, Veto)> = seen.iter().filter(|(pid, _)| own.contains(pid)).cloned().collect();
@@ -63,12 +72,12 @@ impl Teller {
     }
 
     /// All that is seen, of all users.
-    pub(super) fn see_all(&mut self, mut seen: BTreeMap<u32, Vec<(u32, Veto)>>) {
+    pub(super) fn see_all(&mut self, mut seen: BTreeMap<u32, Vec<(u32, Veto)>>, now: Instant) {
         for uid in self.users.keys() {
             seen.entry(*uid).or_default();
         }
         for (uid, seen) in seen {
-            self.see(uid, seen);
+            self.see(uid, seen, now);
         }
     }
 
@@ -186,19 +195,19 @@ mod tests {
     fn a_change_is_told_at_once_and_the_next_a_little_later() {
         let (mut teller, mut inbox, _poll, uid) = teller();
         assert_eq!(teller.poll_timeout(), None);
-        teller.see(uid, vec![veto("one")]);
+        teller.see(uid, vec![veto("one")], at(0));
         assert!(teller.poll_timeout().unwrap() <= at(0));
         teller.poll(at(0));
         assert_eq!(told(&mut inbox), Some(vec![veto("one")]));
         assert_eq!(teller.poll_timeout(), None);
-        teller.see(uid, Vec::new());
+        teller.see(uid, Vec::new(), at(0));
         assert_eq!(teller.poll_timeout(), Some(at(100)));
         teller.poll(at(99));
         assert_eq!(told(&mut inbox), None);
         // Back to what was told: nothing to tell.
-        teller.see(uid, vec![veto("one")]);
+        teller.see(uid, vec![veto("one")], at(0));
         assert_eq!(teller.poll_timeout(), None);
-        teller.see(uid, vec![veto("two"), veto("one"), veto("two")]);
+        teller.see(uid, vec![veto("two"), veto("one"), veto("two")], at(0));
         teller.poll(at(100));
         assert_eq!(told(&mut inbox), Some(vec![veto("one"), veto("two")]));
         drop(teller);
@@ -209,15 +218,27 @@ mod tests {
     fn what_is_said_of_others_processes_is_not_told() {
         let (mut teller, mut inbox, _poll, uid) = teller();
         for (uid, seen) in [(uid + 1, veto("forged")), (uid, (u32::MAX, veto("nobody").1))] {
-            teller.see(uid, vec![seen]);
+            teller.see(uid, vec![seen], at(0));
         }
         // That there is nothing is told once.
         teller.poll(at(0));
         assert_eq!((told(&mut inbox), told(&mut inbox)), (Some(Vec::new()), Some(Vec::new())));
-        teller.see(uid, Vec::new());
+        teller.see(uid, Vec::new(), at(0));
         assert_eq!(teller.poll_timeout(), None);
         drop(teller);
         assert_eq!(told(&mut inbox), None);
+    }
+
+    #[test]
+    fn what_changes_all_the_time_is_looked_at_now_and_then() {
+        let (mut teller, _inbox, _poll, uid) = teller();
+        assert!(teller.open_at() <= at(0));
+        teller.see(uid, vec![veto("one")], at(0));
+        assert_eq!(teller.open_at(), at(100));
+        teller.poll(at(0));
+        // No change, no cost.
+        teller.see(uid, vec![veto("one")], at(200));
+        assert_eq!(teller.open_at(), at(100));
     }
 
     #[test]
@@ -225,7 +246,7 @@ mod tests {
         let (mut teller, mut inbox, _poll, uid) = teller();
         let mut turn = 0;
         while teller.poll_timeout().is_none() {
-            teller.see(uid, vec![veto(&turn.to_string())]);
+            teller.see(uid, vec![veto(&turn.to_string())], at(turn * 100));
             teller.poll(at(turn * 100));
             turn += 1;
             assert!(turn < 10_000);

@@ -13,15 +13,21 @@ use zbus::{Connection, Message, MessageStream, message::Type};
 use zruntime::SharedRuntime;
 
 use super::teller::Teller;
-use crate::sys::{
-    asking::{BUS_NAME, Calls, Response},
-    clock,
+use crate::{
+    sys::{
+        asking::{BUS_NAME, Calls, Response},
+        clock,
+    },
+    time::{Instant, earliest},
 };
 
 /// Messages handled before what they caused is written and told.
 const BATCH: usize = 64;
 /// Larger messages are not looked at.
 const LARGEST_BODY: usize = 256 * 1024;
+/// Calls of ours that wait for an answer: several for each thing looked at. The bus answers for who is gone, so only one
+/// that is no bus gets here.
+const UNANSWERED: usize = 2048;
 
 /// What is watched.
 pub(super) trait Watch {
@@ -34,7 +40,7 @@ pub(super) trait Watch {
     /// A signal came.
     fn signal(&mut self, calls: &mut Calls<Self::Asked>, signal: &Signal<'_>);
     /// Something came, or changed elsewhere: what is seen now.
-    fn look(&mut self, teller: &mut Teller);
+    fn look(&mut self, teller: &mut Teller, now: Instant);
     /// Waits for a change elsewhere.
     fn poll_elsewhere(&mut self, _: &mut Context<'_>) -> Poll<()> {
         Poll::Pending
@@ -75,11 +81,16 @@ pub(super) async fn watch<W: Watch>(connection: Connection, mut watch: W, mut te
     let mut stream = MessageStream::from(&connection);
     let mut calls = Calls::default();
     watch.begin(&mut calls);
+    let mut changed = true;
     loop {
         if connection.send_all(&calls.drain()).await.is_err() {
             return;
         }
-        let mut deadline = teller.poll_timeout().map(|at| runtime.sleep(at.since(clock::boot())));
+        if calls.waiting() > UNANSWERED {
+            return log::warn!("a bus does not answer; it is not watched any more");
+        }
+        let deadline = earliest(changed.then(|| teller.open_at()), teller.poll_timeout());
+        let mut deadline = deadline.map(|at| runtime.sleep(at.since(clock::boot())));
         let mut input = poll_fn(|context| {
             if let Some(deadline) = &mut deadline
                 && pin!(deadline).poll(context).is_ready()
@@ -94,8 +105,9 @@ pub(super) async fn watch<W: Watch>(connection: Connection, mut watch: W, mut te
         .await;
         for handled in 1.. {
             match input {
-                Input::Message(message) => handle(&mut watch, &mut calls, &message),
-                Input::Elsewhere | Input::Deadline => {}
+                Input::Message(message) => changed |= handle(&mut watch, &mut calls, &message),
+                Input::Elsewhere => changed = true,
+                Input::Deadline => {}
                 Input::Broken => return,
             }
             if handled == BATCH {
@@ -105,23 +117,28 @@ pub(super) async fn watch<W: Watch>(connection: Connection, mut watch: W, mut te
             let Poll::Ready(next) = more else { break };
             input = next;
         }
-        watch.look(&mut teller);
-        teller.poll(clock::boot());
+        let now = clock::boot();
+        if changed && teller.open_at() <= now {
+            changed = false;
+            watch.look(&mut teller, now);
+        }
+        teller.poll(now);
     }
 }
 
-fn handle<W: Watch>(watch: &mut W, calls: &mut Calls<W::Asked>, message: &Message) {
+/// Whether it was of interest.
+fn handle<W: Watch>(watch: &mut W, calls: &mut Calls<W::Asked>, message: &Message) -> bool {
     match message.message_type() {
         // Whoever the connection belongs to answers those.
-        Type::MethodCall => {}
+        Type::MethodCall => false,
         Type::MethodReturn | Type::Error => {
-            if let Some((serial, asked, response)) = calls.take(message) {
-                let response = response.and_then(|message| match message.body().len() {
-                    ..=LARGEST_BODY => Ok(message),
-                    length => Err(format!("{length} bytes")),
-                });
-                watch.reply(calls, serial, asked, response);
-            }
+            let Some((serial, asked, response)) = calls.take(message) else { return false };
+            let response = response.and_then(|message| match message.body().len() {
+                ..=LARGEST_BODY => Ok(message),
+                length => Err(format!("{length} bytes")),
+            });
+            watch.reply(calls, serial, asked, response);
+            true
         }
         Type::Signal => {
             let header = message.header();
@@ -133,6 +150,7 @@ fn handle<W: Watch>(watch: &mut W, calls: &mut Calls<W::Asked>, message: &Messag
                 let (interface, member) = (interface.as_str(), member.as_str());
                 watch.signal(calls, &Signal { sender, path, interface, member, message });
             }
+            true
         }
     }
 }

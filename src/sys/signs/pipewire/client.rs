@@ -192,6 +192,11 @@ impl Client {
         &self.out
     }
 
+    /// Whether [`Client::poll_running`] has something to say.
+    pub(super) fn is_changed(&self) -> bool {
+        self.changed
+    }
+
     /// All nodes that run and whose process is known, if anything of that may have changed.
     pub(super) fn poll_running(&mut self) -> Option<Vec<Running>> {
         std::mem::take(&mut self.changed).then(|| self.nodes.values().filter_map(|node| self.running(node)).collect())

@@ -25,7 +25,7 @@ use crate::{
         inbox::Sender,
         users::{User, door::Door, errand::Errands},
     },
-    time::Instant,
+    time::{Instant, earliest},
 };
 
 /// The socket's file name (PipeWire's pipewire.socket).
@@ -52,7 +52,7 @@ pub(super) async fn serve(user: User, errands: Errands, inbox: Sender) {
                 let ended = session.run(&runtime, stream).await;
                 log::info!("PipeWire of user {uid}: {ended}");
                 // With the server went all streams.
-                teller.see(uid, Vec::new());
+                teller.see(uid, Vec::new(), clock::boot());
                 teller.finish(&runtime).await;
                 if clock::boot().since(begun) >= OF_USE {
                     door.succeeded();
@@ -94,7 +94,8 @@ impl Session<'_> {
                 }
             }
             let mut refused = None;
-            let deadline = self.teller.poll_timeout();
+            let look = client.is_changed().then(|| self.teller.open_at());
+            let deadline = earliest(look, self.teller.poll_timeout());
             let input = read(runtime, &stream, deadline, |bytes| refused = client.receive(bytes).err()).await;
             match (input, refused) {
                 (_, Some(error)) => return error.to_string(),
@@ -103,12 +104,14 @@ impl Session<'_> {
                 (Input::Read(Err(error)), _) => return error.to_string(),
                 (Input::Deadline, _) => {}
             }
-            if let Some(running) = client.poll_running() {
-                let seen = self.vetoes(&running);
-                self.teller.see(self.uid, seen);
-            }
-            self.teller.poll(clock::boot());
             let now = clock::boot();
+            if self.teller.open_at() <= now
+                && let Some(running) = client.poll_running()
+            {
+                let seen = self.vetoes(&running);
+                self.teller.see(self.uid, seen, now);
+            }
+            self.teller.poll(now);
             if now.since(since) >= BREATH {
                 (since, taken) = (now, 0);
             } else if taken >= GULP {
@@ -120,12 +123,13 @@ impl Session<'_> {
     fn vetoes(&mut self, running: &[Running]) -> Vec<(u32, Veto)> {
         let mut known = BTreeMap::new();
         let mut vetoes = Vec::new();
+        let mut insiders = None;
         for node in running {
             let pids = match node.claimed {
                 Some(claimed) if claimed != node.pid && is_pulse(node.pid) => {
                     let key = (node.pid, claimed);
                     let pids = self.known.remove(&key).or_else(|| known.get(&key).cloned());
-                    let pids = pids.unwrap_or_else(|| spoken_for(claimed, self.uid, node.sandboxed));
+                    let pids = pids.unwrap_or_else(|| spoken_for(claimed, self.uid, node.sandboxed, &mut insiders));
                     known.insert(key, pids.clone());
                     pids
                 }
@@ -179,25 +183,37 @@ fn is_pulse(pid: u32) -> bool {
 }
 
 /// The processes that a client of PulseAudio may be, which says that it is `claimed`: in a sandbox it counts from 1.
-fn spoken_for(claimed: u32, uid: u32, sandboxed: bool) -> Vec<u32> {
-    let status = |pid: u32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+/// `insiders` are looked for once, and only if they are needed.
+fn spoken_for(claimed: u32, uid: u32, sandboxed: bool, insiders: &mut Option<Vec<(u32, u32)>>) -> Vec<u32> {
     if !sandboxed && real_uid(&status(claimed)) == Some(uid) {
         return vec![claimed];
     }
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let status = status(*pid);
-        real_uid(&status) == Some(uid) && is_inside_as(&status, claimed)
-    })
-    .take(CANDIDATES)
-    .collect()
+    let insiders = insiders.get_or_insert_with(|| insiders_of(uid));
+    insiders.iter().filter(|(_, inside)| *inside == claimed).map(|(pid, _)| *pid).take(CANDIDATES).collect()
 }
 
-/// Whether a process counts as `pid` in a pid namespace within ours, by its `/proc/PID/status`.
-fn is_inside_as(status: &str, pid: u32) -> bool {
-    let Some(line) = status.lines().find_map(|line| line.strip_prefix("NSpid:")) else { return false };
-    line.split_ascii_whitespace().skip(1).any(|number| number.parse() == Ok(pid))
+/// A user's processes in pid namespaces within ours, each with what it counts as there.
+fn insiders_of(uid: u32) -> Vec<(u32, u32)> {
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let mut insiders = Vec::new();
+    for pid in pids {
+        let status = status(pid);
+        if real_uid(&status) == Some(uid) {
+            insiders.extend(inside(&status).map(|inside| (pid, inside)));
+        }
+    }
+    insiders
+}
+
+/// What a process counts as in the pid namespaces within ours, by its `/proc/PID/status`.
+fn inside(status: &str) -> impl Iterator<Item = u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    line.split_ascii_whitespace().skip(1).filter_map(|number| number.parse().ok())
+}
+
+fn status(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -206,15 +222,18 @@ mod tests {
 
     #[test]
     fn who_counts_from_one_is_found_by_that() {
-        assert!(is_inside_as("Pid:\t77\nNSpid:\t77\t2\n", 2));
-        assert!(is_inside_as("NSpid:\t77\t5\t2\n", 5));
-        assert!(!is_inside_as("NSpid:\t77\t2\n", 77));
-        assert!(!is_inside_as("NSpid:\t2\n", 2));
-        assert!(!is_inside_as("", 2));
+        let inside = |status: &str| inside(status).collect::<Vec<_>>();
+        assert_eq!(inside("Pid:\t77\nNSpid:\t77\t2\n"), [2]);
+        assert_eq!(inside("NSpid:\t77\t5\t2\n"), [5, 2]);
+        assert_eq!(inside("NSpid:\t77\n"), []);
+        assert_eq!(inside(""), []);
         let (own, uid) = (std::process::id(), nix::unistd::getuid().as_raw());
-        assert_eq!(spoken_for(own, uid, false), [own]);
-        assert!(!spoken_for(own, uid, true).contains(&own));
-        assert_eq!(spoken_for(own, uid + 1, false), Vec::<u32>::new());
+        let (mut insiders, mut looked) = (Some(vec![(70, own), (71, 2), (72, own)]), None);
+        assert_eq!(spoken_for(own, uid, false, &mut looked), [own]);
+        assert_eq!(looked, None, "nobody else was looked at");
+        assert_eq!(spoken_for(own, uid, true, &mut insiders), [70, 72]);
+        assert_eq!(spoken_for(own, uid + 1, false, &mut insiders), [70, 72]);
+        assert_eq!(spoken_for(own, uid + 1, true, &mut Some(vec![(9, own); 99])).len(), CANDIDATES);
     }
 
     #[test]
