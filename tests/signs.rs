@@ -74,7 +74,7 @@ fn a_client_of_pulseaudio_that_counts_from_one_is_found() {
     let inner: u32 = wait("the child", || fs::read_to_string(&children).unwrap().trim().parse().ok());
     world.wait_kinds(inner, &[VetoKind::Playback]);
     assert_eq!(world.pids(), [inner].into(), "it says that it is process 1, which it is not here");
-    drop(apart);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(inner.cast_signed()), Signal::SIGKILL).unwrap();
     world.wait_kinds(inner, &[]);
 }
 

@@ -116,13 +116,13 @@ impl Home {
         Running(command.spawn().unwrap_or_else(|error| panic!("{program}: {error}")))
     }
 
-    /// Starts a program as this user in a pid namespace of its own, where it is process 1. It ends with this.
+    /// Starts a program as this user in a pid namespace of its own, where it is process 1.
     pub(crate) fn run_apart(&self, program: &str, arguments: &[&str]) -> Running {
         let command = self.command(program, arguments);
         let inner: Vec<_> =
             std::iter::once(command.get_program()).chain(command.get_args()).map(ToOwned::to_owned).collect();
         let mut apart = Command::new("unshare");
-        apart.args(["--pid", "--fork", "--kill-child", "--"]).args(inner).env_clear();
+        apart.args(["--pid", "--fork", "--"]).args(inner).env_clear();
         apart.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Running(apart.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
