@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     future::ready,
-    os::unix::fs::{PermissionsExt, chown},
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc,
@@ -70,7 +73,7 @@ impl Home {
         let address = home.address();
         let bus = home.run("dbus-daemon", &["--session", "--nofork", "--nopidfile", "--address", &address]);
         home.running.push(bus);
-        wait("the bus", || home.runtime_dir().join("bus").exists().then_some(()));
+        wait("the bus", || UnixStream::connect(home.runtime_dir().join("bus")).ok());
         home
     }
 
@@ -202,7 +205,7 @@ impl Home {
         let command = format!("echo $$ > {}; exec cmus --listen {socket}", pid.display());
         let terminal = self.run("script", &["-qec", &command, "/dev/null"]);
         self.running.push(terminal);
-        wait("cmus", || Path::new(&socket).exists().then_some(()));
+        wait("cmus", || UnixStream::connect(&socket).ok());
         fs::read_to_string(pid).unwrap().trim().parse().unwrap()
     }
 
