@@ -77,6 +77,7 @@ impl Core {
             store_trouble: None,
             surroundings: None,
             sleep: Sleep::default(),
+            windows: BTreeMap::new(),
             swept: now.boot,
             ending: None,
             exited: false,

@@ -14,6 +14,7 @@ pub mod delivery;
 pub mod foreground;
 pub mod ledger;
 pub mod lifecycle;
+mod looking;
 mod panel;
 mod queries;
 mod registering;
@@ -37,6 +38,7 @@ use rand_chacha::ChaCha12Rng;
 use self::{
     control::Commands,
     delivery::Delivery,
+    foreground::Windows,
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
     queries::ReportRun,
@@ -92,6 +94,7 @@ pub struct Core {
     /// None until something has said what they are.
     surroundings: Option<Surroundings>,
     sleep: Sleep,
+    windows: BTreeMap<Bus, Windows>,
     swept: Instant,
     ending: Option<Instant>,
     exited: bool,
@@ -116,6 +119,8 @@ struct Presence {
     /// Set while it is being started: when that has failed.
     starting: Option<Instant>,
     declares: bool,
+    /// Whether this instance was ever seen with a window.
+    had_window: bool,
 }
 
 /// What a sample is for.
@@ -164,13 +169,15 @@ impl Core {
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
             Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
-            Event::Identified { app, owner, process } => self.lifecycle.identified(&app, &owner, process, now),
+            Event::Identified { app, owner, process } => {
+                self.lifecycle.identified(&app, &owner, process, now);
+                self.look_at(&app, now);
+            }
             Event::Outcome(target, outcome) => self.handle_outcome(target, &outcome, now),
             Event::TargetGone(target) => self.handle_target_gone(target, now),
             Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
             Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
-            // Not in force yet.
-            Event::Windows(..) => {}
+            Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
             Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
             Event::SampledSelf { daemon, zram_used, zram_stored } => {
                 self.ledger.daemon(daemon, zram_used, zram_stored);
@@ -316,8 +323,10 @@ impl Core {
                     return;
                 }
                 presence.owner = Some(owner.clone());
+                presence.had_window = false;
                 let started_by_us = presence.starting.take().is_some();
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
+                self.look_at(app, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
             }

@@ -27,6 +27,7 @@ use crate::{
         network::Monitor,
         process::{self, Targets, UnitOf},
         signals::Signals,
+        signs::Signs,
         store::{Holdback, Store},
         surroundings::Surroundings,
         timer::{Alarm, OneResume, ResumeWatch},
@@ -146,14 +147,16 @@ impl Shell {
             Some(usher) => Some(Whose::Users(usher.roster())),
             None => Whose::own(),
         };
+        let signs = Signs::new(sender.clone());
         let (surroundings, watching) =
-            Surroundings::with_users(None, settings.urgency.low_battery, usher, sender.clone());
+            Surroundings::watching(None, settings.urgency.low_battery, usher, Some(signs.clone()), sender.clone());
         let following = sender.clone();
         let beside = async move {
             let _windows = whose.map(|whose| zruntime::spawn(windows::serve(whose, following)));
             watching.await;
         };
-        let bus = BusThread::spawn_with(addresses(options)?, roster, settings.kde_panel, sender.clone(), beside)
+        let (buses, panel) = (addresses(options)?, settings.kde_panel);
+        let bus = BusThread::spawn_watching(buses, roster, panel, Some(signs), sender.clone(), beside)
             .map_err(system("cannot start a thread"))?;
         let shell = Self {
             poll,

@@ -1,5 +1,6 @@
 //! Everything the kernel, the network or a bus is asked. Knows events and actions, never the core.
 
+mod asking;
 pub mod bus;
 pub mod clock;
 pub mod credentials;
@@ -15,6 +16,7 @@ pub mod network;
 pub mod process;
 pub mod proxy;
 pub mod signals;
+pub mod signs;
 pub mod store;
 pub mod surroundings;
 pub mod timer;

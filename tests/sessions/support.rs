@@ -468,6 +468,7 @@ async fn serve(
                     }
                 }
             }
+            "ListInhibitors" => connection.reply(&header, &Vec::<(&str, &str, &str, &str, u32, u32)>::new()).await,
             "Inhibit" => {
                 let (_, writer) = std::io::pipe().unwrap();
                 connection.reply(&header, &zbus::OwnedFd::from(OwnedFd::from(writer))).await

@@ -30,6 +30,7 @@ use std::{
     collections::BTreeMap,
     future::{Future, poll_fn, ready},
     io,
+    path::PathBuf,
     pin::pin,
     sync::mpsc::{self, RecvTimeoutError},
     task::Poll,
@@ -44,6 +45,7 @@ use zruntime::{Shared, Task};
 use self::{manager::UnitOrder, polkit::Authority, session::Way};
 use super::{
     inbox::{Incoming, Sender},
+    signs::Signs,
     users::{Roster, USERS, User, errand::Errands},
 };
 use crate::{
@@ -99,6 +101,21 @@ impl BusThread {
         sender: Sender,
         beside: impl Future<Output = ()> + Send + 'static,
     ) -> io::Result<Self> {
+        Self::spawn_watching(buses, roster, panel, None, sender, beside)
+    }
+
+    /// [`BusThread::spawn_with`] that also has `signs` watch every session bus served, and what else its user has.
+    ///
+    /// # Errors
+    /// When no thread can be made.
+    pub fn spawn_watching(
+        buses: Vec<BusAddress>,
+        roster: Option<Roster>,
+        panel: bool,
+        signs: Option<Signs>,
+        sender: Sender,
+        beside: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<Self> {
         let (orders, receiver) = async_channel::unbounded();
         let (end, ended) = mpsc::channel::<()>();
         thread::Builder::new().name("bus".into()).spawn(move || {
@@ -106,7 +123,7 @@ impl BusThread {
             let _end = end;
             zbus::block_on(async {
                 let beside = zruntime::spawn(beside);
-                route(buses, roster, panel, receiver, sender).await;
+                route(buses, roster, panel, signs, receiver, sender).await;
                 let _ = beside.cancel().await;
             });
         })?;
@@ -162,6 +179,7 @@ async fn route(
     buses: Vec<BusAddress>,
     mut roster: Option<Roster>,
     panel: bool,
+    signs: Option<Signs>,
     orders: Receiver<Order>,
     inbox: Sender,
 ) {
@@ -171,6 +189,7 @@ async fn route(
     let mut routes = Routes {
         panel,
         authority,
+        signs,
         inbox,
         errands: Errands::default(),
         open: BTreeMap::new(),
@@ -207,10 +226,25 @@ async fn route(
     }
 }
 
+/// Whose bus it is, and where that user's other sockets are.
+fn user(bus: Bus, way: &Way) -> Option<User> {
+    match (way, bus) {
+        (Way::User(user, _), _) => Some(user.clone()),
+        (Way::Address(_), Bus::System) => None,
+        // This daemon's own user's.
+        (Way::Address(_), Bus::Session(uid)) => {
+            let runtime_dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+            let runtime_dir = runtime_dir.unwrap_or_else(|| format!("/run/user/{uid}").into());
+            Some(User { uid, gid: rustix::process::getegid().as_raw(), runtime_dir })
+        }
+    }
+}
+
 /// The buses served now.
 struct Routes {
     panel: bool,
     authority: Authority,
+    signs: Option<Signs>,
     inbox: Sender,
     errands: Errands,
     /// By the index in their calls, which is used again only when all others have been: an answer to who is gone must
@@ -225,6 +259,8 @@ struct Route {
     // Unbounded like the one it is filled from.
     orders: async_channel::Sender<Order>,
     task: Task<(), Shared>,
+    /// Watches what the user has beside the bus; ends with the route.
+    _beside: Option<Task<(), Shared>>,
 }
 
 impl Routes {
@@ -237,9 +273,11 @@ impl Routes {
         self.next = index.wrapping_add(1);
         let (orders, receiver) = async_channel::unbounded();
         let first_call = u64::from(index) << INDEX_SHIFT;
-        let authority = self.authority.clone();
-        let task = session::serve(bus, way, self.panel, authority, receiver, self.inbox.clone(), first_call);
-        self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task) });
+        let _beside =
+            self.signs.as_ref().zip(user(bus, &way)).map(|(signs, user)| signs.of_user(user, self.errands.clone()));
+        let (authority, signs, inbox) = (self.authority.clone(), self.signs.clone(), self.inbox.clone());
+        let task = session::serve(bus, way, self.panel, authority, signs, receiver, inbox, first_call);
+        self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task), _beside });
     }
 
     /// Serves these users' buses and no others'.

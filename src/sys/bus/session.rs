@@ -34,6 +34,7 @@ use crate::{
     model::{AppKey, Bus},
     sys::{
         inbox::{Incoming, Process, Sender},
+        signs::Signs,
         users::{User, door::Door, errand::Errands},
     },
 };
@@ -68,6 +69,7 @@ pub(super) async fn serve(
     way: Way,
     panel: bool,
     authority: Authority,
+    signs: Option<Signs>,
     orders: Receiver<Order>,
     inbox: Sender,
     next_call: u64,
@@ -81,7 +83,8 @@ pub(super) async fn serve(
         Way::Address(_) => None,
         Way::User(user, errands) => Some(Door::new(user.clone(), errands.clone())),
     };
-    let mut lasting = Lasting { bus, way, authority, inbox, watched: BTreeSet::new(), next_call, told_down: false };
+    let mut lasting =
+        Lasting { bus, way, authority, signs, inbox, watched: BTreeSet::new(), next_call, told_down: false };
     let mut orders = pin!(orders);
     let mut delay = RETRY.0;
     loop {
@@ -138,6 +141,7 @@ struct Lasting {
     bus: Bus,
     way: Way,
     authority: Authority,
+    signs: Option<Signs>,
     inbox: Sender,
     watched: BTreeSet<AppKey>,
     next_call: u64,
@@ -251,6 +255,8 @@ struct Session<'a> {
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
     verdicts: Pin<Box<Receiver<Verdict>>>,
+    /// Watches this bus for what speaks against holding apps still; ends with the connection.
+    _signs: Option<Task<(), zruntime::Shared>>,
     names: [bool; NAMES.len()],
     panel: Panel,
     was_up: bool,
@@ -283,6 +289,10 @@ enum Input {
 impl<'a> Session<'a> {
     fn new(lasting: &'a mut Lasting, connection: Connection, panel: bool) -> Self {
         let (told, verdicts) = async_channel::unbounded();
+        let _signs = match (&lasting.signs, lasting.bus) {
+            (Some(signs), Bus::Session(uid)) => Some(signs.on_session_bus(connection.clone(), uid)),
+            _ => None,
+        };
         Self {
             wire: Wire::new(lasting.bus, lasting.inbox.clone()),
             calls: Calls::new(panel, lasting.authority.clone(), told),
@@ -293,6 +303,7 @@ impl<'a> Session<'a> {
             deliveries: Deliveries::default(),
             manager: Manager::default(),
             starts: HashMap::new(),
+            _signs,
             names: [false; NAMES.len()],
             panel: Panel { served: panel, named: false, told: false, changed: false },
             was_up: false,

@@ -32,7 +32,7 @@ use zbus::{Connection, connection::Builder};
 use zruntime::SharedRuntime;
 
 use self::{session::Session, settling::Settling, users::Users};
-use super::{inbox::Sender, users::Usher};
+use super::{inbox::Sender, signs::Signs, users::Usher};
 use crate::{model, sys::clock, time::Instant};
 
 /// A bus that does not finish the handshake within this is as good as absent.
@@ -84,12 +84,26 @@ impl Surroundings {
         usher: Option<Usher>,
         inbox: Sender,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        Self::watching(address, low_battery, usher, None, inbox)
+    }
+
+    /// [`Surroundings::with_users`] that has `signs` watch the system bus as well.
+    pub fn watching(
+        address: Option<String>,
+        low_battery: u8,
+        usher: Option<Usher>,
+        signs: Option<Signs>,
+        inbox: Sender,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let wishes = Arc::new(Mutex::new(Wishes::default()));
         let (ring, rung) = async_channel::bounded(1);
         let bell = Bell { wishes: Arc::clone(&wishes), rung: Box::pin(rung) };
         (
             Self { wishes, ring },
-            serve(address, Lasting { inbox, bell, settling: Settling::new(low_battery), users: usher.map(Users::new) }),
+            serve(
+                address,
+                Lasting { inbox, bell, settling: Settling::new(low_battery), users: usher.map(Users::new), signs },
+            ),
         )
     }
 
@@ -171,6 +185,7 @@ struct Lasting {
     bell: Bell,
     settling: Settling,
     users: Option<Users>,
+    signs: Option<Signs>,
 }
 
 async fn serve(address: Option<String>, mut lasting: Lasting) {
@@ -185,6 +200,8 @@ async fn serve(address: Option<String>, mut lasting: Lasting) {
             Ok(Ok(connection)) => {
                 said = false;
                 retries = RETRIES.iter();
+                // Ends with the connection.
+                let _signs = lasting.signs.as_ref().map(|signs| signs.on_system_bus(connection.clone()));
                 match Session::new(&mut lasting, connection).run().await {
                     Some(text) => text,
                     None => return,

@@ -1,6 +1,7 @@
-//! The socket of a user's session bus: found when it is there, and connected to as that user, for root is not let in.
+//! A socket of a user's: of the session bus, or another in the runtime directory. Found when it is there, and connected to as
+//! that user, for root is not let in.
 //!
-//! The bus takes a caller's credentials when it connects, so the connection stays good when the thread that made it is
+//! Who listens takes a caller's credentials when it connects, so the connection stays good when the thread that made it is
 //! gone.
 
 use std::{
@@ -33,13 +34,15 @@ const LIMIT: Duration = Duration::from_secs(5);
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// Attempts that came to nothing after which only a new socket is worth another: some six minutes.
 const ATTEMPTS: u32 = 10;
-/// The socket's file name (systemd's dbus.socket, pam_systemd's `DBUS_SESSION_BUS_ADDRESS`).
-const SOCKET: &str = "bus";
+/// The file name of the bus's socket (systemd's dbus.socket, pam_systemd's `DBUS_SESSION_BUS_ADDRESS`).
+const BUS: &str = "bus";
 
-/// The way to one user's session bus.
+/// The way to one user's session bus, or to another socket of that user.
 #[derive(Debug)]
 pub(in crate::sys) struct Door {
     user: User,
+    /// The socket's file name.
+    socket: &'static str,
     errands: Errands,
     /// Tells of new sockets, once the directory is there.
     watch: Option<AsyncIo<OwnedFd, Shared>>,
@@ -53,8 +56,14 @@ struct Looked {
 }
 
 impl Door {
+    /// To the session bus.
     pub(in crate::sys) fn new(user: User, errands: Errands) -> Self {
-        Self { user, errands, watch: None, failed: 0 }
+        Self::to(BUS, user, errands)
+    }
+
+    /// To another socket, by its file name.
+    pub(in crate::sys) fn to(socket: &'static str, user: User, errands: Errands) -> Self {
+        Self { user, socket, errands, watch: None, failed: 0 }
     }
 
     /// A connection to the user's bus, within 5 s.
@@ -68,17 +77,25 @@ impl Door {
         connected.unwrap_or_else(|_| Err("it does not answer".into()))
     }
 
+    /// A connection to whoever listens there, who may not have noticed yet, within 5 s. Non-blocking.
+    ///
+    /// # Errors
+    /// As a sentence part: the socket is not there, is somebody else's, or leads nowhere.
+    pub(in crate::sys) async fn open(&mut self) -> Result<UnixStream, String> {
+        self.failed += 1;
+        let runtime = SharedRuntime::current().map_err(|error| error.to_string())?;
+        let opened = runtime.timeout(LIMIT, self.enter(&runtime)).await;
+        let opened = opened.unwrap_or_else(|_| Err("the directory does not answer".into()));
+        if opened.is_ok() {
+            self.watch = None;
+        }
+        opened
+    }
+
     async fn attempt(&mut self, runtime: &SharedRuntime) -> Result<Connection, String> {
-        let (directory, uid) = (self.user.runtime_dir.clone(), self.user.uid);
-        self.watch = None;
-        let looked = self.errands.run(&self.user, move || look(&directory, uid)).await;
-        let looked = looked.map_err(|error| format!("cannot act as user {uid}: {error}"))?;
-        // The directory may be another one than before: the user's own is mounted over the first.
-        self.watch = looked.watch.and_then(|watch| AsyncIo::new(runtime, watch).ok());
-        let at = self.user.runtime_dir.join(SOCKET);
-        let stream = looked.stream.map_err(|error| format!("{}: {error}", at.display()))?;
+        let stream = self.enter(runtime).await?;
         let socket = Guarded::new(stream).map_err(|error| error.to_string())?;
-        let connected = Builder::socket(socket).user_id(uid).build().await.map_err(|error| error.to_string());
+        let connected = Builder::socket(socket).user_id(self.user.uid).build().await.map_err(|error| error.to_string());
         if connected.is_ok() {
             // What it says from now on nobody would read.
             self.watch = None;
@@ -86,7 +103,18 @@ impl Door {
         connected
     }
 
-    /// The bus was of use.
+    async fn enter(&mut self, runtime: &SharedRuntime) -> Result<UnixStream, String> {
+        let (directory, uid, name) = (self.user.runtime_dir.clone(), self.user.uid, self.socket);
+        self.watch = None;
+        let looked = self.errands.run(&self.user, move || look(&directory, name, uid)).await;
+        let looked = looked.map_err(|error| format!("cannot act as user {uid}: {error}"))?;
+        // The directory may be another one than before: the user's own is mounted over the first.
+        self.watch = looked.watch.and_then(|watch| AsyncIo::new(runtime, watch).ok());
+        let at = self.user.runtime_dir.join(self.socket);
+        looked.stream.map_err(|error| format!("{}: {error}", at.display()))
+    }
+
+    /// It was of use.
     pub(in crate::sys) fn succeeded(&mut self) {
         self.failed = 0;
     }
@@ -107,7 +135,7 @@ impl Door {
         });
         let mut news = pin!(async {
             match &self.watch {
-                Some(watch) => socket_came(watch).await,
+                Some(watch) => socket_came(watch, self.socket).await,
                 None => std::future::pending().await,
             }
         });
@@ -120,14 +148,14 @@ impl Door {
 }
 
 /// Waits until there is a new socket, or the directory is gone.
-async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>) {
+async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>, socket: &str) {
     let read = watch.read_with(|watch| {
         let mut buffer = [MaybeUninit::uninit(); 1024];
         let mut reader = inotify::Reader::new(watch, &mut buffer);
         loop {
             let event = reader.next()?;
             let lost = inotify::ReadFlags::IGNORED | inotify::ReadFlags::QUEUE_OVERFLOW;
-            let ours = event.file_name().is_some_and(|name| name.to_bytes() == SOCKET.as_bytes());
+            let ours = event.file_name().is_some_and(|name| name.to_bytes() == socket.as_bytes());
             if ours || event.events().intersects(lost) {
                 return Ok(());
             }
@@ -141,13 +169,13 @@ async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>) {
 }
 
 /// As the user: watches the directory, then looks for the socket, so that none can come between.
-fn look(directory: &Path, uid: u32) -> Looked {
+fn look(directory: &Path, socket: &str, uid: u32) -> Looked {
     let opened = match open(directory, uid) {
         Ok(opened) => opened,
         Err(error) => return Looked { watch: None, stream: Err(error) },
     };
     let watch = watch(&opened).inspect_err(|error| log::debug!("cannot watch {}: {error}", directory.display())).ok();
-    Looked { watch, stream: enter(&opened, OsStr::new(SOCKET), uid) }
+    Looked { watch, stream: enter(&opened, OsStr::new(socket), uid) }
 }
 
 /// The user's own directory.
@@ -202,7 +230,7 @@ mod tests {
     #[test]
     fn only_the_users_own_socket_is_entered() {
         let dir = tempfile::tempdir().unwrap();
-        let error = |uid: u32| look(dir.path(), uid).stream.unwrap_err().to_string();
+        let error = |uid: u32| look(dir.path(), BUS, uid).stream.unwrap_err().to_string();
         let uid = own_uid();
         assert!(error(uid).contains("No such file"), "{}", error(uid));
         fs::write(dir.path().join("bus"), "").unwrap();
@@ -213,7 +241,7 @@ mod tests {
         std::os::unix::fs::symlink(&elsewhere, dir.path().join("bus")).unwrap();
         assert!(error(uid).contains("no socket"), "a link is not followed: {}", error(uid));
         fs::rename(&elsewhere, dir.path().join("bus")).unwrap();
-        look(dir.path(), uid).stream.unwrap();
+        look(dir.path(), BUS, uid).stream.unwrap();
         drop(listener);
         assert!(error(uid).contains("refused"), "{}", error(uid));
         assert!(error(uid + 1).contains("belongs to user"), "{}", error(uid + 1));
@@ -227,7 +255,7 @@ mod tests {
         let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
         nix::sys::socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
-        let waiting: Vec<_> = (0..8).map(|_| look(dir.path(), own_uid()).stream).collect();
+        let waiting: Vec<_> = (0..8).map(|_| look(dir.path(), BUS, own_uid()).stream).collect();
         assert!(waiting.iter().any(Result::is_ok) && waiting.iter().any(Result::is_err));
     }
 

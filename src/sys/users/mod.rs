@@ -1,7 +1,7 @@
 //! The users who are logged in, and the way to each one's session bus (design.md, "One process on every bus").
 //!
 //! - `errand`: work done as a user, on a short-lived thread that alone has that user's rights.
-//! - `door`: the socket of a user's bus: when it is there, and a connection made as that user.
+//! - `door`: the socket of a user's bus, or another of that user: when it is there, and a connection made as that user.
 //! - `guard`: what a bus that belongs to somebody else may send us.
 
 pub(super) mod door;
