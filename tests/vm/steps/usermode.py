@@ -1,5 +1,5 @@
 """Who may not install a system service: `nightporterd --user` from a home directory, as the README says, in a session of its
-own, next to no system service. Needs no other step; the programs come out of the packages."""
+own, next to no system service. Needs no other step; the programs come out of the packages. And the same from the package."""
 
 import json
 import shlex
@@ -172,4 +172,33 @@ def a_users_daemon_leaves_nothing_frozen(vm):
     if [report["endpoint"] for report in told(vm, "endpoint") if report["endpoint"] not in ("", endpoint)]:
         raise Failed("the logout changed the endpoint")
     user(vm, "systemctl --user disable --now nightporterd")
+    vm.logout(USER)
+
+
+@step(a_user_installs_it)
+def a_users_daemon_follows_the_package(vm):
+    """The user unit of the package: an upgrade restarts it in the session, a purge stops it; nothing stays frozen."""
+    vm.run("dpkg -i /payload/nightporter.deb && systemctl --quiet disable --now nightporterd", limit=LIMIT)
+    vm.login(USER)
+    user(vm, "systemctl --user disable --quiet --now nightporterd; rm ~/.config/systemd/user/nightporterd.service")
+    user(vm, "systemctl --user daemon-reload && systemctl --user start nightporterd", limit=LIMIT)
+    is_up(vm)
+    pushed(vm, "with the package's unit")
+    of = "systemctl --user show -P MainPID nightporterd"
+    first = user(vm, of)
+    if (program := vm.run(f"readlink /proc/{first.strip()}/exe").strip()) != "/usr/bin/nightporterd":
+        raise Failed(f"it runs {program}")
+    where = freezes(vm)
+    vm.run("dpkg -i /payload/nightporter-next.deb", limit=LIMIT)
+    is_up(vm)
+    if user(vm, of) == first:
+        raise Failed("the daemon of the old version runs on")
+    vm.run(f"grep -qx 'frozen 0' {where}/cgroup.events")
+    pushed(vm, "after an upgrade")
+    where = freezes(vm)
+    vm.run("dpkg -P nightporter", limit=LIMIT)
+    vm.run(f"grep -qx 'frozen 0' {where}/cgroup.events")
+    vm.run(f"! pgrep -u {USER} nightporterd")
+    # What is the user's own stays.
+    vm.run(f"test -s {home('.local/state/nightporter/nightporter.db')}")
     vm.logout(USER)
