@@ -306,10 +306,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        for child in [&mut self.daemon, &mut self.bus] {
-            if let Some(child) = child {
-                let _ = (child.kill(), child.wait());
-            }
+        for child in [&mut self.daemon, &mut self.bus].into_iter().flatten() {
+            let _ = (child.kill(), child.wait());
         }
         for pid in processes::with_environment(&self.report_variable()).into_iter().filter(|pid| is_running(*pid)) {
             processes::signal(pid, Signal::SIGKILL);
