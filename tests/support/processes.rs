@@ -18,7 +18,12 @@ pub(crate) fn is_running(pid: u32) -> bool {
 
 /// Whether the process is held still: stopped, or in a frozen cgroup.
 pub(crate) fn is_held(pid: u32) -> bool {
-    state(pid) == Some('T') || is_frozen(pid).unwrap_or(false)
+    is_stopped(pid) || is_frozen(pid).unwrap_or(false)
+}
+
+/// Whether the process was stopped by a signal.
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    state(pid) == Some('T')
 }
 
 fn state(pid: u32) -> Option<char> {

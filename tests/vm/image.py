@@ -73,7 +73,7 @@ def prepare(arch, extra, say):
     packages = sorted({*PACKAGES, *extra, KERNEL[arch]})
     image = cache / f"vm-{arch}-{_key(packages)}"
     # Two runs at a time make it once.
-    with open(cache / ".vm.lock", "w") as lock:
+    with open(cache / f".vm-{arch}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (image / "disk.ext4").exists():
             _make(image, arch, packages, say)
@@ -95,9 +95,9 @@ def _key(packages):
 
 def _make(image, arch, packages, say):
     start = time.monotonic()
-    for left in image.parent.glob(".vm-image.*"):
+    for left in image.parent.glob(f".vm-image-{arch}.*"):
         shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=image.parent, prefix=".vm-image.") as new:
+    with tempfile.TemporaryDirectory(dir=image.parent, prefix=f".vm-image-{arch}.") as new:
         new = pathlib.Path(new)
         root = new / "root"
         hooks = [f'cp -r --preserve=mode "{HERE}/guest/." "$1/"', f'chroot "$1" systemctl --quiet mask {" ".join(MASKED)}']
