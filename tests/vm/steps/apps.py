@@ -152,6 +152,11 @@ def main_pid(vm):
     return int(vm.run("systemctl show -p MainPID --value nightporterd"))
 
 
+def running(vm, name):
+    """How many processes have that name, of which the kernel keeps 15 characters."""
+    return int(vm.run(f"cat /proc/[0-9]*/comm 2>/dev/null | grep -cx '{name[:15]}' || :"))
+
+
 def view(vm, command):
     """A JSON document of the daemon, as root sees it."""
     return json.loads(vm.run(f"nightporter --system {command} --json"))

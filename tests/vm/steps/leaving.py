@@ -3,7 +3,7 @@
 from machine import Failed
 
 from . import step
-from .apps import runs
+from .apps import running, runs
 from .installing import is_configured
 
 
@@ -14,7 +14,9 @@ def removal_thaws_and_keeps(vm):
     vm.run("dpkg -r nightporter", limit=600)
     for cgroup in cgroups:
         vm.run(runs(cgroup))
-    vm.run("! systemctl is-active --quiet nightporterd && ! pgrep -x nightporterd")
+    vm.run("! systemctl is-active --quiet nightporterd")
+    if running(vm, "nightporterd"):
+        raise Failed("the daemon runs on")
     vm.run("test -s /var/lib/nightporter/nightporter.db && test -e /etc/nightporter/nightporter.toml")
     vm.run("! test -e /run/nightporter")
     for app in vm.apps:
@@ -42,7 +44,9 @@ def purge_leaves_nothing(vm):
     left = [path for path in left.splitlines() if "org.nightporter.Sample1" not in path]
     if left:
         raise Failed("left behind:\n" + "\n".join(left))
-    vm.run("! pgrep -l nightporterd && ! pgrep -l nightporter-rel")
+    for name in ("nightporterd", "nightporter-relay"):
+        if running(vm, name):
+            raise Failed(f"{name} runs on")
     state = vm.run("systemctl list-unit-files --no-legend 'nightporter*'", check=False)
     if state.strip():
         raise Failed(f"units left: {state}")

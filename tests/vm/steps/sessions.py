@@ -6,7 +6,7 @@ import json
 from machine import Failed
 
 from . import step
-from .apps import MIB, App, frozen, runs, waits
+from .apps import MIB, App, frozen, running, runs, waits
 from .installing import is_configured
 
 KDE = "org.example.Kde"
@@ -49,8 +49,8 @@ def users_log_in(vm):
         if name != f"USER={user}":
             raise Failed(f"{user}'s systemd is of {name}")
         is_served(vm, user)
-    if (daemons := vm.run("pgrep -c nightporterd").strip()) != "1":
-        raise Failed(f"{daemons} daemons")
+    if (processes := running(vm, "nightporterd")) != 1:
+        raise Failed(f"{processes} daemons")
 
 
 @step(users_log_in, core=True)
