@@ -10,7 +10,7 @@ from .apps import MIB, App, frozen, running, runs, waits
 from .installing import is_configured
 
 KDE = "org.example.Kde"
-USERS = {"alice": "org.example.Python", "bob": "org.example.PythonOne"}
+USERS = {"alice": "org.example.PythonTwo", "bob": "org.example.PythonOne"}
 # What each remembers (kde/connector.cpp, apps/connector.py), and most of that.
 KDE_HISTORY, PYTHON_HISTORY = 24 * MIB, 12 * MIB
 MOST = 0.7
@@ -73,47 +73,6 @@ def unmodified_apps_register(vm):
 
 
 @step(unmodified_apps_register, core=True)
-def users_are_kept_apart(vm):
-    """What one user sees, sends and does is of that user's apps alone."""
-    for user, python in USERS.items():
-        mine, others = apps_of(vm, user), [app for app in vm.apps if app.user != user]
-        uid = vm.run(f"id -u {user}").strip()
-        shown = json.loads(vm.as_user(user, "nightporter apps --json"))
-        if {(one["name"], one["bus"]) for one in shown} != {(app.name, f"user {uid}") for app in mine}:
-            raise Failed(f"{user} sees {shown}")
-        for app in mine:
-            (pid,) = (one["pid"] for one in shown if one["name"] == app.name)
-            if pid != app.pid(vm) or vm.run(f"stat -c %u /proc/{pid}").strip() != uid:
-                raise Failed(f"{app} is taken for process {pid}")
-        status = json.loads(vm.as_user(user, "nightporter status --json"))
-        if (status["apps"], status["registrations"], status["buses"]) != (2, 2, [f"user {uid}"]):
-            raise Failed(f"{user} sees {status}")
-        everything = vm.as_user(user, f"nightporter show {KDE} --json; nightporter report --json; nightporter why {KDE}")
-        for app in others:
-            if app.endpoint in everything or app.name != KDE and app.name in everything:
-                raise Failed(f"{user} sees something of {app}:\n{everything}")
-        # Neither the daemon's own view nor the other's bus is open.
-        vm.run("! " + vm.in_session(user, "nightporter --system apps"))
-        other = vm.run(f"id -u {others[0].user}").strip()
-        vm.run("! " + vm.in_session(user, f"busctl --address=unix:path=/run/user/{other}/bus list"))
-        got = [body for app in mine for body in app.bodies(vm)]
-        if sorted(got) != sorted(f"to {app} while it runs" for app in mine):
-            raise Failed(f"{user} got {got}")
-        # Its own name for somebody else's registration (connector.py: NAME-UID) takes nothing away from the other.
-        token = next(f"{app.name}-{other}" for app in others if app.name != KDE)
-        call = "busctl --user call org.unifiedpush.Distributor.nightporter /org/unifiedpush/Distributor"
-        vm.as_user(user, f"{call} org.unifiedpush.Distributor2 Unregister 'a{{sv}}' 1 token s {token}", check=False)
-    alices, bobs = (next(app for app in vm.apps if (app.name, app.user) == (KDE, user)) for user in USERS)
-    cgroup = alices.freezes(vm)
-    vm.run(runs(bobs.cgroup(vm)))
-    for app in vm.apps:
-        if app is not alices:
-            app.pushed(vm, "while alice's is frozen")
-    vm.run(frozen(cgroup))
-    alices.pushed(vm, "while it is frozen")
-
-
-@step(unmodified_apps_register, core=True)
 def pages_out_and_wakes_users_apps(vm):
     """Left alone the users' apps are frozen and paged out: the whole system uses less; each push gets through."""
     forget_the_page_cache(vm)
@@ -147,6 +106,47 @@ def pages_out_and_wakes_users_apps(vm):
         app.wait_for(vm, "the next freeze", frozen(cgroup))
         app.pushed(vm, "while it is frozen again")
     return figures
+
+
+@step(unmodified_apps_register, core=True)
+def users_are_kept_apart(vm):
+    """What one user sees, sends and does is of that user's apps alone."""
+    for user, python in USERS.items():
+        mine, others = apps_of(vm, user), [app for app in vm.apps if app.user != user]
+        uid = vm.run(f"id -u {user}").strip()
+        shown = json.loads(vm.as_user(user, "nightporter apps --json"))
+        if {(one["name"], one["bus"]) for one in shown} != {(app.name, f"user {uid}") for app in mine}:
+            raise Failed(f"{user} sees {shown}")
+        for app in mine:
+            (pid,) = (one["pid"] for one in shown if one["name"] == app.name)
+            if pid != app.pid(vm) or vm.run(f"stat -c %u /proc/{pid}").strip() != uid:
+                raise Failed(f"{app} is taken for process {pid}")
+        status = json.loads(vm.as_user(user, "nightporter status --json"))
+        if (status["apps"], status["registrations"], status["buses"]) != (2, 2, [f"user {uid}"]):
+            raise Failed(f"{user} sees {status}")
+        everything = vm.as_user(user, f"nightporter show {KDE} --json; nightporter report --json; nightporter why {KDE}")
+        for app in others:
+            if app.endpoint in everything or app.name != KDE and app.name in everything:
+                raise Failed(f"{user} sees something of {app}:\n{everything}")
+        # Neither the daemon's own view nor the other's bus is open.
+        vm.run("! " + vm.in_session(user, "nightporter --system apps"))
+        other = vm.run(f"id -u {others[0].user}").strip()
+        vm.run("! " + vm.in_session(user, f"busctl --address=unix:path=/run/user/{other}/bus list"))
+        for app in mine:
+            if (got := [body for body in app.bodies(vm) if body.startswith("to ")]) != [f"to {app} while it runs"]:
+                raise Failed(f"{app} got {got}")
+        # Its own name for somebody else's registration (connector.py: NAME-UID) takes nothing away from the other.
+        token = next(f"{app.name}-{other}" for app in others if app.name != KDE)
+        call = "busctl --user call org.unifiedpush.Distributor.nightporter /org/unifiedpush/Distributor"
+        vm.as_user(user, f"{call} org.unifiedpush.Distributor2 Unregister 'a{{sv}}' 1 token s {token}", check=False)
+    alices, bobs = (next(app for app in vm.apps if (app.name, app.user) == (KDE, user)) for user in USERS)
+    cgroup = alices.freezes(vm)
+    vm.run(runs(bobs.cgroup(vm)))
+    for app in vm.apps:
+        if app is not alices:
+            app.pushed(vm, "while alice's is frozen")
+    vm.run(frozen(cgroup))
+    alices.pushed(vm, "while it is frozen")
 
 
 @step(unmodified_apps_register, core=True)
