@@ -255,7 +255,7 @@ enum Input {
 impl<'a> Session<'a> {
     fn new(lasting: &'a mut Lasting, connection: Connection, panel: bool) -> Self {
         Self {
-            wire: Wire::new(lasting.bus, lasting.inbox.clone()),
+            wire: Wire::new(lasting.bus, lasting.inbox.clone(), matches!(lasting.way, Way::Address(_))),
             lasting,
             connection,
             calls: Calls::new(panel),
@@ -416,6 +416,16 @@ impl<'a> Session<'a> {
             Pending::Owner(app, number) => self.watches.owner(&mut self.wire, &app, number, response),
             Pending::Credentials(owner, purpose) => {
                 if let Some(process) = process::credentials(&mut self.wire, &owner, &purpose, response) {
+                    self.identified(&owner, purpose, process);
+                }
+            }
+            Pending::User(owner, purpose) => {
+                if let Some(process) = process::user(&mut self.wire, &owner, &purpose, response) {
+                    self.identified(&owner, purpose, process);
+                }
+            }
+            Pending::Number(owner, purpose, uid) => {
+                if let Some(process) = process::number(&mut self.wire, &owner, &purpose, uid, response) {
                     self.identified(&owner, purpose, process);
                 }
             }

@@ -109,9 +109,14 @@ class App:
         """The directory of its cgroup."""
         return "/sys/fs/cgroup" + vm.run(f"sed -n s/^0:://p /proc/{self.pid(vm)}/cgroup").strip()
 
-    def is_left(self, vm):
+    def is_left(self, vm, state="background"):
         """The shell says that nobody looks at it. (A daemon that was started anew takes it for foreground again.)"""
-        self.busctl(vm, f"call org.nightporter1 /org/nightporter1 org.nightporter1.App SetStateOf ss {self.name} background")
+        self.busctl(vm, f"call org.nightporter1 /org/nightporter1 org.nightporter1.App SetStateOf ss {self.name} {state}")
+
+    def is_looked_at(self, vm):
+        """The shell says that somebody looks at it; it runs."""
+        self.is_left(vm, "foreground")
+        self.wait_for(vm, "the thaw", runs(self.cgroup(vm)))
 
     def freezes(self, vm):
         """Waits until it is frozen, after nobody looks at it. Gives its cgroup."""
