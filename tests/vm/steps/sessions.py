@@ -191,8 +191,7 @@ def a_logout_keeps_what_comes(vm):
     vm.login("alice")
     # Nobody but the daemon starts them.
     for app in hers:
-        for text in texts:
-            app.takes(vm, text)
+        app.takes(vm, texts[-1])
         if (got := [body for body in app.bodies(vm) if body in texts]) != texts:
             raise Failed(f"{app} got {got}")
         app.keeps_its_endpoint(vm)
