@@ -1,5 +1,6 @@
 """The disk of the virtual machine: a small Debian 13, made once and kept, by a hash of what it is made from."""
 
+import concurrent.futures
 import fcntl
 import hashlib
 import os
@@ -8,6 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+
+import kde
 
 HERE = pathlib.Path(__file__).parent
 SUITE = "trixie"
@@ -23,6 +26,8 @@ PACKAGES = [
     "libpam-systemd",
     "polkitd",
     "python3",
+    "python3-dbus",
+    "python3-gi",
     "systemd-sysv",
     "systemd-zram-generator",
     "udev",
@@ -86,7 +91,8 @@ def _key(packages):
     digest = hashlib.sha256()
     digest.update(pathlib.Path(__file__).read_bytes())
     digest.update("\0".join(packages).encode())
-    for path in sorted((HERE / "guest").rglob("*")):
+    digest.update(pathlib.Path(kde.__file__).read_bytes())
+    for path in sorted([*(HERE / "guest").rglob("*"), *kde.SOURCES]):
         digest.update(str(path.relative_to(HERE)).encode())
         if path.is_file():
             digest.update(oct(path.stat().st_mode).encode() + path.read_bytes())
@@ -124,7 +130,11 @@ def _make(image, arch, packages, say):
         command += [SUITE, str(root), MIRROR]
         say(f"making an image of Debian {SUITE} for {arch}")
         # INITRD=No is what the kernel's maintainer script asks before it makes an initrd.
-        subprocess.run(command, check=True, env={**os.environ, "INITRD": "No"})
+        with concurrent.futures.ThreadPoolExecutor() as together:
+            library = together.submit(kde.make, new / "kde", arch, MIRROR)
+            subprocess.run(command, check=True, env={**os.environ, "INITRD": "No"})
+            library.result()
+        shutil.move(new / "kde", f"{root}{kde.WHERE}")
         subprocess.run(["mkfs.ext4", "-q", "-q", "-d", str(root), str(new / "disk.ext4"), SIZE], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(root)
         image.mkdir(exist_ok=True)

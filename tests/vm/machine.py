@@ -17,8 +17,9 @@ QEMU = {
 }
 CONSOLE = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
 # Everything is slow without KVM, and slower on a machine that compiles beside it.
-BOOT_LIMIT = 240
-COMMAND_LIMIT = 60
+BOOT_LIMIT = 480
+COMMAND_LIMIT = 120
+LOGIN_LIMIT = 240
 
 
 class Failed(Exception):
@@ -32,6 +33,8 @@ class Machine:
         self.arch = arch
         self.work = pathlib.Path(work)
         self.boot_id = None
+        # Those that have registered so far (steps/apps.py).
+        self.apps = []
         self._number = 0
         self._lines = queue.Queue()
         disk = self.work / "disk.ext4"
@@ -127,11 +130,7 @@ class Machine:
         """Status, standard output and standard error of a shell command."""
         self._number += 1
         number = str(self._number)
-        text = base64.b64encode(command.encode()).decode()
-        try:
-            self._socket.sendall(f"{number} {limit} {text}\n".encode())
-        except OSError as error:
-            raise Failed(f"{command.strip()}: the machine is gone: {error}") from None
+        self._send(number, limit, command)
         # The agent ends the command in time by itself.
         deadline = time.monotonic() + limit + 30
         while True:
@@ -141,6 +140,13 @@ class Machine:
             if words[:1] == [number] and len(words) == 4:
                 stdout, stderr = (base64.b64decode(word[1:]).decode(errors="replace") for word in words[2:])
                 return int(words[1]), stdout, stderr
+
+    def _send(self, number, limit, command):
+        text = base64.b64encode(command.encode()).decode()
+        try:
+            self._socket.sendall(f"{number} {limit} {text}\n".encode())
+        except OSError as error:
+            raise Failed(f"{command.strip()}: the machine is gone: {error}") from None
 
     def wait_for(self, what, command, *, until=None, limit=COMMAND_LIMIT):
         """Runs the command each half second until it succeeds (and `until(stdout)` is true). Gives its output."""
@@ -161,25 +167,39 @@ class Machine:
 
     def login(self, user):
         """Opens a session of the user as logind knows it, with the user's own systemd and bus."""
-        self.run(f"systemctl start session@{user}.service")
-        self.wait_for(f"{user}'s bus", f"test -S /run/user/$(id -u {user})/bus")
+        self.start_login(user)
+        self.wait_for_login(user)
+
+    def start_login(self, user):
+        """Begins with that, so that several can come at a time."""
+        self.run(f"systemctl start --no-block session@{user}.service")
+
+    def wait_for_login(self, user):
+        """Waits for the end of it."""
+        self.wait_for(f"{user}'s bus", f"test -S /run/user/$(id -u {user})/bus", limit=LOGIN_LIMIT)
         session = f"loginctl list-sessions --no-legend | awk '$3 == \"{user}\" && $6 == \"user\"' | grep ."
-        self.wait_for(f"{user}'s session", session)
+        self.wait_for(f"{user}'s session", session, limit=LOGIN_LIMIT)
 
     def logout(self, user):
         """Ends that session; the user's systemd ends with it."""
         self.run(f"systemctl stop session@{user}.service")
-        self.wait_for(f"the end of {user}'s systemd", f"! systemctl is-active --quiet user@$(id -u {user}).service")
+        self.wait_for(f"the end of {user}'s systemd", f"! systemctl is-active --quiet user@$(id -u {user}).service", limit=LOGIN_LIMIT)
 
     def as_user(self, user, command, *, limit=COMMAND_LIMIT, check=True):
         """Like `run`, as the user and within reach of the user's bus and systemd. The user must be logged in."""
+        return self.run(self.in_session(user, command), limit=limit, check=check)
+
+    @staticmethod
+    def in_session(user, command):
+        """The command for `run` that does so."""
         environment = 'XDG_RUNTIME_DIR="/run/user/$(id -u)" DBUS_SESSION_BUS_ADDRESS="unix:path=/run/user/$(id -u)/bus"'
         inner = f"cd; export {environment}; {command}"
-        return self.run(f"runuser -u {user} -- bash -c {shlex.quote(inner)}", limit=limit, check=check)
+        return f"runuser -u {user} -- bash -c {shlex.quote(inner)}"
 
     def reboot(self):
         """Shuts down in order and boots again."""
-        self.try_run("systemctl reboot --no-block")
+        # Not waited for: the agent may be gone before it has answered.
+        self._send("0", COMMAND_LIMIT, "systemctl reboot --no-block")
         self.wait_for_boot()
 
     def power_cut(self):

@@ -1,6 +1,6 @@
 //! From a unique bus name to its process. A pid from the bus may be somebody else's by the time it is used; a pidfd
-//! cannot. So the pidfd is the bus's own where it gives one; else it is opened by pid and the bus is asked *afterwards*
-//! whether the connection is still there.
+//! cannot. So the pidfd is the bus's own where it gives one and we take any (not of a user's bus: `sys/users/guard.rs`);
+//! else it is opened by pid and the bus is asked *afterwards* whether the connection is still there.
 
 use std::{fs, os::fd::OwnedFd, sync::Arc};
 
@@ -38,9 +38,50 @@ pub(super) struct Identity {
     pub(super) sandboxed: bool,
 }
 
-/// Asks for the process of `owner`; ends with [`credentials`] or [`alive`].
+/// Asks for the process of `owner`; ends with [`credentials`], [`user`], [`number`] or [`alive`].
 pub(super) fn ask(wire: &mut Wire, owner: &Arc<str>, purpose: Purpose) {
-    wire.ask_bus("GetConnectionCredentials", &&**owner, Pending::Credentials(Arc::clone(owner), purpose));
+    if wire.takes_fds {
+        wire.ask_bus("GetConnectionCredentials", &&**owner, Pending::Credentials(Arc::clone(owner), purpose));
+    } else {
+        // Those have a pidfd among them.
+        wire.ask_bus("GetConnectionUnixUser", &&**owner, Pending::User(Arc::clone(owner), purpose));
+    }
+}
+
+/// The bus told the user of `owner`. `None` while it is asked for its process.
+pub(super) fn user(
+    wire: &mut Wire,
+    owner: &Arc<str>,
+    purpose: &Purpose,
+    response: Response,
+) -> Option<Result<Process, Arc<str>>> {
+    match told(response) {
+        Ok(uid) => {
+            let pending = Pending::Number(Arc::clone(owner), purpose.clone(), uid);
+            wire.ask_bus("GetConnectionUnixProcessID", &&**owner, pending);
+            None
+        }
+        Err(reason) => Some(Err(reason)),
+    }
+}
+
+/// The bus told the process id of `owner`. `None` while it is asked once more.
+pub(super) fn number(
+    wire: &mut Wire,
+    owner: &Arc<str>,
+    purpose: &Purpose,
+    uid: u32,
+    response: Response,
+) -> Option<Result<Process, Arc<str>>> {
+    match told(response) {
+        Ok(pid) => open(wire, owner, purpose, uid, pid),
+        Err(reason) => Some(Err(reason)),
+    }
+}
+
+fn told(response: Response) -> Result<u32, Arc<str>> {
+    let message = response.map_err(gone_or)?;
+    message.body().deserialize::<u32>().map_err(|_| "the bus told its credentials in a form we do not know".into())
 }
 
 /// The bus told the credentials of `owner`. `None` while it is asked once more.
@@ -66,6 +107,11 @@ pub(super) fn credentials(
         let own = sandbox::fdinfo(&pidfd, "Pid:").and_then(|pid| pid.parse::<u32>().ok());
         return Some(own.map(|pid| Process { pid, uid, pidfd }).ok_or_else(|| "its process ended".into()));
     }
+    open(wire, owner, purpose, uid, pid)
+}
+
+/// Opens a process the bus knows by its number alone, and has the bus asked whether it was the right one.
+fn open(wire: &mut Wire, owner: &Arc<str>, purpose: &Purpose, uid: u32, pid: u32) -> Option<Result<Process, Arc<str>>> {
     let opened = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
     match opened {
         Some(Ok(pidfd)) => {
@@ -164,7 +210,7 @@ mod tests {
     fn from_bus(answer: &HashMap<&str, Variant<'_>>) -> (Option<Result<Process, Arc<str>>>, usize) {
         let poll = mio::Poll::new().unwrap();
         let (sender, _inbox) = inbox::channel(poll.registry(), mio::Token(0)).unwrap();
-        let mut wire = Wire::new(Bus::System, sender);
+        let mut wire = Wire::new(Bus::System, sender, true);
         let call = Message::method_call("/", "X").build(&()).unwrap();
         let reply = Message::method_return(&call.header()).build(answer).unwrap();
         let result = credentials(&mut wire, &":1.5".into(), &Purpose::Caller, Ok(reply));
@@ -231,6 +277,30 @@ mod tests {
         for status in ["Uid:\t5\t0\t5\t5\n", "Uid:\t0\t5\t5\t5\n", "Uid:\t5\n", "Uid:\n", "Gid:\t5\t5\t5\t5\n", ""] {
             assert!(!has_only_uid(status, 5), "{status}");
         }
+    }
+
+    #[test]
+    fn without_file_descriptors_user_and_process_are_asked_for() {
+        let poll = mio::Poll::new().unwrap();
+        let (sender, _inbox) = inbox::channel(poll.registry(), mio::Token(0)).unwrap();
+        let mut wire = Wire::new(Bus::Session(7), sender, false);
+        let (owner, purpose): (Arc<str>, _) = (":1.5".into(), Purpose::Caller);
+        let members = |wire: &mut Wire| -> Vec<String> {
+            wire.drain().iter().map(|call| call.header().member().unwrap().to_string()).collect()
+        };
+        let reply = |number: u32| {
+            let call = Message::method_call("/", "X").build(&()).unwrap();
+            Ok(Message::method_return(&call.header()).build(&number).unwrap())
+        };
+        ask(&mut wire, &owner, purpose.clone());
+        assert_eq!(members(&mut wire), ["GetConnectionUnixUser"]);
+        assert!(user(&mut wire, &owner, &purpose, reply(7)).is_none());
+        assert_eq!(members(&mut wire), ["GetConnectionUnixProcessID"]);
+        assert!(number(&mut wire, &owner, &purpose, 7, reply(std::process::id())).is_none());
+        assert_eq!(members(&mut wire), ["NameHasOwner"]);
+        assert!(number(&mut wire, &owner, &purpose, 7, reply(u32::MAX)).unwrap().is_err());
+        let failure = Failure { name: "org.x.Error".into(), text: String::new(), by_bus: true };
+        assert!(user(&mut wire, &owner, &purpose, Err(failure)).unwrap().is_err());
     }
 
     #[test]

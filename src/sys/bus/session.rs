@@ -294,7 +294,7 @@ impl<'a> Session<'a> {
             _ => None,
         };
         Self {
-            wire: Wire::new(lasting.bus, lasting.inbox.clone()),
+            wire: Wire::new(lasting.bus, lasting.inbox.clone(), matches!(lasting.way, Way::Address(_))),
             calls: Calls::new(panel, lasting.authority.clone(), told),
             lasting,
             connection,
@@ -471,6 +471,16 @@ impl<'a> Session<'a> {
             Pending::Owner(app, number) => self.watches.owner(&mut self.wire, &app, number, response),
             Pending::Credentials(owner, purpose) => {
                 if let Some(process) = process::credentials(&mut self.wire, &owner, &purpose, response) {
+                    self.identified(&owner, purpose, process);
+                }
+            }
+            Pending::User(owner, purpose) => {
+                if let Some(process) = process::user(&mut self.wire, &owner, &purpose, response) {
+                    self.identified(&owner, purpose, process);
+                }
+            }
+            Pending::Number(owner, purpose, uid) => {
+                if let Some(process) = process::number(&mut self.wire, &owner, &purpose, uid, response) {
                     self.identified(&owner, purpose, process);
                 }
             }

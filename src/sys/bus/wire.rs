@@ -22,6 +22,8 @@ pub(super) const BUS_NAME: &str = "org.freedesktop.DBus";
 pub(super) struct Wire {
     /// Which bus.
     pub(super) bus: Bus,
+    /// Whether file descriptors are taken from it.
+    pub(super) takes_fds: bool,
     inbox: Sender,
     out: Vec<Message>,
     // As many as the core has deliveries and watches, plus one per waiting caller.
@@ -42,6 +44,10 @@ pub(super) enum Pending {
     Owner(AppKey, u64),
     /// GetConnectionCredentials of this unique name.
     Credentials(Arc<str>, Purpose),
+    /// GetConnectionUnixUser of this unique name.
+    User(Arc<str>, Purpose),
+    /// GetConnectionUnixProcessID of this unique name, which is of the user with this number.
+    Number(Arc<str>, Purpose, u32),
     /// NameHasOwner of this unique name, after its process was opened.
     Alive(Arc<str>, Purpose, Process),
     /// GetNameOwner of the service that the first waiting call of this sender is about.
@@ -75,8 +81,8 @@ impl std::fmt::Display for Failure {
 }
 
 impl Wire {
-    pub(super) fn new(bus: Bus, inbox: Sender) -> Self {
-        Self { bus, inbox, out: Vec::new(), pending: HashMap::new() }
+    pub(super) fn new(bus: Bus, inbox: Sender, takes_fds: bool) -> Self {
+        Self { bus, takes_fds, inbox, out: Vec::new(), pending: HashMap::new() }
     }
 
     /// Tells the loop.

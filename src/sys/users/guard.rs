@@ -1,5 +1,9 @@
 //! A user's bus belongs to that user, who may put anything in its place. So of what comes over it no file descriptors are
-//! taken (closing one can wait for whoever made it: FUSE), and no message larger than any that we have a use for: it is read past.
+//! taken (closing one can wait for whoever made it: FUSE), and no message that has any, and none larger than any that we
+//! have a use for: they are read past.
+//!
+//! The bus is told that file descriptors may come all the same: dbus-broker cuts a connection off that may not have them
+//! and is sent some in a reply, which any app could do.
 
 use std::{
     io::{self, Read, Write},
@@ -57,6 +61,28 @@ impl ReadHalf for Reader {
         fds: &mut Vec<OwnedFd>,
     ) -> zbus::Result<Message> {
         loop {
+            self.skip_large(received).await?;
+            match self.0.receive_message(seq, received, fds).await {
+                // It has been read to its end by then.
+                Err(zbus::Error::MissingParameter(_)) => log::debug!("a message with file descriptors was not taken"),
+                other => return other,
+            }
+        }
+    }
+
+    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        self.0.recvmsg(buffer).await
+    }
+
+    fn can_pass_unix_fd(&self) -> bool {
+        true
+    }
+}
+
+impl Reader {
+    /// Until the next message is one that is taken. Its first bytes are in `received` then.
+    async fn skip_large(&mut self, received: &mut Vec<u8>) -> zbus::Result<()> {
+        loop {
             while received.len() < HEADER {
                 let mut buffer = [0; HEADER];
                 let wanted = buffer.get_mut(received.len()..).unwrap_or_default();
@@ -64,20 +90,13 @@ impl ReadHalf for Reader {
                 received.extend_from_slice(wanted.get(..length).unwrap_or_default());
             }
             match length_of(received) {
-                Some(length) if length <= LARGEST => break,
+                Some(length) if length <= LARGEST => return Ok(()),
                 Some(length) if length <= MAXIMUM => self.skip(length, received).await?,
                 _ => return Err(zbus::Error::InvalidReply),
             }
         }
-        self.0.receive_message(seq, received, fds).await
     }
 
-    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        self.0.recvmsg(buffer).await
-    }
-}
-
-impl Reader {
     /// Reads past a message of which some has been received.
     async fn skip(&mut self, length: u64, received: &mut Vec<u8>) -> io::Result<()> {
         let begun = received.len().min(usize::try_from(length).unwrap_or(usize::MAX));
@@ -152,6 +171,8 @@ fn length_of(header: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -186,5 +207,20 @@ mod tests {
             assert!(reader.receive_message(2, &mut Vec::new(), &mut Vec::new()).await.is_err());
         });
         drop(writing.join().unwrap());
+    }
+
+    #[test]
+    fn what_has_file_descriptors_is_read_past() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // What came along is lost on the way to us whether it was there or not: `read` takes bytes alone.
+        let message = |fd| Message::method_call("/a", "B").build(&zbus::Fd::from(fd)).unwrap();
+        theirs.write_all(message(ours.as_fd()).data()).unwrap();
+        theirs.write_all(Message::method_call("/a", "B").build(&"next").unwrap().data()).unwrap();
+        zbus::block_on(async {
+            let (mut reader, _writer) = Guarded::new(ours).unwrap().split().take();
+            assert!(reader.can_pass_unix_fd());
+            let read = reader.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.unwrap();
+            assert_eq!(read.body().deserialize::<&str>().unwrap(), "next");
+        });
     }
 }

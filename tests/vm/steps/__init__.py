@@ -1,5 +1,6 @@
 """The steps, in the order they run. Each takes the machine as the steps before it left it, looks, and raises `Failed`.
-It may give back a text with what it measured.
+It may give back a text with what it measured. Steps that register apps put them into `vm.apps`; those that follow look
+after all that are in there, be it none.
 
 A new step is a function with `@step` in one of the modules below, and its module in the list at the end. `needs` names
 the steps whose doing (not only whose looking) it stands on, for `--only`.
@@ -11,19 +12,21 @@ import subprocess
 ALL = []
 
 
-def step(*needs):
-    """Registers a step."""
+def step(*needs, core=False):
+    """Registers a step. `core`: what `--core` runs."""
 
     def register(function):
         function.needs = needs
+        function.core = core
         ALL.append(function)
         return function
 
     return register
 
 
-def choose(names):
-    """The steps to run for `--only NAMES`: all without names, else those and what they need."""
+def choose(names, core):
+    """The steps to run for `--only NAMES` and `--core`: all without either, else those and what they need."""
+    names = [*names, *(step.__name__ for step in ALL if core and step.core)]
     if not names:
         return ALL
     known = {step.__name__: step for step in ALL}

@@ -3,9 +3,10 @@
 from machine import Failed
 
 from . import step
+from .apps import view
 
 
-@step()
+@step(core=True)
 def boots(vm):
     """systemd comes up with nothing failed; there are cgroup v2 with memory, PSI and zram."""
     vm.wait_for_boot()
@@ -15,10 +16,10 @@ def boots(vm):
     return vm.run("systemctl show -P Id dbus.service; systemctl --version | head -1; uname -r").replace("\n", ", ").rstrip(", ")
 
 
-@step(boots)
+@step(boots, core=True)
 def installs(vm):
     """dpkg installs both packages; the service is up, enabled and complete."""
-    vm.run("dpkg -i /payload/nightporter.deb /payload/nightporter-relay.deb", limit=180)
+    vm.run("dpkg -i /payload/nightporter.deb /payload/nightporter-relay.deb", limit=600)
     vm.run("systemctl is-active nightporterd nightporter-relay && systemctl is-enabled nightporterd")
     state = vm.run("systemctl is-system-running --wait", check=False).strip()
     if state != "running":
@@ -33,7 +34,7 @@ def installs(vm):
         raise Failed("the user unit is enabled")
 
 
-@step(installs)
+@step(installs, core=True)
 def is_confined(vm):
     """systemd-analyze finds nothing wrong in the units and rates the service 3.0 or better."""
     vm.run("systemd-analyze verify --man=no nightporterd.service nightporter-relay.service 2>&1 | grep . && exit 1 || :")
@@ -77,14 +78,13 @@ def guards_its_bus(vm):
         raise Failed(f"alice may call a connector: {status} {stderr}")
 
 
-@step(boots)
-def users_log_in(vm):
-    """alice and bob have sessions of their own at the same time, each with a systemd and a bus, and log out again."""
-    for user in ("alice", "bob"):
-        vm.login(user)
-    for user in ("alice", "bob"):
-        name = vm.as_user(user, "systemctl --user show-environment | grep ^USER=; busctl --user status >/dev/null").strip()
-        if name != f"USER={user}":
-            raise Failed(f"{user}'s systemd is of {name}")
-    for user in ("alice", "bob"):
-        vm.logout(user)
+@step(installs, core=True)
+def is_configured(vm):
+    """The daemon takes a configuration of its own: a relay on the same machine, and profile "tombstone"."""
+    vm.run("cp /payload/sample-reports.service /etc/systemd/system/ && systemctl --quiet enable --now sample-reports")
+    vm.run("cp /payload/nightporter.toml /etc/nightporter/nightporter.toml && nightporterd --check-config")
+    vm.run("systemctl restart nightporterd")
+    status = view(vm, "status")
+    if status["profile"] != "tombstone" or [one["name"] for one in status["upstreams"]] != ["relay"]:
+        raise Failed(f"it does not go by its configuration: {status}")
+    vm.wait_for("the reports' socket", "test -S /run/sample-reports")
