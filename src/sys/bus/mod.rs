@@ -187,10 +187,7 @@ async fn route(
     let system = buses.iter().find(|at| at.bus == Bus::System).and_then(|at| at.address.clone());
     let authority = Authority::at(system);
     let mut routes = Routes {
-        panel,
-        authority,
-        signs,
-        inbox,
+        common: Common { panel, authority, signs, inbox },
         errands: Errands::default(),
         open: BTreeMap::new(),
         users: Vec::new(),
@@ -240,12 +237,19 @@ fn user(bus: Bus, way: &Way) -> Option<User> {
     }
 }
 
-/// The buses served now.
-struct Routes {
+/// What all buses have in common.
+#[derive(Clone)]
+struct Common {
+    /// Whether KDE's settings panel is served.
     panel: bool,
     authority: Authority,
     signs: Option<Signs>,
     inbox: Sender,
+}
+
+/// The buses served now.
+struct Routes {
+    common: Common,
     errands: Errands,
     /// By the index in their calls, which is used again only when all others have been: an answer to who is gone must
     /// not reach who came instead.
@@ -273,10 +277,13 @@ impl Routes {
         self.next = index.wrapping_add(1);
         let (orders, receiver) = async_channel::unbounded();
         let first_call = u64::from(index) << INDEX_SHIFT;
-        let _beside =
-            self.signs.as_ref().zip(user(bus, &way)).map(|(signs, user)| signs.of_user(user, self.errands.clone()));
-        let (authority, signs, inbox) = (self.authority.clone(), self.signs.clone(), self.inbox.clone());
-        let task = session::serve(bus, way, self.panel, authority, signs, receiver, inbox, first_call);
+        let _beside = self
+            .common
+            .signs
+            .as_ref()
+            .zip(user(bus, &way))
+            .map(|(signs, user)| signs.of_user(user, self.errands.clone()));
+        let task = session::serve(bus, way, self.common.clone(), receiver, first_call);
         self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task), _beside });
     }
 
@@ -339,6 +346,6 @@ impl Routes {
 
     fn hand_over(&self, incoming: Incoming) {
         // False means that the loop is gone, and this thread about to end.
-        let _ = self.inbox.send(incoming);
+        let _ = self.common.inbox.send(incoming);
     }
 }

@@ -15,7 +15,7 @@ use zbus::{Connection, Message, MessageStream, connection::Builder, message::Typ
 use zruntime::{SharedRuntime, Task};
 
 use super::{
-    Order,
+    Common, Order,
     calls::Calls,
     checks::Verdict,
     deliver::Deliveries,
@@ -64,16 +64,8 @@ pub(super) enum Way {
 }
 
 /// Serves one bus until `orders` is closed. `next_call` is the first number of this bus's calls.
-pub(super) async fn serve(
-    bus: Bus,
-    way: Way,
-    panel: bool,
-    authority: Authority,
-    signs: Option<Signs>,
-    orders: Receiver<Order>,
-    inbox: Sender,
-    next_call: u64,
-) {
+pub(super) async fn serve(bus: Bus, way: Way, common: Common, orders: Receiver<Order>, next_call: u64) {
+    let Common { panel, authority, signs, inbox } = common;
     let panel = panel && matches!(bus, Bus::Session(_));
     let runtime = match SharedRuntime::current() {
         Ok(runtime) => runtime,

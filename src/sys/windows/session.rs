@@ -414,9 +414,7 @@ mod tests {
         assert_eq!(said, b"");
         let flower = |active, hidden| ("flower".to_owned(), active, hidden);
         let terminal = |active| ("wayland-terminal".to_owned(), active, false);
-        for list in &mut told {
-            list.as_mut().map(|list| list.sort());
-        }
+        told.iter_mut().flatten().for_each(|list| list.sort());
         let expected = [
             None,
             Some(vec![]),
