@@ -40,6 +40,9 @@ _nightporter() {
             nightporter,kill)
                 cmd="nightporter__subcmd__kill"
                 ;;
+            nightporter,log)
+                cmd="nightporter__subcmd__log"
+                ;;
             nightporter,man)
                 cmd="nightporter__subcmd__man"
                 ;;
@@ -88,6 +91,9 @@ _nightporter() {
             nightporter__subcmd__help,kill)
                 cmd="nightporter__subcmd__help__subcmd__kill"
                 ;;
+            nightporter__subcmd__help,log)
+                cmd="nightporter__subcmd__help__subcmd__log"
+                ;;
             nightporter__subcmd__help,man)
                 cmd="nightporter__subcmd__help__subcmd__man"
                 ;;
@@ -119,7 +125,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -233,7 +239,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="status apps show why log freeze thaw kill move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -345,6 +351,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__kill)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__log)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -472,6 +492,20 @@ _nightporter() {
             ;;
         nightporter__subcmd__kill)
             opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__log)
+            opts="-f -h --follow --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -400,6 +400,11 @@ pub enum Query {
     Show(Arc<str>),
     /// One app's last decisions with their reasons.
     Why(Arc<str>),
+    /// The latest decisions about all apps, those after this number (0: all that are kept).
+    Log {
+        /// `view::Log::latest` of the answer before.
+        after: u64,
+    },
     /// The memory report, measured now.
     Report,
     /// One app's endpoints: capability URLs, so only for whom may act on it.

@@ -225,6 +225,27 @@ pub struct Why {
     pub decisions: Vec<Decision>,
 }
 
+/// `Log`: the latest decisions about all apps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Log {
+    /// The number of the newest decision, of whatever app: ask for those after it the next time.
+    pub latest: u64,
+    /// Oldest first.
+    pub entries: Vec<LogEntry>,
+}
+
+/// One decision about one app.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// The app's name.
+    pub name: String,
+    /// The bus it lives on.
+    pub bus: String,
+    /// What was decided, when and why.
+    #[serde(flatten)]
+    pub decision: Decision,
+}
+
 /// One decision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decision {

@@ -220,6 +220,7 @@ fn everything(app: &str) -> Vec<(&'static str, Vec<String>)> {
     for method in ["Show", "Why", "Endpoints", "Freeze", "Thaw", "Kill"] {
         all.push((method, vec![name.clone()]));
     }
+    all.push(("Log", vec!["uint64:0".into()]));
     all.push(("Move", vec![name, "string:home".into()]));
     all
 }

@@ -17,6 +17,7 @@ pub mod lifecycle;
 mod looking;
 mod panel;
 mod queries;
+mod recent;
 mod registering;
 mod registry;
 mod routes;
@@ -42,6 +43,7 @@ use self::{
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
     queries::ReportRun,
+    recent::Recent,
     registering::Farewell,
     registry::Registry,
     routes::Routes,
@@ -94,6 +96,7 @@ pub struct Core {
     /// None until something has said what they are.
     surroundings: Option<Surroundings>,
     sleep: Sleep,
+    recent: Recent,
     windows: BTreeMap<Bus, Windows>,
     swept: Instant,
     ending: Option<Instant>,

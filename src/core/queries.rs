@@ -41,6 +41,10 @@ impl Core {
                 Ok(()) => json(&self.app_list(caller, now)),
                 Err(reply) => reply,
             },
+            Query::Log { after } => match self.privileged(caller, Privilege::Read) {
+                Ok(()) => self.recent(caller, after),
+                Err(reply) => reply,
+            },
             Query::Show(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.show(app, now)),
             Query::Why(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.why(app, now)),
             Query::Endpoints(service) => self.for_app(caller, service, Privilege::ManageApps, Self::endpoints),
@@ -270,7 +274,7 @@ fn sees(caller: &Caller, app: &AppKey) -> bool {
     access::sees(caller, app.bus)
 }
 
-fn json(document: &impl Serialize) -> Reply {
+pub(super) fn json(document: &impl Serialize) -> Reply {
     match serde_json::to_string(document) {
         Ok(text) => Reply::Json(text),
         Err(error) => Reply::Error(ErrorKind::Failed, format!("cannot write the answer as JSON: {error}")),

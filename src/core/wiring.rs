@@ -256,6 +256,7 @@ impl Core {
             }
             lifecycle::Output::Decided(app, decision) => {
                 log::info!("{app}: {}: {}", decision.verdict, decision.reason);
+                self.recent.push(app, decision);
             }
         }
     }

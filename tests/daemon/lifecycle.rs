@@ -85,6 +85,15 @@ fn by_hand() {
     let pushed = world.cli(&["push", APP, "from the command line"]);
     assert!(pushed.status.success(), "{}", of(&pushed));
     wait("the push", || (world.bodies(APP).last()? == "from the command line").then_some(()));
+    let log = world.cli(&["log"]);
+    let lines: Vec<&str> = std::str::from_utf8(&log.stdout).unwrap().lines().collect();
+    for verdict in ["freeze", "thaw", "kill", "start"] {
+        let of_it = |line: &&&str| line.contains(APP) && line.contains(&format!(" {verdict} "));
+        assert!(lines.iter().any(|line| of_it(&line)), "{verdict}: {lines:?}");
+    }
+    let json = world.cli(&["log", "--json", "example.app"]);
+    let json: nightporter::view::Log = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json.entries.len(), lines.len(), "it is the only app");
     let unknown = world.cli(&["kill", "org.example.Nobody"]);
     assert!(!unknown.status.success() && of(&unknown).contains("org.example.Nobody"));
 }

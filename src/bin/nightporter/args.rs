@@ -41,6 +41,10 @@ pub(crate) enum Command {
     Show(OneApp),
     /// Show the last decisions about an app, each with its reason
     Why(OneApp),
+    /// Show the latest decisions about all apps, or one, each with its reason
+    ///
+    /// Some 250 are kept while the daemon runs; `journalctl -u nightporterd` has what is older.
+    Log(Log),
     /// Freeze an app now
     Freeze(OneApp),
     /// Let a frozen app run now
@@ -101,6 +105,17 @@ pub(crate) struct Output {
 pub(crate) struct OneApp {
     /// The app's bus name, or the end of it
     pub(crate) app: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Log {
+    /// The app's bus name, or the end of it; all apps if it is left out
+    pub(crate) app: Option<String>,
+    /// Go on showing what is decided, until interrupted
+    #[arg(short, long)]
+    pub(crate) follow: bool,
     #[command(flatten)]
     pub(crate) output: Output,
 }

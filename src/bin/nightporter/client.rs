@@ -101,6 +101,11 @@ impl Daemon {
         self.call_with(MethodFlags::empty(), method, &())
     }
 
+    /// The decisions after number `after`, as a JSON text.
+    pub(crate) fn log(&self, after: u64) -> Result<String, Failure> {
+        self.call("Log", &after)
+    }
+
     /// Calls a method that does something to an app.
     pub(crate) fn act(&self, method: &str, app: &str) -> Result<(), Failure> {
         self.call(method, &app)

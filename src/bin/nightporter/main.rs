@@ -6,6 +6,7 @@ mod client;
 mod demo;
 mod doctor;
 mod exit;
+mod log;
 mod man;
 mod push;
 mod render;
@@ -66,6 +67,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
             let text = ask_about(&daemon()?, "Why", &app)?;
             if output.json { Ok(line(text)) } else { Ok(render::why(&client::decode::<view::Why>(&text)?)) }
         }
+        Command::Log(args) => log::run(&daemon()?, &args),
         Command::Report(output) => {
             let text = daemon()?.ask("Report", None)?;
             if output.json {

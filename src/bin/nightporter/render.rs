@@ -7,7 +7,7 @@ use std::{
 
 use nightporter::{
     model::{Freezer, Memory, Profile},
-    view::{App, LinkState, Report, Show, Status, Upstream, Why},
+    view::{App, LinkState, Log, LogEntry, Report, Show, Status, Upstream, Why},
 };
 
 /// How text may look.
@@ -165,6 +165,24 @@ pub(crate) fn why(why: &Why) -> String {
     }
     text.push_str(&table.body());
     text
+}
+
+/// `nightporter log`: one line a decision.
+pub(crate) fn log(log: &Log) -> String {
+    if log.entries.is_empty() {
+        return "Nothing has been decided yet.\n".into();
+    }
+    let mut table = Table::new(["", "", "", ""]);
+    for LogEntry { name, decision, .. } in &log.entries {
+        table.row([decision.at.clone(), name.clone(), decision.verdict.clone(), decision.reason.clone()]);
+    }
+    table.body()
+}
+
+/// One line of `nightporter log --follow`.
+pub(crate) fn log_line(entry: &LogEntry) -> String {
+    let LogEntry { name, decision, .. } = entry;
+    format!("{}  {}  {}  {}\n", clean(&decision.at), clean(name), clean(&decision.verdict), clean(&decision.reason))
 }
 
 /// `nightporter report`.

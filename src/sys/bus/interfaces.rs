@@ -40,9 +40,20 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
         APP => &["SetState", "SetStateOf"],
-        MANAGER => {
-            &["Status", "Apps", "Show", "Why", "Report", "Endpoints", "Freeze", "Thaw", "Kill", "Move", "ForgetUser"]
-        }
+        MANAGER => &[
+            "Status",
+            "Apps",
+            "Show",
+            "Why",
+            "Report",
+            "Log",
+            "Endpoints",
+            "Freeze",
+            "Thaw",
+            "Kill",
+            "Move",
+            "ForgetUser",
+        ],
         MANAGEMENT => &[
             "status",
             "errorMessage",
@@ -146,6 +157,10 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="json" type="s" direction="out"/>
   </method>
   <method name="Report"><arg name="json" type="s" direction="out"/></method>
+  <method name="Log">
+    <arg name="after" type="t" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
   <method name="Endpoints">
     <arg name="service" type="s" direction="in"/>
     <arg name="json" type="s" direction="out"/>

@@ -284,6 +284,7 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             let service = (!service.is_empty()).then(|| service.into());
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
+        "Log" => (Request::Query(Query::Log { after: arguments::<u64>(body)? }), Wording::Text),
         "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),
         _ => {
             let service = arguments::<&str>(body)?;
