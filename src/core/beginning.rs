@@ -82,6 +82,7 @@ impl Core {
             recent: Recent::default(),
             swept: now.boot,
             ending: None,
+            answers_until: None,
             exited: false,
             actions: VecDeque::new(),
             registry: Registry::new(snapshot.next_registration, snapshot.registrations),

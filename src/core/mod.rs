@@ -67,6 +67,8 @@ const START_TIME: Duration = Duration::from_secs(60);
 const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// What is still frozen then is left to the executor's last sweep.
 const SHUTDOWN_TIME: Duration = Duration::from_secs(3);
+/// For apps that were called when the daemon was asked to end: what they have taken must not come again.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// The whole daemon but for the world.
 #[derive(Debug)]
@@ -100,6 +102,8 @@ pub struct Core {
     windows: BTreeMap<Bus, Windows>,
     swept: Instant,
     ending: Option<Instant>,
+    /// Until when answers are waited for, once it is ending.
+    answers_until: Option<Instant>,
     exited: bool,
     actions: VecDeque<Action>,
 }
@@ -198,6 +202,8 @@ impl Core {
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
+                    self.answers_until = Some(now.boot + LAST_ANSWERS);
+                    self.delivery.shutdown();
                     self.sleep.shutdown();
                     self.lifecycle.shutdown(now);
                 }
@@ -219,8 +225,12 @@ impl Core {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let sessions = self.upstreams.iter().filter_map(|upstream| upstream.session.poll_timeout());
         let starting = self.apps.values().filter_map(|presence| presence.starting);
-        let own =
-            sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
+        let own = sessions
+            .chain(starting)
+            .chain(self.ending)
+            .chain(self.answers_until)
+            .chain(self.report.as_ref().map(ReportRun::deadline))
+            .min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, self.sleep.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
@@ -266,6 +276,9 @@ impl Core {
             self.swept = now.boot;
             self.delivery.sweep(now);
             self.sweep_routes(now);
+        }
+        if due(self.answers_until) {
+            self.answers_until = None;
         }
         if due(self.ending) {
             self.exit();
@@ -489,7 +502,7 @@ impl Core {
 
     fn exit(&mut self) {
         if !std::mem::replace(&mut self.exited, true) {
-            self.ending = None;
+            (self.ending, self.answers_until) = (None, None);
             self.actions.push_back(Action::Exit);
         }
     }

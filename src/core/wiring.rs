@@ -39,7 +39,8 @@ impl Core {
         self.mind_sleep(now);
         self.release_held();
         self.say_farewells(now);
-        if self.ending.is_some() && self.lifecycle.is_quiet() {
+        let answered = self.answers_until.is_none() || self.delivery.is_quiet();
+        if self.ending.is_some() && answered && self.lifecycle.is_quiet() {
             self.exit();
         }
     }

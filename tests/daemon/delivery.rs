@@ -230,7 +230,7 @@ fn messages_that_race_with_the_lifecycle_arrive_once_and_in_order() {
         let body = format!("message {n}");
         world.post(apps[to], &body);
         sent[to].push(body);
-        std::thread::sleep(Duration::from_millis(n * 37 % 90));
+        std::thread::sleep(Duration::from_millis(n * 37 % 180));
     }
     for (app, sent) in apps.into_iter().zip(sent) {
         wait("all of them", || (world.seen(app).len() >= sent.len()).then_some(()));

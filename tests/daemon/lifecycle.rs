@@ -92,7 +92,7 @@ fn by_hand() {
         assert!(lines.iter().any(|line| of_it(&line)), "{verdict}: {lines:?}");
     }
     let json = world.cli(&["log", "--json", "example.app"]);
-    let json: nightporter::view::Log = serde_json::from_slice(&json.stdout).unwrap();
+    let json: view::Log = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(json.entries.len(), lines.len(), "it is the only app");
     let unknown = world.cli(&["kill", "org.example.Nobody"]);
     assert!(!unknown.status.success() && of(&unknown).contains("org.example.Nobody"));

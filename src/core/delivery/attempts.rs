@@ -206,6 +206,9 @@ impl Delivery {
     }
 
     fn send_next(&mut self, registration: RegistrationId, owner: &Owner, now: Now) {
+        if self.ending {
+            return;
+        }
         self.end_expired_head(registration, now);
         let Some(lane) = self.lanes.get_mut(&registration) else { return };
         if lane.flight.is_some() || lane.retry_at.is_some_and(|at| at > now.boot) {

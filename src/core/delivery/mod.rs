@@ -63,6 +63,8 @@ pub struct Delivery {
     lanes: BTreeMap<RegistrationId, Lane>,
     apps: BTreeMap<AppKey, App>,
     flights: BTreeMap<DeliveryTicket, RegistrationId>,
+    /// The daemon is about to exit: nobody is called any more.
+    ending: bool,
     waiting: BTreeMap<MessageSeq, RegistrationId>,
     fetches: BTreeMap<FetchTicket, MessageSeq>,
     inline_bytes: usize,
@@ -277,6 +279,7 @@ impl Delivery {
             lanes: BTreeMap::new(),
             apps: BTreeMap::new(),
             flights: BTreeMap::new(),
+            ending: false,
             waiting: BTreeMap::new(),
             fetches: BTreeMap::new(),
             inline_bytes: 0,
@@ -413,6 +416,16 @@ impl Delivery {
             }
             self.settle(&key, now);
         }
+    }
+
+    /// The daemon is about to exit: nobody is called any more.
+    pub const fn shutdown(&mut self) {
+        self.ending = true;
+    }
+
+    /// Whether no app still owes an answer.
+    pub fn is_quiet(&self) -> bool {
+        self.flights.is_empty()
     }
 
     /// When [`Delivery::handle_timeout`] wants to be called next.

@@ -363,22 +363,24 @@ fn measure_first(app: &Snapshot<'_>, now: Instant) -> Option<Verdict> {
 }
 
 fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Verdict {
-    if matches!(app.hold, Hold::Frozen { .. }) && !app.checked {
-        let check = since + CHECK_AFTER;
-        return match app.inspection {
-            Inspection::Asked { until } => answer_or_wait(until, now, "it could not be inspected in time"),
-            _ if now < check => wait(Some(check)),
-            _ => verdict(Act::Inspect, ""),
-        };
-    }
     // Under `observe` only the user's hand holds an app still, and then nothing more is done to it.
-    if app.profile == Profile::Observe && matches!(app.hold, Hold::Frozen { .. }) {
-        return wait(None);
-    }
-    let kill = kill_due(app);
+    let by_hand_alone = app.profile == Profile::Observe && matches!(app.hold, Hold::Frozen { .. });
+    let kill = if by_hand_alone { None } else { kill_due(app) };
     if kill.is_some_and(|due| due <= now) {
         let time = human(app.times.tombstone_after);
         return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
+    }
+    if matches!(app.hold, Hold::Frozen { .. }) && !app.checked {
+        let check = since + CHECK_AFTER;
+        return match app.inspection {
+            Inspection::Asked { until } if now < until => wait(earliest(Some(until), kill)),
+            Inspection::Asked { .. } => verdict(Act::NoAnswer, "it could not be inspected in time"),
+            _ if now < check => wait(earliest(Some(check), kill)),
+            _ => verdict(Act::Inspect, ""),
+        };
+    }
+    if by_hand_alone {
+        return wait(None);
     }
     // What the user froze by hand is not ended for want of memory.
     if let (Some((Squeeze::Kill, reason)), None) = (app.squeeze, app.by_hand)
