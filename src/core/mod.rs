@@ -14,6 +14,7 @@ pub mod delivery;
 pub mod ledger;
 pub mod lifecycle;
 mod panel;
+pub mod pressure;
 mod queries;
 mod registering;
 mod registry;
@@ -38,6 +39,7 @@ use self::{
     delivery::Delivery,
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
+    pressure::Pressure,
     queries::ReportRun,
     registering::Farewell,
     registry::Registry,
@@ -71,6 +73,7 @@ pub struct Core {
     registry: Registry,
     delivery: Delivery,
     lifecycle: Lifecycle,
+    pressure: Pressure,
     ledger: Ledger,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
@@ -184,6 +187,7 @@ impl Core {
                     upstream.session.handle_network(now);
                 }
             }
+            Event::Pressure(reading) => self.pressed(&reading, now),
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
@@ -211,7 +215,7 @@ impl Core {
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
-        let own = earliest(own, self.sleep.poll_timeout());
+        let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -238,6 +242,9 @@ impl Core {
         }
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
+        }
+        if due(self.pressure.poll_timeout()) && self.pressure.handle_timeout(now.boot) {
+            self.actions.push_back(Action::ReadPressure);
         }
         let late: Vec<AppKey> =
             self.apps.iter().filter(|(_, presence)| due(presence.starting)).map(|(app, _)| app.clone()).collect();
@@ -286,6 +293,7 @@ impl Core {
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
             BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
+            BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
         }
     }
@@ -316,6 +324,7 @@ impl Core {
                 }
                 presence.owner = Some(owner.clone());
                 let started_by_us = presence.starting.take().is_some();
+                self.pressure.appeared(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
@@ -387,6 +396,11 @@ impl Core {
             }
         }
         self.lifecycle.outcome(target, outcome, now);
+        if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. })
+            && self.pressure.is_worth_a_look(now.boot)
+        {
+            self.actions.push_back(Action::ReadPressure);
+        }
     }
 
     fn handle_target_gone(&mut self, target: TargetId, now: Now) {

@@ -58,6 +58,10 @@ pub(super) struct Snapshot<'a> {
     pub(super) checked: bool,
     /// Memory is short: how deep it must go, and why.
     pub(super) squeeze: Option<(Squeeze, &'a str)>,
+    /// Whether anything says how to start it again, once that is known.
+    pub(super) startable: Option<bool>,
+    /// Whether it was said that it is not ended, because nothing does.
+    pub(super) kept: bool,
     /// Until when a measurement under way is waited for.
     pub(super) sampling_until: Option<Instant>,
     /// A page-out has no outcome yet.
@@ -205,6 +209,8 @@ pub(super) enum Act {
     PageOut,
     /// Leave its memory where it is until the next freeze.
     LeavePages,
+    /// It is not ended although it was its turn: nothing would start it again. Said once for each instance.
+    Keep,
     Kill,
     /// Something asked for has had no outcome for too long.
     NoAnswer,
@@ -376,6 +382,12 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
         return wait(None);
     }
     let kill = kill_due(app);
+    let squeezed = matches!(app.squeeze, Some((Squeeze::Kill, _))) && app.by_hand.is_none();
+    // A message could not bring it back: it would be lost to its user for good.
+    if app.startable == Some(false) && !app.kept && (squeezed || kill.is_some_and(|due| due <= now)) {
+        return verdict(Act::Keep, "it is not ended: nothing says how to start it again");
+    }
+    let kill = kill.filter(|due| app.startable == Some(true) || (app.startable == Some(false) && *due > now && !app.kept));
     if kill.is_some_and(|due| due <= now) {
         let time = human(app.times.tombstone_after);
         return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
@@ -383,6 +395,7 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
     // What the user froze by hand is not ended for want of memory.
     if let (Some((Squeeze::Kill, reason)), None) = (app.squeeze, app.by_hand)
         && app.kill_again == Retry::Now
+        && app.startable == Some(true)
     {
         return verdict(Act::Kill, reason.to_owned());
     }
@@ -496,6 +509,8 @@ mod tests {
             inspection: Inspection::Clear { at: Instant::from_nanos(u64::MAX / 2) },
             checked: true,
             squeeze: None,
+            startable: Some(true),
+            kept: false,
             sampling_until: None,
             paging: false,
             uss: Some(20 * 1024),

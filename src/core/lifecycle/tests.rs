@@ -46,6 +46,7 @@ impl World {
         let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_700_000_000) };
         let mut life = Lifecycle::new(Rules::new(profile, LifecycleTimes::default()), BTreeMap::new(), &[record]);
         life.add_app(&app(), now);
+        life.startable(&app(), true, now);
         Self { life, now, app: app(), clear: true }
     }
 
