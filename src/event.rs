@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::UpstreamSettings,
     model::{
-        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret, Surroundings, TargetId,
-        Veto, Window,
+        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret, Surroundings,
+        TargetId, Veto, Window,
     },
 };
 

@@ -396,8 +396,7 @@ impl Core {
             }
         }
         self.lifecycle.outcome(target, outcome, now);
-        if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. })
-            && self.pressure.is_worth_a_look(now.boot)
+        if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. }) && self.pressure.is_worth_a_look(now.boot)
         {
             self.actions.push_back(Action::ReadPressure);
         }

@@ -572,3 +572,6 @@ fn why(level: Level, reading: &Reading) -> String {
 const fn percent(part: u64, whole: u64) -> u64 {
     if whole == 0 { 0 } else { part.saturating_mul(100) / whole }
 }
+
+#[cfg(test)]
+mod tests;

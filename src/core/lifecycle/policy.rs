@@ -387,7 +387,8 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
     if app.startable == Some(false) && !app.kept && (squeezed || kill.is_some_and(|due| due <= now)) {
         return verdict(Act::Keep, "it is not ended: nothing says how to start it again");
     }
-    let kill = kill.filter(|due| app.startable == Some(true) || (app.startable == Some(false) && *due > now && !app.kept));
+    let kill =
+        kill.filter(|due| app.startable == Some(true) || (app.startable == Some(false) && *due > now && !app.kept));
     if kill.is_some_and(|due| due <= now) {
         let time = human(app.times.tombstone_after);
         return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
@@ -674,6 +675,51 @@ mod tests {
                 "root asked for it",
             ),
         ]);
+    }
+
+    #[test]
+    fn what_nothing_starts_again_is_not_ended() {
+        const KEPT: &str = "it is not ended: nothing says how to start it again";
+        let short = Some((Squeeze::Kill, "memory is short"));
+        const PAGED: Hold = Hold::Frozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
+        const SEEN: Hold = Hold::WouldBeFrozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
+        let cases: [(&str, Option<bool>, bool, Hold, u64, bool, Act, &str); 10] = [
+            ("its time comes", Some(false), false, PAGED, 600, false, until(700), ""),
+            ("its time has come", Some(false), false, PAGED, 700, false, Act::Keep, KEPT),
+            ("said once", Some(false), true, PAGED, 700, false, Act::Wait { until: None }, ""),
+            ("under observe nothing else is said", Some(false), false, SEEN, 700, false, Act::Keep, KEPT),
+            ("not known yet", None, false, PAGED, 700, false, Act::Wait { until: None }, ""),
+            (
+                "known",
+                Some(true),
+                false,
+                PAGED,
+                700,
+                false,
+                Act::Kill,
+                "it has been in the background without a message for 10 min",
+            ),
+            ("memory is short", Some(false), false, PAGED, 200, true, Act::Keep, KEPT),
+            ("said once, for memory", Some(false), true, PAGED, 200, true, Act::Wait { until: None }, ""),
+            ("not known yet, for memory", None, false, PAGED, 200, true, Act::Wait { until: None }, ""),
+            (
+                "it is paged out all the same",
+                Some(false),
+                true,
+                frozen_at(110),
+                200,
+                true,
+                Act::PageOut,
+                "memory is short",
+            ),
+        ];
+        for (name, startable, kept, hold, now, is_short, act, reason) in cases {
+            let mut app = app();
+            (app.startable, app.kept, app.hold) = (startable, kept, hold);
+            app.squeeze = short.filter(|_| is_short);
+            let verdict = decide(&app, at(now));
+            assert_eq!((verdict.act, &*verdict.reason), (act, reason), "{name}");
+        }
     }
 
     #[test]
