@@ -570,7 +570,10 @@ fn why(level: Level, reading: &Reading) -> String {
 }
 
 const fn percent(part: u64, whole: u64) -> u64 {
-    if whole == 0 { 0 } else { part.saturating_mul(100) / whole }
+    match part.saturating_mul(100).checked_div(whole) {
+        Some(percent) => percent,
+        None => 0,
+    }
 }
 
 #[cfg(test)]

@@ -683,7 +683,8 @@ mod tests {
         let short = Some((Squeeze::Kill, "memory is short"));
         const PAGED: Hold = Hold::Frozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
         const SEEN: Hold = Hold::WouldBeFrozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
-        let cases: [(&str, Option<bool>, bool, Hold, u64, bool, Act, &str); 10] = [
+        type Case = (&'static str, Option<bool>, bool, Hold, u64, bool, Act, &'static str);
+        let cases: [Case; 10] = [
             ("its time comes", Some(false), false, PAGED, 600, false, until(700), ""),
             ("its time has come", Some(false), false, PAGED, 700, false, Act::Keep, KEPT),
             ("said once", Some(false), true, PAGED, 700, false, Act::Wait { until: None }, ""),

@@ -68,4 +68,4 @@ def _next_version(deb, work):
     return new
 
 
-from . import installing, serving, units, leaving  # noqa: E402, F401
+from . import installing, serving, units, pressure, leaving  # noqa: E402, F401
