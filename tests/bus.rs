@@ -694,6 +694,10 @@ fn whether_an_app_could_be_started_again_is_told_for_each_instance() {
     let daemon = Daemon::new();
     daemon.service("org.example.Listed", "Exec=/bin/false");
     let mut main = Loop::up(&daemon);
+    // The bus looks for new service files when it is asked for what it does not know.
+    let listed = AppKey::new(BUS, "org.example.Listed");
+    main.perform(Action::Start(listed.clone()));
+    assert!(matches!(started(&mut main, &listed), StartOutcome::Failed(_)));
     for (name, expected) in [("org.example.Listed", true), ("org.example.Unlisted", false)] {
         let key = AppKey::new(BUS, name);
         main.perform(Action::Watch(key.clone()));

@@ -56,7 +56,7 @@ fn the_configuration_we_ship_is_valid() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("valid"));
     // With everything in it that is commented out but the alternatives.
     let text = fs::read_to_string(&shipped).unwrap().lines().fold(String::new(), |text, line| {
-        let key = line.strip_prefix("# ").filter(|line| line.starts_with("[[") || line.split_once(" = ").is_some());
+        let key = line.strip_prefix("# ").filter(|line| line.starts_with('[') || line.split_once(" = ").is_some());
         let line = key.filter(|key| !key.starts_with("token") && !key.contains("nightporterd")).unwrap_or(line);
         text + line + "\n"
     });

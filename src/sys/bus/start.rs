@@ -64,10 +64,8 @@ pub(super) async fn is_startable(connection: Connection, way: Way, app: AppKey) 
     if names.contains(&&*app.service) {
         return Some(true);
     }
-    // Systemd starts what has a service file, whether or not the bus knows of it.
-    if !has_owner(&connection, SYSTEMD).await {
-        return Some(false);
-    }
+    // Systemd starts what has a service file, whether or not the bus knows of it; and the bus looks again before it says
+    // that it does not.
     let usable = |file: &ServiceFile| {
         file.systemd_service.is_some() || (!file.exec.is_empty() && (app.bus != Bus::System || file.user.is_some()))
     };
