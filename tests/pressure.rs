@@ -1,6 +1,6 @@
 //! The kernel's word of memory pressure, with pressure made for it: a process that reads more than its cgroup may keep.
 #![cfg(feature = "daemon")]
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     env,
