@@ -82,6 +82,7 @@ fn background() -> (Lifecycle, Now) {
             protected: None,
         };
         life.add_app(&key(app), now);
+        life.startable(&key(app), true, now);
         life.appeared(&key(app), &owner, false, now);
         life.identified(&key(app), &owner, Ok((TargetId(app), facts)), now);
         life.declare(&key(app), Claim::Background, "the app itself", now);

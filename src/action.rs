@@ -107,6 +107,8 @@ pub enum Action {
     Sample(TargetId),
     /// Measure this daemon. Ends with `Event::SampledSelf`.
     SampleSelf,
+    /// Read how short memory is. Ends with `Event::Pressure`.
+    ReadPressure,
     /// Everything is thawed and closed: end the process.
     Exit,
 }

@@ -4,6 +4,7 @@
 
 mod app;
 mod network;
+mod pressure;
 mod rules;
 mod upstream;
 mod values;
@@ -15,6 +16,7 @@ use serde::Deserialize;
 pub use self::{
     app::{AppSettings, UrgencySettings},
     network::{NetworkSettings, Proxy, Roaming},
+    pressure::PressureSettings,
     rules::Role,
     upstream::{
         ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
@@ -23,6 +25,7 @@ pub use self::{
 use self::{
     app::{RawApp, RawUrgency},
     network::RawNetwork,
+    pressure::RawPressure,
     rules::{Presets, RawRules},
     upstream::RawUpstream,
 };
@@ -43,6 +46,8 @@ pub struct Settings {
     pub network: NetworkSettings,
     /// Lifecycle times.
     pub lifecycle: LifecycleTimes,
+    /// When memory counts as short.
+    pub pressure: PressureSettings,
     /// Bounds.
     pub limits: Limits,
     /// Whether KDE's settings panel is served, and the name it looks for asked for, on session buses.
@@ -119,6 +124,7 @@ struct RawConfig {
     urgency: RawUrgency,
     network: RawNetwork,
     lifecycle: RawLifecycle,
+    pressure: RawPressure,
     limits: RawLimits,
     kde: RawKde,
 }
@@ -195,6 +201,7 @@ impl Settings {
             urgency: raw.urgency.check()?,
             network: raw.network.check()?,
             lifecycle,
+            pressure: raw.pressure.check()?,
             limits: limits(raw.limits)?,
             kde_panel: raw.kde.panel,
         })
@@ -210,6 +217,7 @@ impl Default for Settings {
             urgency: UrgencySettings::default(),
             network: NetworkSettings::default(),
             lifecycle: LifecycleTimes::default(),
+            pressure: PressureSettings::default(),
             limits: Limits::default(),
             kde_panel: false,
         }
@@ -312,6 +320,10 @@ mod tests {
             page-out-after = "1min"
             tombstone-after = "1h"
             awake-window = "500ms"
+            [pressure]
+            enabled = false
+            moderate = "100ms"
+            severe = "300ms"
             [limits]
             messages-per-app = 7
             max-age = "2days"
@@ -426,6 +438,8 @@ mod tests {
             ("[limits]\nattempts = 0", "limits.attempts"),
             ("[kde]\npanels = true", "panels"),
             ("[urgency]\nlow-battery = 101", "urgency.low-battery"),
+            ("[pressure]\nmoderate = \"2s\"", "pressure.moderate"),
+            ("[pressure]\nmoderate = \"100ms\"\nsevere = \"90ms\"", "pressure.severe"),
             ("[network]\nproxy = \"socks5://x\"", "network.proxy"),
             ("[network]\nheartbeat-min = \"5min\"\nheartbeat-max = \"4min\"", "network.heartbeat-max"),
             ("[[app]]\nname = \"a.b\"\nupstream = \"nowhere\"", "app[0].upstream"),

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::UpstreamSettings,
     model::{
-        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, ProcessFacts, Secret, Surroundings, TargetId, Veto,
-        Window,
+        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret, Surroundings,
+        TargetId, Veto, Window,
     },
 };
 
@@ -65,6 +65,8 @@ pub enum Event {
     FallingAsleep,
     /// The machine slept and is awake again.
     Resumed,
+    /// Memory is short, as the kernel says by itself, or the answer to `Action::ReadPressure`.
+    Pressure(Pressure),
     /// Asked to end (SIGTERM, SIGINT): thaw, close, exit.
     Shutdown,
 }
@@ -252,6 +254,9 @@ pub enum BusEvent {
     OwnerChanged(AppKey, Option<Owner>),
     /// A call to an app ended.
     CallDone(DeliveryTicket, CallOutcome),
+    /// Whether anything on this system says how to start the app; told for each instance of it, soon after it came. Not
+    /// at all where that cannot be found out.
+    Startable(AppKey, bool),
     /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
     Started(AppKey, StartOutcome),
 }

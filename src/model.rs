@@ -362,6 +362,49 @@ pub struct AppRecord {
     pub measured: Option<UnixTime>,
 }
 
+/// How short memory is, as read at one moment. Sizes in KiB; what nothing tells is `None` or zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// What set the reading off, where it was the kernel's word and not a question of ours.
+    pub trigger: Option<Stall>,
+    /// How long tasks have waited for memory, where the kernel tells (PSI).
+    pub stalled: Option<Stalled>,
+    /// `MemTotal`.
+    pub total: u64,
+    /// `MemAvailable`.
+    pub available: u64,
+    /// `SwapTotal`.
+    pub swap_total: u64,
+    /// `SwapFree`.
+    pub swap_free: u64,
+    /// Over all zram devices that have a limit (`mem_limit`): what they take, and what they may.
+    pub zram_used: u64,
+    /// The sum of these limits; zero where none is set.
+    pub zram_limit: u64,
+}
+
+/// How much tasks wait for memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stall {
+    /// Some wait now and then.
+    Moderate,
+    /// Some wait much of the time, or all of them now and then.
+    Severe,
+}
+
+/// `/proc/pressure/memory`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stalled {
+    /// Hundredths of a percent of the last 10 s in which at least one task waited.
+    pub some_avg10: u32,
+    /// The same for all tasks at once.
+    pub full_avg10: u32,
+    /// Since boot, in µs: at least one task waited.
+    pub some_total: u64,
+    /// Since boot, in µs: all tasks waited.
+    pub full_total: u64,
+}
+
 /// What the machine is in, as far as the system says: it decides which messages may wake an app now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {

@@ -30,8 +30,25 @@ pub struct Status {
     pub min_urgency: Option<Urgency>,
     /// Why, as a sentence.
     pub min_urgency_reason: Option<String>,
+    /// How short memory is.
+    pub pressure: Option<Pressure>,
     /// Troubles a user should act on, each a sentence (full disk, damaged database, refused credentials). Often empty.
     pub troubles: Vec<String>,
+}
+
+/// How short memory is, and what has been done about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// `enough`, `low` (apps are paged out), `moderate` or `severe` (apps are ended as well).
+    pub level: String,
+    /// Seconds since memory became short, or not short any more.
+    pub since_secs: u64,
+    /// The same as a sentence.
+    pub reason: String,
+    /// Apps paged out for it since the daemon started, beside those that time pages out.
+    pub paged_out: u64,
+    /// Apps ended for it since the daemon started.
+    pub ended: u64,
 }
 
 /// What the machine is in.

@@ -544,6 +544,8 @@ fn replies_and_signals_of_others_are_not_believed() {
     .join()
     .unwrap();
     let told = main.expect_within(Duration::from_millis(200), |incoming| match incoming {
+        // Asked of the bus itself as the app came.
+        Incoming::Event(Event::Bus(BusEvent::Startable(..))) => None,
         Incoming::Event(event) => Some(event.clone()),
         _ => None,
     });
@@ -678,6 +680,40 @@ fn the_process_is_the_right_one() {
     rustix::process::pidfd_send_signal(&process.pidfd, rustix::process::Signal::KILL).unwrap();
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.0.wait().unwrap()), Some(9));
     assert_eq!(main.owner(&key), None);
+}
+
+fn startable(main: &mut Loop, app: &AppKey) -> bool {
+    main.expect(|incoming| match incoming {
+        Incoming::Event(Event::Bus(BusEvent::Startable(about, startable))) if about == app => Some(*startable),
+        _ => None,
+    })
+}
+
+#[test]
+fn whether_an_app_could_be_started_again_is_told_for_each_instance() {
+    let daemon = Daemon::new();
+    daemon.service("org.example.Listed", "Exec=/bin/false");
+    let mut main = Loop::up(&daemon);
+    // The bus looks for new service files when it is asked for what it does not know.
+    let listed = AppKey::new(BUS, "org.example.Listed");
+    main.perform(Action::Start(listed.clone()));
+    assert!(matches!(started(&mut main, &listed), StartOutcome::Failed(_)));
+    for (name, expected) in [("org.example.Listed", true), ("org.example.Unlisted", false)] {
+        let key = AppKey::new(BUS, name);
+        main.perform(Action::Watch(key.clone()));
+        assert_eq!(main.owner(&key), None);
+        for _ in 0..2 {
+            let app = App::start(&daemon.address(), name, Behaviour::Accept);
+            assert_eq!(main.owner(&key), Some(app.owner.clone()));
+            assert_eq!(startable(&mut main, &key), expected, "{name}");
+            app.quit();
+            assert_eq!(main.owner(&key), None);
+        }
+    }
+    let app = App::start(&daemon.address(), "org.example.Listed", Behaviour::Accept);
+    let unique = AppKey::new(BUS, &*app.owner.0);
+    main.perform(Action::Watch(unique.clone()));
+    assert!(!startable(&mut main, &unique), "a unique name never comes again");
 }
 
 fn started(main: &mut Loop, app: &AppKey) -> StartOutcome {

@@ -205,6 +205,8 @@ fn status() -> Value {
             "retry_in_secs": 12, "last_error": "cannot connect", "registrations": 3, "heartbeat_secs": 300,
             "heartbeat_by": "server" }],
         "messages_waiting": 1, "troubles": ["The disk is full."],
+        "pressure": { "level": "moderate", "since_secs": 3, "reason": "memory is short: tasks waited for it 12 % of the last 10 s",
+            "paged_out": 2, "ended": 1 },
         "messages": { "received": 9, "duplicates": 1, "accepted": 7, "expired": 0, "replaced": 0, "given_up": 1,
             "overflowed": 0, "unregistered": 0, "unusable": 0 },
         "a field of a newer daemon": true
@@ -332,6 +334,8 @@ fn text_is_aligned_and_says_what_matters() {
         "heartbeat every 5 min, set by the server",
         "last error: cannot connect",
         "1 given up",
+        "memory is short: tasks waited for it 12 %",
+        "2 page-outs and 1 ended apps",
         "! The disk is full.",
     ] {
         assert!(text.contains(expected), "{expected} is missing:\n{text}");

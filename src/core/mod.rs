@@ -16,6 +16,7 @@ pub mod ledger;
 pub mod lifecycle;
 mod looking;
 mod panel;
+pub mod pressure;
 mod queries;
 mod recent;
 mod registering;
@@ -42,6 +43,7 @@ use self::{
     foreground::Windows,
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
+    pressure::Pressure,
     queries::ReportRun,
     recent::Recent,
     registering::Farewell,
@@ -78,6 +80,7 @@ pub struct Core {
     registry: Registry,
     delivery: Delivery,
     lifecycle: Lifecycle,
+    pressure: Pressure,
     ledger: Ledger,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
@@ -199,6 +202,7 @@ impl Core {
                     upstream.session.handle_network(now);
                 }
             }
+            Event::Pressure(reading) => self.pressed(&reading, now),
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
@@ -232,7 +236,7 @@ impl Core {
             .chain(self.report.as_ref().map(ReportRun::deadline))
             .min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
-        let own = earliest(own, self.sleep.poll_timeout());
+        let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -259,6 +263,9 @@ impl Core {
         }
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
+        }
+        if due(self.pressure.poll_timeout()) && self.pressure.handle_timeout(now.boot) {
+            self.actions.push_back(Action::ReadPressure);
         }
         let late: Vec<AppKey> =
             self.apps.iter().filter(|(_, presence)| due(presence.starting)).map(|(app, _)| app.clone()).collect();
@@ -310,6 +317,7 @@ impl Core {
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
             BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
+            BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
         }
     }
@@ -341,6 +349,7 @@ impl Core {
                 presence.owner = Some(owner.clone());
                 presence.had_window = false;
                 let started_by_us = presence.starting.take().is_some();
+                self.pressure.appeared(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
                 self.look_at(app, now);
                 self.pump(now);
@@ -413,6 +422,10 @@ impl Core {
             }
         }
         self.lifecycle.outcome(target, outcome, now);
+        if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. }) && self.pressure.is_worth_a_look(now.boot)
+        {
+            self.actions.push_back(Action::ReadPressure);
+        }
     }
 
     fn handle_target_gone(&mut self, target: TargetId, now: Now) {

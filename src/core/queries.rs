@@ -131,7 +131,20 @@ impl Core {
             surroundings: self.surroundings_view(self.may_control(caller)),
             min_urgency: Some(minimum.urgency),
             min_urgency_reason: Some(minimum.sentence()),
+            pressure: Some(self.pressure_view(now)),
             troubles,
+        }
+    }
+
+    fn pressure_view(&self, now: Now) -> view::Pressure {
+        let (level, since) = self.pressure.level();
+        let (paged_out, ended) = self.pressure.counts();
+        view::Pressure {
+            level: level.as_str().to_owned(),
+            since_secs: now.boot.since(since).as_secs(),
+            reason: self.pressure.sentence(),
+            paged_out,
+            ended,
         }
     }
 

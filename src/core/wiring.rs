@@ -6,12 +6,13 @@ use std::sync::Arc;
 use super::{
     Core, Purpose, START_TIME, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
-    lifecycle::{self, Readiness},
+    lifecycle::{self, Readiness, Squeeze},
+    pressure::{Candidate, Deep},
     upstream::{self, IncomingBody, IncomingMessage},
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Bus, Ending, RegistrationId, TargetId},
+    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId},
     time::Now,
     view::{LinkState, Messages},
 };
@@ -207,6 +208,9 @@ impl Core {
     fn wake(&mut self, app: &AppKey, now: Now) {
         let Some(presence) = self.apps.get_mut(app) else { return };
         let readiness = self.lifecycle.wanted(app, now);
+        if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {
+            self.pressure.woken(app, now.boot);
+        }
         match (presence.owner.clone(), readiness) {
             // Comes back as `Runnable`, or as the end of the old instance.
             (_, Readiness::Ending) | (Some(_), Readiness::Thawing) => {}
@@ -259,6 +263,47 @@ impl Core {
                 log::info!("{app}: {}: {}", decision.verdict, decision.reason);
                 self.recent.push(app, decision);
             }
+        }
+    }
+
+    /// Memory was read: one frozen app goes deeper, if it must.
+    pub(super) fn pressed(&mut self, reading: &Pressure, now: Now) {
+        if self.ending.is_some() {
+            return;
+        }
+        let mut busy = self.lifecycle.is_ending_any();
+        let (mut held, mut going) = (Vec::new(), Vec::new());
+        for app in self.lifecycle.held() {
+            busy |= app.paging;
+            going.extend(app.going.map(|_| app.app.clone()));
+            held.push(Candidate {
+                frozen: app.since,
+                unseen: app.unseen.unwrap_or(app.since),
+                uss: app.uss,
+                paged_out: app.paged_out,
+                can_page_out: app.can_page_out,
+                can_end: app.can_end,
+                app: app.app,
+            });
+        }
+        let was_pressed = self.pressure.is_pressed();
+        let order = self.pressure.read(reading, &held, busy, now.boot);
+        match (was_pressed, self.pressure.is_pressed()) {
+            (false, true) => log::info!("{}", self.pressure.sentence()),
+            (true, false) => {
+                log::info!("{}", self.pressure.sentence());
+                for app in going {
+                    self.lifecycle.unsqueeze(&app, now);
+                }
+            }
+            _ => {}
+        }
+        if let Some(order) = order {
+            let squeeze = match order.deep {
+                Deep::PageOut => Squeeze::PageOut,
+                Deep::End => Squeeze::Kill,
+            };
+            self.lifecycle.squeeze(&order.app, squeeze, &order.reason, now);
         }
     }
 

@@ -16,7 +16,7 @@ use crate::{
     config::{Proxy, Settings, UpstreamSettings},
     core::Core,
     event::{BusEvent, Event, FetchError, HttpError, LinkEvent, LinkId},
-    model::{Bus, Snapshot, TargetId},
+    model::{Bus, Profile, Snapshot, Stall, TargetId},
     sys::{
         bus::{BusAddress, BusThread},
         clock, fetch, http,
@@ -25,6 +25,7 @@ use crate::{
         link::Links,
         memory,
         network::Monitor,
+        pressure::{self, Triggers},
         process::{self, Targets, UnitOf},
         signals::Signals,
         signs::Signs,
@@ -43,6 +44,8 @@ const ALARM: Token = Token(2);
 const RESUME: Token = Token(3);
 const NETWORK: Token = Token(4);
 const WAKING: Token = Token(5);
+/// The first of three.
+const PRESSURE: usize = 16;
 /// Links and targets take tokens from here on, half of the space each.
 const LINKS: usize = 1 << 16;
 const TARGETS: usize = 1 << 20;
@@ -74,6 +77,7 @@ pub(super) struct Shell {
     waking: Option<Alarm>,
     resume: ResumeWatch,
     network: Option<Monitor>,
+    pressure: Triggers,
     signals: Signals,
     upstreams: Vec<UpstreamSettings>,
     proxy: Proxy,
@@ -120,6 +124,10 @@ impl Shell {
             }
         };
         register().map_err(watch)?;
+        let pressure = match settings.pressure.enabled && may_hold(settings) {
+            true => Triggers::new(&settings.pressure, poll.registry(), PRESSURE),
+            false => Triggers::default(),
+        };
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
         // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
@@ -174,6 +182,7 @@ impl Shell {
             waking,
             resume,
             network,
+            pressure,
             signals,
             upstreams: settings.upstreams.clone(),
             proxy: settings.network.proxy.clone(),
@@ -279,6 +288,7 @@ impl Shell {
             }
             Action::Sample(target) => self.targets.sample(target),
             Action::SampleSelf => self.targets.sample_self(),
+            Action::ReadPressure => self.pending.push_back(Event::Pressure(pressure::read(None))),
             Action::Reply(..)
             | Action::Watch(_)
             | Action::Unwatch(_)
@@ -371,6 +381,7 @@ impl Shell {
             memory::rest();
         }
         let mut woke_up = false;
+        let mut stalled: Option<Stall> = None;
         for event in &self.events {
             match event.token() {
                 INBOX => {}
@@ -392,9 +403,13 @@ impl Shell {
                         self.pending.push_back(Event::NetworkReturned);
                     }
                 }
+                token if self.pressure.stall(token).is_some() => stalled = stalled.max(self.pressure.stall(token)),
                 token if self.targets.owns(token) => self.targets.ready(token),
                 token => self.links.ready(token, event),
             }
+        }
+        if stalled.is_some() {
+            self.pending.push_back(Event::Pressure(pressure::read(stalled)));
         }
         if woke_up {
             self.wake_up();
@@ -422,6 +437,12 @@ impl Shell {
             let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
         }
     }
+}
+
+/// Whether any app may be held still: without one, nothing can be done about pressure.
+fn may_hold(settings: &Settings) -> bool {
+    let mut own = settings.apps.iter().filter_map(|app| app.rules.as_ref());
+    settings.profile != Profile::Observe || own.any(|rules| rules.profile != Profile::Observe)
 }
 
 fn no_upstream(name: &str) -> String {

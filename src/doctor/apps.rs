@@ -38,8 +38,8 @@ fn examine_one(area: &mut Area<'_>, app: &App, systemd: bool) {
                 Verdict::Lacks,
                 format!("{name} ({bus}) has no D-Bus service file"),
                 Some(
-                    "it cannot be started for a push: what comes while it does not run, also because it was ended to save \
-                     memory, waits until it is started by hand",
+                    "it cannot be started for a push: what comes while it does not run waits until it is started by hand; \
+                     so it is frozen and paged out, but not ended to save memory",
                 ),
                 vec![service_file(name, bus)],
             );

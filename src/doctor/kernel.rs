@@ -69,11 +69,11 @@ fn processes(area: &mut Area<'_>, facts: &Facts, kernel: &Kernel) {
 
 fn pressure(area: &mut Area<'_>, facts: &Facts, kernel: &Kernel) {
     if kernel.psi {
-        area.ok("psi", "memory pressure can be read (/proc/pressure)");
+        area.ok("psi", "the kernel says when memory is short (/proc/pressure)");
         return;
     }
-    let instead = "this version decides by time alone and loses nothing; what looks at pressure (systemd-oomd, \
-                   low-memory-monitor) does not work";
+    let instead = "how short memory is is looked at when an app is frozen or thawed only, and judged by what is \
+                   available; what looks at pressure (systemd-oomd, low-memory-monitor) does not work";
     match kernel.psi_built {
         Some(false) => area.say(
             "psi",

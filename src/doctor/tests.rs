@@ -82,6 +82,7 @@ fn bus() -> Bus {
 
 fn daemon(profile: Profile) -> Daemon {
     let status = view::Status {
+        pressure: None,
         version: env!("CARGO_PKG_VERSION").into(),
         profile,
         upstreams: Vec::new(),

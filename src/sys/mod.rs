@@ -13,6 +13,7 @@ pub mod link;
 pub mod logger;
 pub mod memory;
 pub mod network;
+pub mod pressure;
 pub mod process;
 pub mod proxy;
 pub mod signals;

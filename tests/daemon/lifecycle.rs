@@ -42,6 +42,33 @@ fn cached_freezes_and_does_not_end() {
 }
 
 #[test]
+fn an_app_that_nothing_could_start_again_is_not_ended_by_time() {
+    let mut world = World::new(Setup { top: "profile = \"tombstone\"", lifecycle: BRISK, ..Setup::default() });
+    let pid = world.spawn(APP, "");
+    world.wait_ready(APP);
+    wait("the reason", || world.decided(APP, "leave", "nothing says how to start it again").then_some(()));
+    assert!(is_held(pid), "{:?}", world.why(APP));
+    assert!(stays(Duration::from_millis(800), || is_held(pid)), "{:?}", world.why(APP));
+    world.post(APP, "it gets its messages");
+    world.expect(APP, &["it gets its messages"]);
+    let output = world.cli(&["kill", "example.app"]);
+    assert!(output.status.success(), "the user may: {}", of(&output));
+    wait("its end", || (!is_running(pid)).then_some(()));
+}
+
+#[test]
+fn status_says_how_short_memory_is() {
+    let world = World::new(Setup { top: "profile = \"cached\"", lifecycle: BRISK, ..Setup::default() });
+    world.samples(&[(APP, "")]);
+    let pid = world.pid(APP);
+    wait("it to be frozen", || is_held(pid).then_some(()));
+    let pressure = world.status().pressure.unwrap();
+    assert!(["enough", "low", "moderate", "severe"].contains(&&*pressure.level), "{pressure:?}");
+    let text = String::from_utf8(world.cli(&["status"]).stdout).unwrap();
+    assert!(text.contains("Memory") && text.contains("memory "), "{text}");
+}
+
+#[test]
 fn nothing_is_frozen_that_may_be_in_the_foreground() {
     let world = World::new(Setup { top: "profile = \"tombstone\"", lifecycle: BRISK, ..Setup::default() });
     world.samples(&[(APP, "")]);

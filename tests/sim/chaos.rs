@@ -180,7 +180,7 @@ impl World {
             }
             870..880 => self.shutdown(),
             880..900 => self.trim_ntfy(),
-            900..960 => {
+            900..945 => {
                 let query = match self.rng.below(3) {
                     0 => Query::Apps,
                     1 => Query::Status,
@@ -188,6 +188,7 @@ impl World {
                 };
                 self.call(tool(), Request::Query(query), What::Json);
             }
+            945..960 => self.memory_gets_short(),
             960..980 => self.user_moves(),
             980..1000 => self.surroundings_change(),
             _ => {}

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use nightporter::{
     action::ConnectorCall,
-    event::{Command, Event, Outcome},
+    event::{BusEvent, Command, Event, Outcome},
     model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind},
 };
 
@@ -52,8 +52,9 @@ impl World {
             };
             Ok((target, facts))
         };
-        let app = self.apps[app].key.clone();
-        self.tell(Event::Identified { app, owner, process });
+        let (key, startable) = (self.apps[app].key.clone(), self.apps[app].activatable);
+        self.tell(Event::Identified { app: key.clone(), owner, process });
+        self.bus_event(BusEvent::Startable(key, startable));
     }
 
     fn instance_of(&self, target: TargetId, what: &str) -> u64 {
@@ -94,6 +95,7 @@ impl World {
         let n = self.instance_of(target, "kill");
         let by_hand = self.may_touch(n, Command::Kill);
         assert!(by_hand, "instance {n} is killed without the right to");
+        self.check_may_end(n);
         self.say_why(n, "kill");
         self.count("kills");
         // Thawed first, so that it can hear the signal.

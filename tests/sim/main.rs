@@ -19,6 +19,7 @@ mod clock;
 mod kernel;
 mod ntfy;
 mod phone;
+mod pressure;
 mod reference;
 mod run;
 mod server;
@@ -73,7 +74,7 @@ fn nothing_is_lost_whatever_the_world_does() {
 }
 
 /// A world without faults proves nothing: each of these happens several times as often with the usual seeds.
-const LEAST: [(&str, u64); 36] = [
+const LEAST: [(&str, u64); 38] = [
     ("messages processed", 30_000),
     ("acknowledgements", 10_000),
     ("cursors stored", 500),
@@ -110,6 +111,8 @@ const LEAST: [(&str, u64); 36] = [
     ("sleeps allowed", 300),
     ("sleeps delayed for a delivery", 20),
     ("kept awake", 20),
+    ("memory shortages", 500),
+    ("apps ended for want of memory", 20),
 ];
 
 fn check_that_it_was_hard(stats: &world::Stats) {

@@ -124,6 +124,7 @@ fn plan(rng: &mut Rng) -> Plan {
         chaos: rng.between(500, 8000) * MS,
         publish: rng.between(500, 12_000) * MS,
         phone: rng.chance(6000),
+        psi: rng.chance(7000),
         roaming: if rng.chance(3000) { Roaming::Off } else { Roaming::Connect },
         hold_at_most: rng.between(10, 120) * SEC,
         policies: crate::phone::policies(rng),
@@ -156,6 +157,7 @@ fn calm_down(world: &mut World) {
     world.network_down = false;
     world.servers_down.clear();
     world.comes_home();
+    world.memory_is_enough();
     world.bus_returns();
     run_for(world, 40 * SEC);
     for app in 0..world.apps.len() {

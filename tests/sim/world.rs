@@ -25,6 +25,7 @@ use crate::{
     kernel::{KernelOp, Target},
     ntfy::Ntfy,
     phone::Phone,
+    pressure::Shortage,
     reference::{MessageNumber, Processed, Reference, Rules},
     server::{Autopush, Deed},
     store::Store,
@@ -70,6 +71,8 @@ pub(crate) enum Due {
     Chaos,
     /// The daemon of this life is told of its surroundings.
     Around(u32),
+    /// The kernel says that tasks wait for memory.
+    Stall(u32),
     /// The machine sleeps, if this is the time it was about to.
     Asleep(u32),
     NetworkUp,
@@ -88,6 +91,8 @@ pub(crate) struct Plan {
     pub(crate) rules: Rules,
     pub(crate) chaos: At,
     pub(crate) publish: At,
+    /// The kernel says when memory is short.
+    pub(crate) psi: bool,
     /// Power and network change.
     pub(crate) phone: bool,
     pub(crate) roaming: Roaming,
@@ -156,6 +161,7 @@ pub(crate) struct World {
     /// The record of what is held still, as it outlives the daemon.
     pub(crate) record: BTreeSet<u64>,
     pub(crate) phone: Phone,
+    pub(crate) shortage: Shortage,
     /// Apps of registrations deleted with this event.
     pub(crate) deleted: BTreeSet<AppKey>,
     /// Which app is told of its endpoint with which call.
@@ -209,6 +215,7 @@ impl World {
             next_target: 1,
             record: BTreeSet::new(),
             phone: Phone::default(),
+            shortage: Shortage::default(),
             deleted: BTreeSet::new(),
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -434,6 +441,7 @@ impl World {
                 let at = self.soon(MS, 50 * MS);
                 self.agenda.add(at, Due::Core(self.life, event));
             }
+            Action::ReadPressure => self.read_pressure(),
             Action::Exit => {}
         }
     }
@@ -600,6 +608,7 @@ impl World {
                     self.tell_surroundings();
                 }
             }
+            Due::Stall(life) => self.stall(life),
             Due::Asleep(times) => self.asleep(times),
             Due::NetworkUp => {
                 self.network_down = false;

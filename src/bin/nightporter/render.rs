@@ -73,6 +73,13 @@ pub(crate) fn status(status: &Status) -> String {
     if let Some(reason) = &status.min_urgency_reason {
         table.row(["Urgency".into(), reason.clone()]);
     }
+    if let Some(pressure) = &status.pressure {
+        table.row(["Memory".into(), pressure.reason.clone()]);
+        if pressure.paged_out + pressure.ended > 0 {
+            let done = format!("{} page-outs and {} ended apps for want of it", pressure.paged_out, pressure.ended);
+            table.row([String::new(), done]);
+        }
+    }
     text.push_str(&table.body());
     for trouble in &status.troubles {
         let _ = write!(text, "\n! {}\n", clean(trouble));

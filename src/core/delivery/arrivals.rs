@@ -100,7 +100,7 @@ impl Delivery {
     }
 
     /// Makes room for one more message of the app: first what has expired goes, then the oldest.
-    fn make_room(&mut self, app: &AppKey, now: Now) {
+    pub(super) fn make_room(&mut self, app: &AppKey, now: Now) {
         if self.waiting_for(app) < self.limits.messages_per_app {
             return;
         }

@@ -313,6 +313,10 @@ impl Delivery {
         let most = self.urgency.hold_at_most;
         // The wall clock may have jumped meanwhile.
         let held_until = now.boot + (stored.received + most).since(now.wall).min(most);
+        // A crash may have taken back the word that some had ended: then they are too many.
+        if let Some(app) = self.lanes.get(&stored.registration).map(|lane| lane.app.clone()) {
+            self.make_room(&app, now);
+        }
         if let Some(lane) = self.lanes.get_mut(&stored.registration) {
             self.waiting.insert(stored.seq, stored.registration);
             lane.queue.restore(stored, held_until);

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, Memory, Owner, Rules, TargetId, Veto},
+    model::{AppKey, Memory, Owner, Profile, Rules, TargetId, Veto},
     time::{Instant, Now, earliest},
 };
 
@@ -44,6 +44,8 @@ pub(super) struct Env<'a> {
 pub(super) struct App {
     declares: bool,
     pending: bool,
+    /// Whether anything says how to start it again, once that is known.
+    startable: Option<bool>,
     instance: Option<Instance>,
     /// Tombstone or gone: what it is when it does not run.
     rest: State,
@@ -63,6 +65,7 @@ impl App {
         Self {
             declares,
             pending: false,
+            startable: None,
             instance: None,
             rest: State::Gone,
             shown: (State::Gone, now.boot),
@@ -316,11 +319,44 @@ impl App {
         }
     }
 
+    /// Memory is not short any more.
+    pub(super) fn unsqueeze(&mut self, env: &mut Env<'_>) {
+        if let Some(instance) = self.instance.as_mut().filter(|instance| instance.squeeze.is_some()) {
+            instance.squeeze = None;
+            self.settle(env);
+        }
+    }
+
+    pub(super) fn set_startable(&mut self, startable: bool, env: &mut Env<'_>) {
+        if self.startable != Some(startable) {
+            self.startable = Some(startable);
+            if let Some(instance) = &mut self.instance {
+                instance.kept = false;
+            }
+            self.settle(env);
+        }
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.instance.as_ref().is_some_and(|instance| matches!(instance.hold, Hold::Killing { .. }))
+    }
+
     /// What memory pressure needs to know of it, while it is frozen.
-    pub(super) fn held(&self, key: &AppKey) -> Option<Held> {
+    pub(super) fn held(&self, key: &AppKey, rules: &Rules) -> Option<Held> {
         let instance = self.instance.as_ref()?;
         let Hold::Frozen { since, paged } = instance.hold else { return None };
+        let open = rules.profile != Profile::Observe && instance.checked && instance.squeeze.is_none();
+        let large = instance.uss.is_some_and(|uss| uss >= policy::PAGE_OUT_LEAST);
+        let pages = matches!(instance.touchable(), Process::Touchable { can_page_out: true });
         Some(Held {
+            unseen: instance.unseen(),
+            can_page_out: open && paged == Paged::NotYet && instance.paging.is_none() && large && pages,
+            can_end: rules.profile != Profile::Observe
+                && instance.checked
+                && self.startable == Some(true)
+                && instance.by_hand.is_none()
+                && instance.kill_again == Retry::Now,
+            paging: instance.paging.is_some(),
             app: key.clone(),
             since,
             uss: instance.uss,

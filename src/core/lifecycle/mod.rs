@@ -131,6 +131,14 @@ pub struct Held {
     pub paged_out: bool,
     /// What it has been asked to do for memory's sake and has not done yet.
     pub going: Option<Squeeze>,
+    /// Nobody has looked at it since then, if that is known.
+    pub unseen: Option<Instant>,
+    /// Whether [`Squeeze::PageOut`] would page it out now.
+    pub can_page_out: bool,
+    /// Whether [`Squeeze::Kill`] would end it now.
+    pub can_end: bool,
+    /// Whether it is being paged out.
+    pub paging: bool,
 }
 
 /// Whether an app can take a message now.
@@ -363,9 +371,28 @@ impl Lifecycle {
         self.with(app, now, |app, env| app.squeeze(squeeze, reason, env));
     }
 
+    /// Memory is not short any more: what has been asked of the app for its sake and not begun is called off.
+    pub fn unsqueeze(&mut self, app: &AppKey, now: Now) {
+        self.with(app, now, |app, env| app.unsqueeze(env));
+    }
+
+    /// Whether anything says how to start the app again. Until that is known, and when nothing does, it is not ended
+    /// but by the user's hand.
+    pub fn startable(&mut self, app: &AppKey, startable: bool, now: Now) {
+        self.with(app, now, |app, env| app.set_startable(startable, env));
+    }
+
     /// All frozen apps.
     pub fn held(&self) -> impl Iterator<Item = Held> {
-        self.apps.iter().filter_map(|(key, app)| app.held(key))
+        self.apps.iter().filter_map(|(key, app)| {
+            let rules = self.own_rules.get(&key.service).unwrap_or(&self.rules);
+            app.held(key, rules)
+        })
+    }
+
+    /// Whether an app is being ended.
+    pub fn is_ending_any(&self) -> bool {
+        self.apps.values().any(App::is_ending)
     }
 
     /// A delivery waits for the app: a frozen one is thawed.

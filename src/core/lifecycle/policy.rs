@@ -58,6 +58,10 @@ pub(super) struct Snapshot<'a> {
     pub(super) checked: bool,
     /// Memory is short: how deep it must go, and why.
     pub(super) squeeze: Option<(Squeeze, &'a str)>,
+    /// Whether anything says how to start it again, once that is known.
+    pub(super) startable: Option<bool>,
+    /// Whether it was said that it is not ended, because nothing does.
+    pub(super) kept: bool,
     /// Until when a measurement under way is waited for.
     pub(super) sampling_until: Option<Instant>,
     /// A page-out has no outcome yet.
@@ -205,6 +209,8 @@ pub(super) enum Act {
     PageOut,
     /// Leave its memory where it is until the next freeze.
     LeavePages,
+    /// It is not ended although it was its turn: nothing would start it again. Said once for each instance.
+    Keep,
     Kill,
     /// Something asked for has had no outcome for too long.
     NoAnswer,
@@ -366,6 +372,13 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
     // Under `observe` only the user's hand holds an app still, and then nothing more is done to it.
     let by_hand_alone = app.profile == Profile::Observe && matches!(app.hold, Hold::Frozen { .. });
     let kill = if by_hand_alone { None } else { kill_due(app) };
+    let squeezed = matches!(app.squeeze, Some((Squeeze::Kill, _))) && app.by_hand.is_none() && !by_hand_alone;
+    // A message could not bring it back: it would be lost to its user for good.
+    if app.startable == Some(false) && !app.kept && (squeezed || kill.is_some_and(|due| due <= now)) {
+        return verdict(Act::Keep, "it is not ended: nothing says how to start it again");
+    }
+    let kill =
+        kill.filter(|due| app.startable == Some(true) || (app.startable == Some(false) && *due > now && !app.kept));
     if kill.is_some_and(|due| due <= now) {
         let time = human(app.times.tombstone_after);
         return verdict(Act::Kill, format!("it has been in the background without a message for {time}"));
@@ -385,6 +398,7 @@ fn frozen(app: &Snapshot<'_>, since: Instant, paged: Paged, now: Instant) -> Ver
     // What the user froze by hand is not ended for want of memory.
     if let (Some((Squeeze::Kill, reason)), None) = (app.squeeze, app.by_hand)
         && app.kill_again == Retry::Now
+        && app.startable == Some(true)
     {
         return verdict(Act::Kill, reason.to_owned());
     }
@@ -498,6 +512,8 @@ mod tests {
             inspection: Inspection::Clear { at: Instant::from_nanos(u64::MAX / 2) },
             checked: true,
             squeeze: None,
+            startable: Some(true),
+            kept: false,
             sampling_until: None,
             paging: false,
             uss: Some(20 * 1024),
@@ -661,6 +677,52 @@ mod tests {
                 "root asked for it",
             ),
         ]);
+    }
+
+    #[test]
+    fn what_nothing_starts_again_is_not_ended() {
+        const KEPT: &str = "it is not ended: nothing says how to start it again";
+        let short = Some((Squeeze::Kill, "memory is short"));
+        const PAGED: Hold = Hold::Frozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
+        const SEEN: Hold = Hold::WouldBeFrozen { since: Instant::from_nanos(110 * S), paged: Paged::Done };
+        type Case = (&'static str, Option<bool>, bool, Hold, u64, bool, Act, &'static str);
+        let cases: [Case; 10] = [
+            ("its time comes", Some(false), false, PAGED, 600, false, until(700), ""),
+            ("its time has come", Some(false), false, PAGED, 700, false, Act::Keep, KEPT),
+            ("said once", Some(false), true, PAGED, 700, false, Act::Wait { until: None }, ""),
+            ("under observe nothing else is said", Some(false), false, SEEN, 700, false, Act::Keep, KEPT),
+            ("not known yet", None, false, PAGED, 700, false, Act::Wait { until: None }, ""),
+            (
+                "known",
+                Some(true),
+                false,
+                PAGED,
+                700,
+                false,
+                Act::Kill,
+                "it has been in the background without a message for 10 min",
+            ),
+            ("memory is short", Some(false), false, PAGED, 200, true, Act::Keep, KEPT),
+            ("said once, for memory", Some(false), true, PAGED, 200, true, Act::Wait { until: None }, ""),
+            ("not known yet, for memory", None, false, PAGED, 200, true, Act::Wait { until: None }, ""),
+            (
+                "it is paged out all the same",
+                Some(false),
+                true,
+                frozen_at(110),
+                200,
+                true,
+                Act::PageOut,
+                "memory is short",
+            ),
+        ];
+        for (name, startable, kept, hold, now, is_short, act, reason) in cases {
+            let mut app = app();
+            (app.startable, app.kept, app.hold) = (startable, kept, hold);
+            app.squeeze = short.filter(|_| is_short);
+            let verdict = decide(&app, at(now));
+            assert_eq!((verdict.act, &*verdict.reason), (act, reason), "{name}");
+        }
     }
 
     #[test]

@@ -58,6 +58,8 @@ enum Op {
     /// The inspection asked for first: 0 nothing found, 1 something, 2 it failed.
     Inspected(u8),
     Squeeze(usize, bool),
+    Unsqueeze(usize),
+    Startable(usize, bool),
     Remove(usize),
     Add(usize),
     Pass(u64),
@@ -89,6 +91,8 @@ fn event() -> impl Strategy<Value = Op> {
         2 => app.clone().prop_map(Op::Prepared),
         12 => prop_oneof![8 => Just(0u8), 1 => Just(1), 1 => Just(2)].prop_map(Op::Inspected),
         2 => (app.clone(), any::<bool>()).prop_map(|(app, kill)| Op::Squeeze(app, kill)),
+        1 => app.clone().prop_map(Op::Unsqueeze),
+        3 => (app.clone(), prop::bool::weighted(0.8)).prop_map(|(app, startable)| Op::Startable(app, startable)),
         1 => app.clone().prop_map(Op::Remove),
         2 => app.prop_map(Op::Add),
         8 => prop_oneof![Just(1), Just(10_000), Just(60_000), Just(700_000), 0..100_000u64].prop_map(Op::Pass),
@@ -119,6 +123,7 @@ struct Model {
     seen: Option<u8>,
     vetoed: bool,
     leased: bool,
+    startable: Option<bool>,
     pending: bool,
     by_hand: bool,
     awaited: bool,
@@ -280,7 +285,15 @@ impl World {
                 let squeeze = if kill { Squeeze::Kill } else { Squeeze::PageOut };
                 self.life.squeeze(&key(app), squeeze, "memory is short", now);
             }
+            Op::Unsqueeze(app) => self.life.unsqueeze(&key(app), now),
+            Op::Startable(app, startable) => {
+                if self.apps[app].added {
+                    self.apps[app].startable = Some(startable);
+                }
+                self.life.startable(&key(app), startable, now);
+            }
             Op::Remove(app) => {
+                self.apps[app].startable = None;
                 self.unclaim(app);
                 self.apps[app].former = None;
                 (self.apps[app].added, self.apps[app].declares, self.apps[app].pending) = (false, false, false);
@@ -506,6 +519,9 @@ impl World {
                 Output::Kill { target, grace } => {
                     assert_eq!(grace, Duration::from_secs(5));
                     let by_command = by_command.filter(|(_, command)| *command == Command::Kill);
+                    let app = self.life.app_of(target).map(index);
+                    let comes_back = app.is_some_and(|app| self.apps[app].startable == Some(true));
+                    assert!(by_command.is_some() || comes_back, "ended, and nothing starts it again");
                     self.may_touch(target, "kill", &told, by_command.map(|(app, _)| app));
                     self.set_frozen(target, false);
                     self.asked.push((Asked::Kill(target), self.now.boot));

@@ -46,6 +46,7 @@ impl World {
         let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_700_000_000) };
         let mut life = Lifecycle::new(Rules::new(profile, LifecycleTimes::default()), BTreeMap::new(), &[record]);
         life.add_app(&app(), now);
+        life.startable(&app(), true, now);
         Self { life, now, app: app(), clear: true }
     }
 
@@ -1201,6 +1202,57 @@ fn pressure_sends_frozen_apps_deeper_at_once() {
     world.life.squeeze(&world.app, Squeeze::Kill, "memory is short, and swap is full", world.now);
     assert_eq!(world.acts(), [KILL]);
     assert_eq!(world.why(), "kill: memory is short, and swap is full");
+}
+
+#[test]
+fn an_app_that_nothing_starts_again_is_kept_frozen_and_ended_by_hand_alone() {
+    let mut world = World::frozen(Profile::Tombstone);
+    world.life.startable(&world.app, false, world.now);
+    world.pass(60);
+    world.outcome(PAGED);
+    world.acts();
+    world.sampled(LARGE);
+    world.pass(3600);
+    assert_eq!(world.acts(), []);
+    assert_eq!(world.why(), "leave: it is not ended: nothing says how to start it again");
+    assert_eq!(world.state(), "reclaimed");
+    let held: Vec<Held> = world.life.held().collect();
+    assert!(held.iter().all(|app| !app.can_end), "{held:?}");
+    // A service file comes.
+    world.life.startable(&world.app, true, world.now);
+    assert_eq!(world.acts(), [KILL]);
+
+    let mut world = World::frozen(Profile::Tombstone);
+    world.life.startable(&world.app, false, world.now);
+    world.command(Command::Kill).unwrap();
+    assert_eq!(world.acts(), [KILL]);
+}
+
+#[test]
+fn what_is_held_says_what_could_be_done_with_it() {
+    let mut world = World::frozen(Profile::Cached);
+    let held = |world: &World| {
+        let held = world.life.held().next().unwrap();
+        (held.can_page_out, held.can_end, held.paging, held.going)
+    };
+    assert_eq!(held(&world), (false, false, false, None), "not inspected since it was frozen");
+    world.pass(1);
+    assert_eq!(held(&world), (true, true, false, None));
+    world.life.squeeze(&world.app, Squeeze::PageOut, "memory is short", world.now);
+    assert_eq!(held(&world), (false, true, true, Some(Squeeze::PageOut)));
+    world.outcome(PAGED);
+    assert_eq!(held(&world), (false, true, false, Some(Squeeze::PageOut)));
+    world.life.unsqueeze(&world.app, world.now);
+    assert_eq!(held(&world).3, None);
+    world.life.squeeze(&world.app, Squeeze::Kill, "memory is short", world.now);
+    assert!(world.life.is_ending_any() && world.life.held().next().is_none());
+
+    let mut world = World::running(Profile::Observe);
+    world.command(Command::Freeze).unwrap();
+    world.inspect();
+    world.outcome(FROZEN);
+    world.pass(10);
+    assert_eq!(held(&world), (false, false, false, None), "held by hand, under observe");
 }
 
 #[test]

@@ -245,6 +245,7 @@ struct Session<'a> {
     deliveries: Deliveries,
     manager: Manager,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
+    startable: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
     verdicts: Pin<Box<Receiver<Verdict>>>,
     /// Watches this bus for what speaks against holding apps still; ends with the connection.
@@ -296,6 +297,7 @@ impl<'a> Session<'a> {
             manager: Manager::default(),
             starts: HashMap::new(),
             _signs,
+            startable: HashMap::new(),
             names: [false; NAMES.len()],
             panel: Panel { served: panel, named: false, told: false, changed: false },
             was_up: false,
@@ -419,6 +421,25 @@ impl<'a> Session<'a> {
         self.starts.insert(app, task);
     }
 
+    /// Finds out whether the app could be started again; one look at a time for each.
+    fn tell_startable(&mut self, app: AppKey) {
+        self.startable.retain(|_, task| !task.is_finished());
+        if self.startable.contains_key(&app) {
+            return;
+        }
+        let looked_at = app.clone();
+        let (connection, inbox, way) = (self.connection.clone(), self.lasting.inbox.clone(), self.lasting.way.clone());
+        let task = zruntime::spawn(async move {
+            match start::is_startable(connection, way, app.clone()).await {
+                Some(startable) => {
+                    let _ = inbox.send(Incoming::Event(Event::Bus(BusEvent::Startable(app, startable))));
+                }
+                None => log::debug!("{app}: it cannot be found out whether it could be started again"),
+            }
+        });
+        self.startable.insert(looked_at, task);
+    }
+
     /// A watched name came: whoever was starting it need wait no longer.
     fn started(&mut self, name: &str) {
         let app = AppKey::new(self.lasting.bus, name);
@@ -492,10 +513,11 @@ impl<'a> Session<'a> {
         match purpose {
             Purpose::Watch(app) => {
                 let (service, pid) = (Arc::clone(&app.service), process.as_ref().ok().map(|process| process.pid));
-                if self.watches.identified(&self.wire, app, Arc::clone(owner), process)
-                    && let Some(pid) = pid
-                {
-                    self.manager.seen(&mut self.wire, &service, pid);
+                if self.watches.identified(&self.wire, app.clone(), Arc::clone(owner), process) {
+                    self.tell_startable(app);
+                    if let Some(pid) = pid {
+                        self.manager.seen(&mut self.wire, &service, pid);
+                    }
                 }
             }
             Purpose::Check(call) => self.calls.found(&self.wire, call, process),

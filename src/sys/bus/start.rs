@@ -51,6 +51,27 @@ pub(super) async fn start(connection: Connection, way: Way, app: AppKey) -> Star
     }
 }
 
+/// Whether anything says how to start the app: the bus, or a service file it has not read yet. `None` when that cannot be
+/// found out.
+pub(super) async fn is_startable(connection: Connection, way: Way, app: AppKey) -> Option<bool> {
+    if app.is_unique_name() {
+        return Some(false);
+    }
+    let ask = bus_call(&connection, "ListActivatableNames", &());
+    let reply = SharedRuntime::current().ok()?.timeout(ANSWER, ask).await.ok()?.ok()?;
+    let body = reply.body();
+    let names: Vec<&str> = body.deserialize().ok()?;
+    if names.contains(&&*app.service) {
+        return Some(true);
+    }
+    // Systemd starts what has a service file, whether or not the bus knows of it; and the bus looks again before it says
+    // that it does not.
+    let usable = |file: &ServiceFile| {
+        file.systemd_service.is_some() || (!file.exec.is_empty() && (app.bus != Bus::System || file.user.is_some()))
+    };
+    Some(service_file(&way, &app).await.is_some_and(|file| usable(&file)))
+}
+
 async fn attempt(connection: &Connection, way: &Way, app: &AppKey) -> StartOutcome {
     if has_owner(connection, &app.service).await {
         return StartOutcome::Started;

@@ -39,7 +39,7 @@ impl App {
                 self.next = None;
                 break;
             };
-            let verdict = policy::decide(&instance.snapshot(self.pending, env), env.now.boot);
+            let verdict = policy::decide(&instance.snapshot(self.pending, self.startable, env), env.now.boot);
             match verdict.act {
                 Act::Wait { until } => {
                     self.next = until;
@@ -121,6 +121,10 @@ impl App {
                 instance.hold = Hold::Frozen { since, paged: Paged::Left };
                 self.decide("leave", reason, env);
             }
+            (Act::Keep, Hold::WouldBeFrozen { .. } | Hold::Frozen { .. }) => {
+                instance.kept = true;
+                self.decide("leave", reason, env);
+            }
             (Act::Kill, Hold::WouldBeFrozen { .. }) => {
                 instance.hold = Hold::WouldBeKilled;
                 self.decide("would-kill", reason, env);
@@ -132,7 +136,7 @@ impl App {
             }
             (Act::NoAnswer, Hold::Thawing { since, .. }) => self.thaw_failed(since, reason, env),
             (Act::NoAnswer, Hold::Killing { .. }) => self.kill_failed(reason, env),
-            (Act::PageOut | Act::LeavePages | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
+            (Act::PageOut | Act::LeavePages | Act::Keep | Act::NoAnswer | Act::Leave { .. } | Act::Wait { .. }, _) => {}
         }
     }
 

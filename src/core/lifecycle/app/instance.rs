@@ -48,6 +48,8 @@ pub(super) struct Instance {
     /// Whether it was inspected since it was frozen.
     pub(super) checked: bool,
     pub(super) squeeze: Option<(Squeeze, Arc<str>)>,
+    /// Whether it was said that it is not ended, because nothing could start it again.
+    pub(super) kept: bool,
     /// Since when it is frozen, for telling it how long that was.
     pub(super) frozen_since: Option<Instant>,
     pub(super) hold: Hold,
@@ -114,6 +116,7 @@ impl Instance {
             found: 0,
             checked: false,
             squeeze: None,
+            kept: false,
             frozen_since: None,
             hold: Hold::Running,
             awake: None,
@@ -160,7 +163,7 @@ impl Instance {
         }
     }
 
-    pub(super) fn snapshot<'a>(&'a self, pending: bool, env: &'a Env<'_>) -> Snapshot<'a> {
+    pub(super) fn snapshot<'a>(&'a self, pending: bool, startable: Option<bool>, env: &'a Env<'_>) -> Snapshot<'a> {
         Snapshot {
             profile: env.rules.profile,
             times: env.rules.times,
@@ -185,6 +188,8 @@ impl Instance {
             },
             checked: self.checked,
             squeeze: self.squeeze.as_ref().map(|(squeeze, reason)| (*squeeze, &**reason)),
+            startable,
+            kept: self.kept,
             sampling_until: self.sampling.map(|(_, until)| until),
             paging: self.paging.is_some(),
             uss: self.uss,
@@ -276,6 +281,14 @@ impl Instance {
             self.calm_until = Some(env.now.boot + env.rules.times.grace);
         }
         self.leased = leased;
+    }
+
+    /// Since when nobody looks at it, if that is known.
+    pub(super) const fn unseen(&self) -> Option<Instant> {
+        match self.standing {
+            Standing::Background { since, .. } => Some(since),
+            Standing::Unknown(_) | Standing::Foreground { .. } => None,
+        }
     }
 
     pub(super) const fn is_vetoed(&self) -> Option<&Veto> {
