@@ -11,6 +11,7 @@ mod access;
 mod beginning;
 mod control;
 pub mod delivery;
+pub mod leases;
 pub mod ledger;
 pub mod lifecycle;
 mod panel;
@@ -36,6 +37,7 @@ use rand_chacha::ChaCha12Rng;
 use self::{
     control::Commands,
     delivery::Delivery,
+    leases::{Leases, Wish},
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
     queries::ReportRun,
@@ -71,6 +73,7 @@ pub struct Core {
     registry: Registry,
     delivery: Delivery,
     lifecycle: Lifecycle,
+    leases: Leases,
     ledger: Ledger,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
@@ -158,7 +161,10 @@ impl Core {
                 }
             }
             Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
-            Event::FallingAsleep => self.sleep.falling_asleep(now.boot),
+            Event::FallingAsleep => {
+                self.leases.sleep(true, now.boot);
+                self.sleep.falling_asleep(now.boot);
+            }
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
@@ -178,6 +184,7 @@ impl Core {
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
                 if event == Event::Resumed {
+                    self.leases.sleep(false, now.boot);
                     self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
                 }
                 for upstream in &mut self.upstreams {
@@ -212,6 +219,7 @@ impl Core {
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, self.sleep.poll_timeout());
+        let own = earliest(own, self.leases.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -234,6 +242,10 @@ impl Core {
         self.pump(now);
         if due(self.delivery.poll_timeout()) {
             self.delivery.handle_timeout(now);
+            self.pump(now);
+        }
+        if due(self.leases.poll_timeout()) {
+            self.leases.handle_timeout(now.boot);
             self.pump(now);
         }
         if due(self.lifecycle.poll_timeout()) {
@@ -283,10 +295,17 @@ impl Core {
                 Request::ForgetUser(uid) => self.forget_user(call, &caller, uid, now),
                 Request::Panel(request) => self.panel(call, &caller, request, now),
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
+                Request::Lease { kind, reason, seconds, service } => {
+                    let time = seconds.map(|seconds| Duration::from_secs(seconds.into()));
+                    let wish = Wish { holder: caller.owner.clone(), kind, reason, time };
+                    self.lease(call, &caller, service, wish, now);
+                }
+                Request::EndLease(lease) => self.end_lease(call, &caller, lease, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
             BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
+            BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }
 
@@ -298,6 +317,7 @@ impl Core {
         for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
             (presence.known, presence.owner, presence.starting) = (false, None, None);
         }
+        self.leases.bus_down(bus, now.boot);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
     }
@@ -316,12 +336,14 @@ impl Core {
                 }
                 presence.owner = Some(owner.clone());
                 let started_by_us = presence.starting.take().is_some();
+                self.leases.vanished(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
             }
             None => {
                 presence.owner = None;
+                self.leases.vanished(app, now.boot);
                 self.lifecycle.vanished(app, now);
                 self.pump(now);
                 self.delivery.vanished(app, now);

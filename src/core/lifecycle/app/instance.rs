@@ -278,6 +278,10 @@ impl Instance {
         self.leased = leased;
     }
 
+    pub(super) fn vetoes(&self) -> &[Veto] {
+        &self.vetoes
+    }
+
     pub(super) const fn is_vetoed(&self) -> Option<&Veto> {
         self.vetoes.as_slice().first()
     }
