@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     event::{Claim, Command, Query, Request},
-    model::ConnectorVersion,
+    model::{ConnectorVersion, LeaseId, LeaseKind},
 };
 
 /// What to do with a call.
@@ -66,6 +66,8 @@ pub(super) enum Wording {
     SetProvider,
     /// A part of `Reply::Panel`.
     Panel(Shown),
+    /// `(hu)`: the lease and its number.
+    Lease,
 }
 
 /// Whose service name a request is about.
@@ -248,6 +250,9 @@ fn unregister(token: &str, version: ConnectorVersion) -> Result<Call, Fault> {
 }
 
 fn app(member: &str, body: &Body) -> Result<Call, Fault> {
+    if member == "Lease" {
+        return lease(body);
+    }
     let (service, state) = if member == "SetState" {
         (None, arguments::<&str>(body)?)
     } else {
@@ -262,6 +267,33 @@ fn app(member: &str, body: &Body) -> Result<Call, Fault> {
     };
     let about = service.clone().map_or(About::Caller, About::Service);
     Ok(Call::Ask { request: Request::Declare { service, claim }, wording: Wording::Empty, about })
+}
+
+fn lease(body: &Body) -> Result<Call, Fault> {
+    let (kind, reason, options) = arguments::<(&str, &str, HashMap<&str, Variant<'_>>)>(body)?;
+    let kind = LeaseKind::parse(kind).ok_or_else(|| {
+        let kinds = LeaseKind::ALL.map(LeaseKind::as_str).join(", ");
+        invalid(format!("there is no kind of lease \"{}\"; there are {kinds}", start_of(kind)))
+    })?;
+    if !(1..=TEXT).contains(&reason.len()) || reason.chars().any(char::is_control) {
+        return Err(invalid(format!("the reason must be 1 to {TEXT} bytes without control characters: users read it")));
+    }
+    let seconds = match options.get("seconds") {
+        None => None,
+        Some(Variant::U32(seconds)) if *seconds > 0 => Some(*seconds),
+        Some(_) => return Err(invalid("\"seconds\" must be a number (u) above 0".into())),
+    };
+    let service = match options.get("service") {
+        None => None,
+        Some(Variant::Str(service)) => {
+            check_service(service)?;
+            Some(Arc::<str>::from(service.as_str()))
+        }
+        Some(_) => return Err(invalid("\"service\" must be a string (s)".into())),
+    };
+    let about = service.clone().map_or(About::Caller, About::Service);
+    let request = Request::Lease { kind, reason: reason.into(), seconds, service };
+    Ok(Call::Ask { request, wording: Wording::Lease, about })
 }
 
 fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
@@ -284,6 +316,14 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             let service = (!service.is_empty()).then(|| service.into());
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
+        "Leases" => {
+            let service = arguments::<&str>(body)?;
+            if !service.is_empty() {
+                check_service(service)?;
+            }
+            (Request::Query(Query::Leases((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "EndLease" => (Request::EndLease(LeaseId(arguments::<u32>(body)?)), Wording::Empty),
         "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),
         _ => {
             let service = arguments::<&str>(body)?;
@@ -300,7 +340,9 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
         }
     };
     let about = match &request {
-        Request::Query(Query::Show(service) | Query::Why(service) | Query::Endpoints(service))
+        Request::Query(
+            Query::Show(service) | Query::Why(service) | Query::Endpoints(service) | Query::Leases(Some(service)),
+        )
         | Request::Move { service: Some(service), .. }
         | Request::Command { service, .. } => About::Service(Arc::clone(service)),
         _ => About::Nobody,
