@@ -24,7 +24,7 @@ use rustix::fs::{CWD, Mode, OFlags, inotify, openat};
 use zbus::{Connection, connection::Builder};
 use zruntime::{AsyncIo, Shared, SharedRuntime};
 
-use super::{User, errand::Errands, guard::Guarded};
+use super::{User, errand::Errands, guard::{Closer, Guarded}};
 
 /// A user's bus that has not let us in within this is as good as absent.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -42,6 +42,7 @@ pub(in crate::sys) struct Door {
     errands: Errands,
     /// Tells of new sockets, once the directory is there.
     watch: Option<AsyncIo<OwnedFd, Shared>>,
+    closer: Closer,
     failed: u32,
 }
 
@@ -53,7 +54,7 @@ struct Looked {
 
 impl Door {
     pub(in crate::sys) fn new(user: User, errands: Errands) -> Self {
-        Self { user, errands, watch: None, failed: 0 }
+        Self { user, errands, watch: None, closer: Closer::default(), failed: 0 }
     }
 
     /// A connection to the user's bus, within 5 s.
@@ -76,7 +77,7 @@ impl Door {
         self.watch = looked.watch.and_then(|watch| AsyncIo::new(runtime, watch).ok());
         let at = self.user.runtime_dir.join(SOCKET);
         let stream = looked.stream.map_err(|error| format!("{}: {error}", at.display()))?;
-        let socket = Guarded::new(stream).map_err(|error| error.to_string())?;
+        let socket = Guarded::new(stream, self.closer.clone()).map_err(|error| error.to_string())?;
         let connected = Builder::socket(socket).user_id(uid).build().await.map_err(|error| error.to_string());
         if connected.is_ok() {
             // What it says from now on nobody would read.
