@@ -6,8 +6,8 @@ use crate::{
     config::UpstreamSettings,
     event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, Privilege, StoreTicket},
     model::{
-        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq, Owner,
-        Preference, Registration, RegistrationId, TargetId,
+        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq,
+        Owner, Preference, Registration, RegistrationId, TargetId,
     },
 };
 

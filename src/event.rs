@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::UpstreamSettings,
     model::{
-        AppKey, Bus, ConnectorVersion, LeaseId, LeaseKind, Memory, MessageSeq, Owner, ProcessFacts, Secret, Surroundings, TargetId, Veto,
-        Window,
+        AppKey, Bus, ConnectorVersion, LeaseId, LeaseKind, Memory, MessageSeq, Owner, ProcessFacts, Secret,
+        Surroundings, TargetId, Veto, Window,
     },
 };
 

@@ -592,8 +592,7 @@ pub enum LeaseKind {
 
 impl LeaseKind {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Task, Self::Sync, Self::Transfer, Self::Navigation, Self::Audio, Self::Call];
+    pub const ALL: [Self; 6] = [Self::Task, Self::Sync, Self::Transfer, Self::Navigation, Self::Audio, Self::Call];
 
     /// The word on the wire.
     pub const fn as_str(self) -> &'static str {

@@ -5,6 +5,7 @@
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
 #[path = "support/lease.rs"]
+#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 mod lease;
 #[path = "support/polkit.rs"]
 #[expect(dead_code, reason = "made for the tests of the bus thread; shared")]

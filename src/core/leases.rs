@@ -223,7 +223,8 @@ impl Leases {
         }
         // What runs at this moment is counted first.
         self.step(app, now);
-        if let (Some(budget), Some(spent)) = (budget_of(wish.kind), self.spent.get(app).map(|all| all[index(wish.kind)]))
+        if let (Some(budget), Some(spent)) =
+            (budget_of(wish.kind), self.spent.get(app).map(|all| all[index(wish.kind)]))
             && spent.left(budget, now).is_zero()
         {
             let again = spent.since.map_or(Duration::ZERO, |since| (since + DAY).since(now));
@@ -425,11 +426,8 @@ impl Leases {
     fn take_what_is_over(&mut self, app: &AppKey, now: Instant) {
         let Some(holder) = self.apps.get(app) else { return };
         let facts = holder.facts;
-        let left: Vec<(LeaseId, Duration)> = holder
-            .leases
-            .iter()
-            .filter_map(|(id, lease)| Some((*id, self.left(app, lease, facts, now)?)))
-            .collect();
+        let left: Vec<(LeaseId, Duration)> =
+            holder.leases.iter().filter_map(|(id, lease)| Some((*id, self.left(app, lease, facts, now)?))).collect();
         for (id, left) in left {
             if left.is_zero() {
                 self.end(app, id, |what| format!("its time in the background is over: {what}"));
@@ -496,7 +494,8 @@ impl Leases {
         self.spent.retain(|_, budgets| budgets.iter().any(|budget| !budget.is_new(now)));
         let began = |budgets: &[Budget; KINDS]| budgets.iter().filter_map(|budget| budget.since).max();
         if self.spent.len() >= REMEMBERED
-            && let Some(oldest) = self.spent.iter().min_by_key(|(_, budgets)| began(budgets)).map(|(app, _)| app.clone())
+            && let Some(oldest) =
+                self.spent.iter().min_by_key(|(_, budgets)| began(budgets)).map(|(app, _)| app.clone())
         {
             self.spent.remove(&oldest);
         }

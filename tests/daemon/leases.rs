@@ -60,7 +60,9 @@ fn an_app_stays_awake_until_it_gives_its_lease_back() {
     let id: u32 = app.hear("taken").parse().unwrap();
     let shell = world.nameless();
     shell.porter("org.nightporter1.App", "SetStateOf", &[HOLDER, "background"]).unwrap();
-    wait("the reason", || why_contains(&world, HOLDER, "it holds a lease: transfer \"upload of 3 photos\"").then_some(()));
+    wait("the reason", || {
+        why_contains(&world, HOLDER, "it holds a lease: transfer \"upload of 3 photos\"").then_some(())
+    });
     assert!(stays(PAST_GRACE, || is_running(app.pid()) && !is_held(app.pid())), "{:?}", world.why(HOLDER));
     let listed = held(&world);
     assert_eq!((listed.len(), listed[0].id, &*listed[0].app), (1, id, HOLDER));
@@ -114,11 +116,20 @@ fn what_is_taken_away_reads_to_its_end() {
     other.endpoint("t");
     let manager = "org.nightporter1.Manager";
     let ended = |client: &Client, id: u32| {
-        let call = client.connection.call_method(Some("org.nightporter1"), "/org/nightporter1", Some(manager), "EndLease", &id);
+        let call = client.connection.call_method(
+            Some("org.nightporter1"),
+            "/org/nightporter1",
+            Some(manager),
+            "EndLease",
+            &id,
+        );
         block_on(call).map(drop).map_err(|error| error.to_string())
     };
     assert!(ended(&other, lease.id).unwrap_err().contains("NotAuthorized"));
-    assert!(ended(&other, lease.id + 1).unwrap_err().contains("NotAuthorized"), "who may not is not told what there is");
+    assert!(
+        ended(&other, lease.id + 1).unwrap_err().contains("NotAuthorized"),
+        "who may not is not told what there is"
+    );
     assert!(ended(&shell, lease.id + 1).unwrap_err().contains("there is no lease"));
     assert_eq!(other.porter(manager, "Leases", &[APP]), Err("org.nightporter1.Error.NotAuthorized".into()));
     let output = world.cli(&["end-lease", &lease.id.to_string()]);

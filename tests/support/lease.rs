@@ -44,7 +44,7 @@ pub(crate) fn take(
         // Those of the bus have a type of their own, and print like this.
         Err(error) => {
             let text = error.to_string();
-            text.split_once(": ").map(|(name, text)| (name.to_owned(), text.to_owned())).unwrap()
+            Err(text.split_once(": ").map(|(name, text)| (name.to_owned(), text.to_owned())).unwrap())
         }
     }
 }

@@ -24,7 +24,11 @@ use rustix::fs::{CWD, Mode, OFlags, inotify, openat};
 use zbus::{Connection, connection::Builder};
 use zruntime::{AsyncIo, Shared, SharedRuntime};
 
-use super::{User, errand::Errands, guard::{Closer, Guarded}};
+use super::{
+    User,
+    errand::Errands,
+    guard::{Closer, Guarded},
+};
 
 /// A user's bus that has not let us in within this is as good as absent.
 const LIMIT: Duration = Duration::from_secs(5);

@@ -15,8 +15,8 @@ use std::{
 };
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 use zbus::{
     Message,
@@ -306,7 +306,7 @@ mod tests {
         closer.take(vec![OwnedFd::from(lingering)]).unwrap();
         let (mut end, sent) = pipe().unwrap();
         let fill = |count: usize| (0..count).map(|_| OwnedFd::from(sent.try_clone().unwrap())).collect::<Vec<_>>();
-        while closer.0.lock().unwrap().waiting.len() > 0 {
+        while !closer.0.lock().unwrap().waiting.is_empty() {
             thread::yield_now();
         }
         closer.take(fill(UNCLOSED)).unwrap();
