@@ -28,6 +28,9 @@ _nightporter() {
             nightporter,doctor)
                 cmd="nightporter__subcmd__doctor"
                 ;;
+            nightporter,end-lease)
+                cmd="nightporter__subcmd__end__subcmd__lease"
+                ;;
             nightporter,forget-user)
                 cmd="nightporter__subcmd__forget__subcmd__user"
                 ;;
@@ -39,6 +42,9 @@ _nightporter() {
                 ;;
             nightporter,kill)
                 cmd="nightporter__subcmd__kill"
+                ;;
+            nightporter,leases)
+                cmd="nightporter__subcmd__leases"
                 ;;
             nightporter,man)
                 cmd="nightporter__subcmd__man"
@@ -76,6 +82,9 @@ _nightporter() {
             nightporter__subcmd__help,doctor)
                 cmd="nightporter__subcmd__help__subcmd__doctor"
                 ;;
+            nightporter__subcmd__help,end-lease)
+                cmd="nightporter__subcmd__help__subcmd__end__subcmd__lease"
+                ;;
             nightporter__subcmd__help,forget-user)
                 cmd="nightporter__subcmd__help__subcmd__forget__subcmd__user"
                 ;;
@@ -87,6 +96,9 @@ _nightporter() {
                 ;;
             nightporter__subcmd__help,kill)
                 cmd="nightporter__subcmd__help__subcmd__kill"
+                ;;
+            nightporter__subcmd__help,leases)
+                cmd="nightporter__subcmd__help__subcmd__leases"
                 ;;
             nightporter__subcmd__help,man)
                 cmd="nightporter__subcmd__help__subcmd__man"
@@ -119,7 +131,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -204,6 +216,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__end__subcmd__lease)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__forget__subcmd__user)
             opts="-h --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -233,7 +259,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="status apps show why freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -302,6 +328,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__help__subcmd__end__subcmd__lease)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__help__subcmd__forget__subcmd__user)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -345,6 +385,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__kill)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__leases)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -471,6 +525,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__kill)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__leases)
             opts="-h --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

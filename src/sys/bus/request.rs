@@ -496,6 +496,45 @@ mod tests {
     }
 
     #[test]
+    fn leases() {
+        let options = |pairs: &[(&'static str, Variant<'static>)]| {
+            pairs.iter().map(|(key, value)| (*key, value.try_clone().unwrap())).collect::<HashMap<_, _>>()
+        };
+        let lease = |kind: &str, reason: &str, pairs: &[(&'static str, Variant<'static>)]| {
+            call(NIGHTPORTER_PATH, Some(APP), "Lease", &(kind, reason, options(pairs)))
+        };
+        let given = [("seconds", Variant::from(7_u32)), ("service", Variant::from("org.a.B")), ("new", Variant::from(1))];
+        for (pairs, seconds, service) in [(&given[..], Some(7), Some("org.a.B")), (&given[2..], None, None)] {
+            let (request, wording, about) = asked(lease("transfer", "upload", pairs));
+            let service = service.map(Arc::<str>::from);
+            assert_eq!(about, service.clone().map_or(About::Caller, About::Service));
+            let wish = Request::Lease { kind: LeaseKind::Transfer, reason: "upload".into(), seconds, service };
+            assert_eq!((request, wording), (wish, Wording::Lease));
+        }
+        for kind in LeaseKind::ALL {
+            assert!(lease(kind.as_str(), &"r".repeat(100), &[]).is_ok());
+        }
+        for (kind, reason, pairs) in [
+            ("Task", "r", &[][..]),
+            ("task", "", &[]),
+            ("task", &*"r".repeat(101), &[]),
+            ("task", "\u{1b}[2J", &[]),
+            ("task", "r", &[("seconds", Variant::from(0_u32))]),
+            ("task", "r", &[("seconds", Variant::from(5_i32))]),
+            ("task", "r", &[("service", Variant::from("no name"))]),
+            ("task", "r", &[("service", Variant::from(1_u32))]),
+        ] {
+            assert_eq!(lease(kind, reason, pairs).unwrap_err().name, INVALID_ARGS, "{kind} {reason} {pairs:?}");
+        }
+        let manager = |member: &str, service: &str| asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &service)).0;
+        assert_eq!(manager("Leases", ""), Request::Query(Query::Leases(None)));
+        assert_eq!(manager("Leases", "org.a.B"), Request::Query(Query::Leases(Some("org.a.B".into()))));
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), "EndLease", &7_u32));
+        assert_eq!((request, wording), (Request::EndLease(LeaseId(7)), Wording::Empty));
+        assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), "EndLease", &"7").unwrap_err().name, INVALID_ARGS);
+    }
+
+    #[test]
     fn a_body_far_too_large_is_not_even_looked_at() {
         let fault = call(DISTRIBUTOR_PATH, Some(DISTRIBUTOR1), "Unregister", &"x".repeat(BODY)).unwrap_err();
         assert_eq!(fault.name, LIMITS_EXCEEDED);
