@@ -503,7 +503,8 @@ mod tests {
         let lease = |kind: &str, reason: &str, pairs: &[(&'static str, Variant<'static>)]| {
             call(NIGHTPORTER_PATH, Some(APP), "Lease", &(kind, reason, options(pairs)))
         };
-        let given = [("seconds", Variant::from(7_u32)), ("service", Variant::from("org.a.B")), ("new", Variant::from(1))];
+        let given =
+            [("seconds", Variant::from(7_u32)), ("service", Variant::from("org.a.B")), ("new", Variant::from(1))];
         for (pairs, seconds, service) in [(&given[..], Some(7), Some("org.a.B")), (&given[2..], None, None)] {
             let (request, wording, about) = asked(lease("transfer", "upload", pairs));
             let service = service.map(Arc::<str>::from);
