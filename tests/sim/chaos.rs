@@ -296,7 +296,7 @@ impl World {
         let held = self.leases.iter().filter(|((of, _), given_back)| *of == life && !**given_back);
         let held: Vec<LeaseId> = held.map(|((_, lease), _)| *lease).collect();
         match self.rng.pick(&held).copied() {
-            Some(lease) if self.rng.chance(3000) => {
+            Some(lease) if self.rng.chance(6000) => {
                 self.leases.insert((life, lease), true);
                 self.count("leases given back");
                 self.bus_event(BusEvent::LeaseClosed(lease));

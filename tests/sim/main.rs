@@ -110,9 +110,9 @@ const LEAST: [(&str, u64); 39] = [
     ("sleeps allowed", 300),
     ("sleeps delayed for a delivery", 20),
     ("kept awake", 20),
-    ("leases given", 400),
-    ("leases given back", 50),
-    ("leases taken away", 200),
+    ("leases given", 200),
+    ("leases given back", 15),
+    ("leases taken away", 100),
 ];
 
 fn check_that_it_was_hard(stats: &world::Stats) {
