@@ -6,8 +6,8 @@ use crate::{
     config::UpstreamSettings,
     event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, Privilege, StoreTicket},
     model::{
-        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, Message, MessageSeq, Owner,
-        Preference, Registration, RegistrationId, TargetId,
+        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq,
+        Owner, Preference, Registration, RegistrationId, TargetId,
     },
 };
 
@@ -111,6 +111,19 @@ pub enum Action {
     ReadPressure,
     /// Everything is thawed and closed: end the process.
     Exit,
+    /// A lease on this bus is over: close our end of it, by which its holder sees that. No event follows.
+    EndLease(Bus, LeaseId),
+    /// Tell the holder of a lease that it is about to be taken (`org.nightporter1.App.LeaseEnding`).
+    LeaseEnding {
+        /// The bus it is on.
+        bus: Bus,
+        /// Its unique name.
+        holder: Owner,
+        /// Which lease.
+        lease: LeaseId,
+        /// How soon.
+        within: Duration,
+    },
 }
 
 /// An HTTP request to an upstream.
@@ -225,6 +238,9 @@ pub enum Reply {
         /// Whether somebody may be asked for a password, if the caller allows that.
         interactive: bool,
     },
+    /// A lease is given: the bus thread makes its two ends. `BusEvent::LeaseClosed` follows when the holder's is closed,
+    /// also when the reply does not reach it.
+    Lease(LeaseId),
 }
 
 /// The errors our interfaces reply with.

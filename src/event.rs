@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::UpstreamSettings,
     model::{
-        AppKey, Bus, ConnectorVersion, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret, Surroundings,
-        TargetId, Veto, Window,
+        AppKey, Bus, ConnectorVersion, LeaseId, LeaseKind, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret,
+        Surroundings, TargetId, Veto, Window,
     },
 };
 
@@ -259,6 +259,8 @@ pub enum BusEvent {
     Startable(AppKey, bool),
     /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
     Started(AppKey, StartOutcome),
+    /// The holder of a lease closed its end, or died.
+    LeaseClosed(LeaseId),
 }
 
 /// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.
@@ -371,6 +373,19 @@ pub enum Request {
         /// What to do.
         command: Command,
     },
+    /// `org.nightporter1.App.Lease`: keep an app awake in the background.
+    Lease {
+        /// What for.
+        kind: LeaseKind,
+        /// The same in the holder's words, for people: 1 to 100 bytes without control characters.
+        reason: Arc<str>,
+        /// How long at most in the background, where that is less than the kind's own time; not zero.
+        seconds: Option<u32>,
+        /// Which app; `None`: the caller itself.
+        service: Option<Arc<str>>,
+    },
+    /// `org.nightporter1.Manager.EndLease`: take a lease away.
+    EndLease(LeaseId),
 }
 
 /// What KDE's settings panel asks for, on behalf of the user whose bus it is on.
@@ -414,6 +429,8 @@ pub enum Query {
     Report,
     /// One app's endpoints: capability URLs, so only for whom may act on it.
     Endpoints(Arc<str>),
+    /// The leases held now: one app's, or all.
+    Leases(Option<Arc<str>>),
 }
 
 /// What a user can do to an app by hand.

@@ -610,3 +610,47 @@ pub struct LifecycleTimes {
     /// Awake after a push was taken.
     pub awake_window: Duration,
 }
+
+/// Names a lease; not used again while the daemon lives, but for the wrap-around after 2^32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseId(pub u32);
+
+/// What a lease is for (design.md, "Leases"). In order of how much it is worth: the last keeps the app awake most surely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LeaseKind {
+    /// To finish what was begun.
+    Task,
+    /// To fetch what is new.
+    Sync,
+    /// To receive or send something large.
+    Transfer,
+    /// To guide somebody on the way.
+    Navigation,
+    /// To play or record; verified.
+    Audio,
+    /// To speak with somebody; verified.
+    Call,
+}
+
+impl LeaseKind {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Task, Self::Sync, Self::Transfer, Self::Navigation, Self::Audio, Self::Call];
+
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Task => "task",
+            Self::Sync => "sync",
+            Self::Transfer => "transfer",
+            Self::Navigation => "navigation",
+            Self::Audio => "audio",
+            Self::Call => "call",
+        }
+    }
+
+    /// The inverse of [`LeaseKind::as_str`].
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+}

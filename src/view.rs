@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Ending, Freezer, Memory, NetworkKind, Profile, Reach, Urgency};
+use crate::model::{Ending, Freezer, LeaseKind, Memory, NetworkKind, Profile, Reach, Urgency};
 
 /// `Status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -199,6 +199,34 @@ pub struct Show {
     pub registered: Vec<Registered>,
     /// Its memory, as the ledger has it.
     pub memory: LedgerRow,
+    /// The leases that keep it awake.
+    #[serde(default)]
+    pub leases: Vec<Lease>,
+}
+
+/// `Leases`: an array of these, by id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Its number, for `EndLease`.
+    pub id: u32,
+    /// The app it keeps awake.
+    pub app: String,
+    /// The bus that lives on.
+    pub bus: String,
+    /// The unique name of whoever holds it.
+    pub holder: String,
+    /// What it was taken as.
+    pub kind: LeaseKind,
+    /// What it counts as: `task` where it was taken for something that is not to be seen.
+    pub counts_as: LeaseKind,
+    /// What its holder says it is for.
+    pub reason: String,
+    /// Seconds it has been held.
+    pub since_secs: u64,
+    /// Seconds it has left in the background, where they are limited.
+    pub left_secs: Option<u64>,
+    /// Whether they are running: its app is in the background.
+    pub counting: bool,
 }
 
 /// One registration, without its endpoint (which is a secret).

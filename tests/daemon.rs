@@ -11,10 +11,15 @@ mod group;
 #[path = "units/systemd.rs"]
 mod systemd;
 
+#[path = "support/lease.rs"]
+mod lease;
+
 #[path = "daemon/crashes.rs"]
 mod crashes;
 #[path = "daemon/delivery.rs"]
 mod delivery;
+#[path = "daemon/leases.rs"]
+mod leases;
 #[path = "daemon/lifecycle.rs"]
 mod lifecycle;
 #[path = "daemon/moves.rs"]

@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
+#[path = "support/lease.rs"]
+#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
+mod lease;
 #[path = "support/polkit.rs"]
 #[expect(dead_code, reason = "made for the tests of the bus thread; shared")]
 mod polkit;
@@ -24,6 +27,7 @@ mod support;
 use std::{fs, io, thread, time::Duration};
 
 use self::{
+    lease::{Puppet, play},
     polkit::{Polkit, Says},
     support::{Machine, User, wait},
 };
@@ -88,6 +92,64 @@ fn users_are_served_by_one_daemon_and_kept_apart() {
         let endpoints = user.manager("Endpoints", &[&format!("string:{CHAT}")]).unwrap();
         assert!(endpoints.contains(endpoint.as_str()) && !endpoints.contains(other.as_str()), "{endpoints}");
     }
+}
+
+#[test]
+#[ignore = "played by another test, as a process of a user's own"]
+fn play_a_holder() {
+    let Ok(bus) = std::env::var("PUPPET_BUS") else { return };
+    let connection = zbus::block_on(zbus::connection::Builder::address(bus.as_str()).build()).unwrap();
+    play(&connection);
+}
+
+#[test]
+fn leases_pass_over_a_users_bus_and_stay_that_users() {
+    let mut machine = Machine::new();
+    let [alice, bob] = [ALICE, BOB].map(|uid| machine.user(uid));
+    for user in [alice, bob] {
+        machine.at(user).install(CHAT, "");
+        machine.at_mut(user).start_bus();
+        machine.log_in(user);
+    }
+    machine.start_daemon();
+    for (user, uid) in [(alice, ALICE), (bob, BOB)] {
+        machine.wait_up(uid, 1);
+        machine.at(user).launch(CHAT);
+    }
+    let mut holder = Puppet::start(machine.at(alice).run_this(&["play_a_holder"], &[("PUPPET_SERVICE", CHAT)]));
+    let held = |user: usize| -> serde_json::Value {
+        serde_json::from_str(&machine.at(user).manager("Leases", &["string:"]).unwrap()).unwrap()
+    };
+    holder.tell("take");
+    let id = holder.hear("taken");
+    let listed = held(alice);
+    assert_eq!((&listed[0]["app"], &listed[0]["bus"]), (&CHAT.into(), &"user 5".into()), "{listed}");
+    assert_eq!(held(bob), serde_json::json!([]));
+    let end = |user: usize, id: &str| machine.at(user).manager("EndLease", &[&format!("uint32:{id}")]);
+    assert!(end(bob, &id).unwrap_err().contains("there is no lease"));
+    end(alice, &id).unwrap();
+    holder.tell("wait");
+    holder.hear("over");
+    // What is given back, and what its holder dies with.
+    holder.tell("take");
+    holder.hear("taken");
+    holder.tell("close");
+    wait("it to be given back", || (held(alice) == serde_json::json!([])).then_some(()));
+    holder.tell("take");
+    holder.hear("taken");
+    assert_eq!(held(alice).as_array().map(Vec::len), Some(1));
+    holder.kill();
+    wait("it to be over", || (held(alice) == serde_json::json!([])).then_some(()));
+    // Root sees them all, and takes away whose it likes.
+    let mut holder = Puppet::start(machine.at(bob).run_this(&["play_a_holder"], &[("PUPPET_SERVICE", CHAT)]));
+    holder.tell("take");
+    let id = holder.hear("taken");
+    let listed = machine.cli(&["leases"]);
+    assert!(String::from_utf8_lossy(&listed.stdout).contains("upload of 3 photos"), "{listed:?}");
+    assert!(machine.cli(&["end-lease", &id]).status.success());
+    holder.tell("wait");
+    holder.hear("over");
+    assert_eq!(machine.count_log("cannot connect"), 0);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod beginning;
 mod control;
 pub mod delivery;
 pub mod foreground;
+pub mod leases;
 pub mod ledger;
 pub mod lifecycle;
 mod looking;
@@ -41,6 +42,7 @@ use self::{
     control::Commands,
     delivery::Delivery,
     foreground::Windows,
+    leases::{Leases, Wish},
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
     pressure::Pressure,
@@ -81,6 +83,7 @@ pub struct Core {
     delivery: Delivery,
     lifecycle: Lifecycle,
     pressure: Pressure,
+    leases: Leases,
     ledger: Ledger,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
@@ -174,7 +177,10 @@ impl Core {
                 }
             }
             Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
-            Event::FallingAsleep => self.sleep.falling_asleep(now.boot),
+            Event::FallingAsleep => {
+                self.leases.sleep(true, now.boot);
+                self.sleep.falling_asleep(now.boot);
+            }
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
@@ -196,6 +202,7 @@ impl Core {
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
                 if event == Event::Resumed {
+                    self.leases.sleep(false, now.boot);
                     self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
                 }
                 for upstream in &mut self.upstreams {
@@ -237,6 +244,7 @@ impl Core {
             .min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
+        let own = earliest(own, self.leases.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -259,6 +267,10 @@ impl Core {
         self.pump(now);
         if due(self.delivery.poll_timeout()) {
             self.delivery.handle_timeout(now);
+            self.pump(now);
+        }
+        if due(self.leases.poll_timeout()) {
+            self.leases.handle_timeout(now.boot);
             self.pump(now);
         }
         if due(self.lifecycle.poll_timeout()) {
@@ -314,11 +326,18 @@ impl Core {
                 Request::ForgetUser(uid) => self.forget_user(call, &caller, uid, now),
                 Request::Panel(request) => self.panel(call, &caller, request, now),
                 Request::Command { service, command } => self.command(call, &caller, service, command, now),
+                Request::Lease { kind, reason, seconds, service } => {
+                    let time = seconds.map(|seconds| Duration::from_secs(seconds.into()));
+                    let wish = Wish { holder: caller.owner.clone(), kind, reason, time };
+                    self.lease(call, &caller, service, wish, now);
+                }
+                Request::EndLease(lease) => self.end_lease(call, &caller, lease, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
             BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
             BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
+            BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }
 
@@ -330,6 +349,7 @@ impl Core {
         for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
             (presence.known, presence.owner, presence.starting) = (false, None, None);
         }
+        self.leases.bus_down(bus, now.boot);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
     }
@@ -350,6 +370,7 @@ impl Core {
                 presence.had_window = false;
                 let started_by_us = presence.starting.take().is_some();
                 self.pressure.appeared(app, now.boot);
+                self.leases.vanished(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
                 self.look_at(app, now);
                 self.pump(now);
@@ -357,6 +378,7 @@ impl Core {
             }
             None => {
                 presence.owner = None;
+                self.leases.vanished(app, now.boot);
                 self.lifecycle.vanished(app, now);
                 self.pump(now);
                 self.delivery.vanished(app, now);

@@ -48,6 +48,13 @@ impl Core {
             Query::Show(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.show(app, now)),
             Query::Why(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.why(app, now)),
             Query::Endpoints(service) => self.for_app(caller, service, Privilege::ManageApps, Self::endpoints),
+            Query::Leases(Some(service)) => self.for_app(caller, service, Privilege::Read, |core, app| {
+                json(&core.lease_list(now, |other| other == app))
+            }),
+            Query::Leases(None) => match self.privileged(caller, Privilege::Read) {
+                Ok(()) => json(&self.lease_list(now, |app| sees(caller, app))),
+                Err(reply) => reply,
+            },
             Query::Report => match self.privileged(caller, Privilege::Read) {
                 Ok(()) => return self.begin_report(call, caller, now),
                 Err(reply) => reply,
@@ -191,8 +198,27 @@ impl Core {
             protected: shown.protected.as_deref().map(str::to_owned),
             registered: registered.collect(),
             memory: self.ledger.row(app, shown.state.as_str()),
+            leases: self.lease_list(now, |other| other == app),
             app: line,
         })
+    }
+
+    fn lease_list(&self, now: Now, wanted: impl Fn(&AppKey) -> bool) -> Vec<view::Lease> {
+        let shown = self.leases.shown(now.boot).filter(|lease| wanted(lease.app)).map(|lease| view::Lease {
+            id: lease.id.0,
+            app: lease.app.service.to_string(),
+            bus: lease.app.bus.to_string(),
+            holder: lease.holder.0.to_string(),
+            kind: lease.kind,
+            counts_as: lease.counts_as,
+            reason: lease.reason.to_string(),
+            since_secs: lease.held.as_secs(),
+            left_secs: lease.left.map(|left| left.as_secs()),
+            counting: lease.counting,
+        });
+        let mut leases: Vec<view::Lease> = shown.collect();
+        leases.sort_unstable_by_key(|lease| lease.id);
+        leases
     }
 
     fn why(&self, app: &AppKey, now: Now) -> Reply {

@@ -405,6 +405,7 @@ impl Core {
         if self.registry.count_of(app) > 0 || self.apps.remove(app).is_none() {
             return;
         }
+        self.leases.vanished(app, now.boot);
         self.lifecycle.remove_app(app, now);
         self.ledger.remove(app);
         self.pressure.forget(app);

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use super::{
     Core, Purpose, START_TIME, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
-    lifecycle::{self, Readiness, Squeeze},
+    leases::{self, Facts},
+    lifecycle::{self, Readiness, Squeeze, State},
     pressure::{Candidate, Deep},
     upstream::{self, IncomingBody, IncomingMessage},
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId},
+    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId, VetoKind},
     time::Now,
     view::{LinkState, Messages},
 };
@@ -28,13 +29,18 @@ impl Core {
                 .find_map(|(index, upstream)| upstream.session.poll_output().map(|output| (index, output)));
             if let Some((index, output)) = session {
                 self.on_upstream(index, output, now);
+            } else if let Some(output) = self.leases.poll_output() {
+                self.on_leases(output, now);
             } else if let Some(output) = self.lifecycle.poll_output() {
                 // Before delivery's: an app is thawed before it is called.
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
             } else if !self.settle_moves(now) && !self.brief_sessions(now) && !self.hand_over_held(now) {
-                break;
+                self.observe_leased(now);
+                if !self.leases.has_output() {
+                    break;
+                }
             }
         }
         self.mind_sleep(now);
@@ -304,6 +310,32 @@ impl Core {
                 Deep::End => Squeeze::Kill,
             };
             self.lifecycle.squeeze(&order.app, squeeze, &order.reason, now);
+        }
+    }
+
+    fn on_leases(&mut self, output: leases::Output, now: Now) {
+        match output {
+            leases::Output::Keeps(app, sentence) => self.lifecycle.leased(&app, sentence, now),
+            leases::Output::Ending { bus, holder, lease, within } => {
+                self.actions.push_back(Action::LeaseEnding { bus, holder, lease, within });
+            }
+            leases::Output::Ended(bus, lease) => self.actions.push_back(Action::EndLease(bus, lease)),
+            leases::Output::Note(app, verdict, reason) => self.lifecycle.note(&app, verdict, reason, now),
+        }
+    }
+
+    /// What is to be seen of the apps that hold leases: their time runs by it.
+    fn observe_leased(&mut self, now: Now) {
+        let leased: Vec<AppKey> = self.leases.apps().cloned().collect();
+        for app in leased {
+            let state = self.lifecycle.show(&app, now).map(|shown| shown.state);
+            let vetoed = |kinds: &[VetoKind]| self.lifecycle.vetoes(&app).iter().any(|veto| kinds.contains(&veto.kind));
+            let facts = Facts {
+                background: matches!(state, Some(State::Background | State::Awake)),
+                audio: vetoed(&[VetoKind::Playback, VetoKind::Capture, VetoKind::MediaPlayer]),
+                call: vetoed(&[VetoKind::Call]),
+            };
+            self.leases.observe(&app, facts, now.boot);
         }
     }
 

@@ -294,7 +294,9 @@ impl Shell {
             | Action::Unwatch(_)
             | Action::Call { .. }
             | Action::Start(_)
-            | Action::PanelChanged(_) => {
+            | Action::PanelChanged(_)
+            | Action::EndLease(..)
+            | Action::LeaseEnding { .. } => {
                 self.bus.perform(action);
             }
             Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),

@@ -176,7 +176,13 @@ impl Machine {
         open_to_all(&report, 0o666);
         fs::create_dir_all(home.join("data/dbus-1/services")).unwrap();
         let runtime_dir = self.dir.path().join(format!("run-{uid}"));
-        let user = User { uid, home, runtime_dir, reports, bus: None, sample: self.dir.path().join("sample") };
+        // Nor where this test is.
+        let this = self.dir.path().join("this");
+        if !this.exists() {
+            fs::copy(std::env::current_exe().unwrap(), &this).unwrap();
+            open_to_all(&this, 0o755);
+        }
+        let user = User { uid, home, runtime_dir, reports, bus: None, sample: self.dir.path().join("sample"), this };
         user.make_runtime_dir();
         self.users.push(user);
         self.users.len() - 1
@@ -235,6 +241,7 @@ pub(crate) struct User {
     pub(crate) reports: Reports,
     bus: Option<Child>,
     sample: PathBuf,
+    this: PathBuf,
 }
 
 impl User {
@@ -264,6 +271,14 @@ impl User {
             .env("XDG_RUNTIME_DIR", &self.runtime_dir);
         command.env("XDG_DATA_HOME", self.home.join("data")).env("XDG_DATA_DIRS", "/nonexistent");
         command.env("DBUS_SESSION_BUS_ADDRESS", self.address()).current_dir("/").stdin(Stdio::null());
+        command
+    }
+
+    /// One of this program's tests, ignored otherwise, in a process of the user's.
+    pub(crate) fn run_this(&self, test: &[&str], environment: &[(&str, &str)]) -> Command {
+        let mut command = self.run(&self.this);
+        command.args(test).args(["--exact", "--ignored", "--nocapture"]);
+        command.env("PUPPET_BUS", self.address()).envs(environment.iter().copied());
         command
     }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use nightporter::{
     config::UpstreamKind,
-    event::{Command, LinkError, LinkEvent, Query, Request},
-    model::Urgency,
+    event::{BusEvent, Command, LinkError, LinkEvent, Query, Request},
+    model::{LeaseId, LeaseKind, Urgency},
 };
 
 use crate::{
@@ -165,7 +165,8 @@ impl World {
                 }
             }),
             600..740 => self.any_instance(Self::app_declares),
-            740..800 => self.user_acts(),
+            740..780 => self.user_acts(),
+            780..800 => self.lease_comes_or_goes(),
             800..815 => self.bus_goes(),
             815..850 => {
                 self.store.full = true;
@@ -289,6 +290,30 @@ impl World {
         self.count("commands");
         let service = Arc::clone(&self.apps[app].key.service);
         self.call(tool(), Request::Command { service, command }, What::Other);
+    }
+
+    fn lease_comes_or_goes(&mut self) {
+        let life = self.life;
+        let held = self.leases.iter().filter(|((of, _), given_back)| *of == life && !**given_back);
+        let held: Vec<LeaseId> = held.map(|((_, lease), _)| *lease).collect();
+        match self.rng.pick(&held).copied() {
+            Some(lease) if self.rng.chance(6000) => {
+                self.leases.insert((life, lease), true);
+                self.count("leases given back");
+                self.bus_event(BusEvent::LeaseClosed(lease));
+            }
+            Some(lease) if self.rng.chance(1000) => {
+                self.call(tool(), Request::EndLease(lease), What::Other);
+            }
+            _ => {
+                let app = self.rng.below(self.apps.len() as u64) as usize;
+                let service = Some(Arc::clone(&self.apps[app].key.service));
+                let kind = *self.rng.pick(&LeaseKind::ALL).expect("six");
+                let seconds = self.rng.chance(3000).then(|| self.rng.between(1, 120) as u32);
+                let request = Request::Lease { kind, reason: "chaos".into(), seconds, service };
+                self.call(tool(), request, What::Other);
+            }
+        }
     }
 
     /// One app, or all of them, to another upstream.

@@ -15,7 +15,7 @@ use nightporter::{
     event::{
         Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
     },
-    model::{AppKey, Bus, LifecycleTimes, Owner, Profile, TargetId},
+    model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, TargetId},
     view,
 };
 
@@ -168,6 +168,8 @@ pub(crate) struct World {
     pub(crate) endpoint_calls: BTreeMap<DeliveryTicket, (usize, Arc<str>)>,
     calls: BTreeMap<CallId, Asked>,
     next_call: u64,
+    /// Leases not taken away, with the life of the daemon that gave them, and whether their holder gave them back.
+    pub(crate) leases: BTreeMap<(u32, LeaseId), bool>,
     jumps: u32,
     shutdown: Option<At>,
     thaw_trouble: bool,
@@ -220,6 +222,7 @@ impl World {
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
             next_call: 1,
+            leases: BTreeMap::new(),
             jumps: 0,
             shutdown: None,
             thaw_trouble: false,
@@ -393,7 +396,12 @@ impl World {
             }
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
-            Action::PanelChanged(_) => {}
+            Action::PanelChanged(_) | Action::LeaseEnding { .. } => {}
+            Action::EndLease(_, lease) => {
+                let held = self.leases.remove(&(self.life, lease));
+                assert!(held.is_some(), "lease {} is taken away, which nobody holds", lease.0);
+                self.count("leases taken away");
+            }
             Action::Store(op, ticket) => {
                 let rules = self.plan.rules;
                 if let StoreOp::DeleteRegistration(id) = &op {
@@ -900,6 +908,10 @@ impl World {
             assert!(excused || took <= ANSWERED_WITHIN, "a registration was answered after {} s", took / SEC);
         }
         assert_eq!(asked.life, self.life, "an earlier life's call was answered");
+        if let Reply::Lease(lease) = reply {
+            assert!(self.leases.insert((self.life, *lease), false).is_none(), "lease {} is given twice", lease.0);
+            self.count("leases given");
+        }
         if asked.bus != self.bus_age {
             self.retry_register(asked.what);
             return;

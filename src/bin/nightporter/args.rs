@@ -51,6 +51,23 @@ pub(crate) enum Command {
     Thaw(OneApp),
     /// End an app now; the next push starts it again
     Kill(OneApp),
+    /// List the leases that keep apps awake in the background
+    ///
+    /// An app takes one through D-Bus (org.nightporter1.App.Lease), says what for, and gives it back when it is done. Its
+    /// time runs only while the app is in the background. `background = false` in nightporter.toml(5) allows an app none.
+    Leases {
+        /// The app's bus name, or the end of it; all apps without it
+        app: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Take a lease away from the app that holds it
+    EndLease {
+        /// The lease's number, as `nightporter leases` lists it
+        id: u32,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Have an app, or all apps, reached through another push server from now on
     ///
     /// The app is told its new endpoint, and what is on its way along the old one still arrives. `nightporter status`

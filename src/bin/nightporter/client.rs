@@ -116,6 +116,11 @@ impl Daemon {
         self.call("Move", &(app.unwrap_or_default(), upstream))
     }
 
+    /// Takes a lease away.
+    pub(crate) fn end_lease(&self, id: u32) -> Result<(), Failure> {
+        self.call("EndLease", &id)
+    }
+
     /// Has the system's daemon forget a user.
     pub(crate) fn forget_user(&self, uid: u32) -> Result<(), Failure> {
         self.call("ForgetUser", &uid)

@@ -79,6 +79,19 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Freeze(app) => act(&daemon()?, "Freeze", "frozen", &app),
         Command::Thaw(app) => act(&daemon()?, "Thaw", "thawed", &app),
         Command::Kill(app) => act(&daemon()?, "Kill", "ended; the next push starts it again", &app),
+        Command::Leases { app, output } => {
+            let daemon = daemon()?;
+            let app = app.map(|app| resolve::app(&daemon, &app)).transpose()?;
+            let text = daemon.ask("Leases", Some(app.as_deref().unwrap_or_default()))?;
+            if output.json { Ok(line(text)) } else { Ok(render::leases(&client::decode::<Vec<view::Lease>>(&text)?)) }
+        }
+        Command::EndLease { id, output } => {
+            daemon()?.end_lease(id)?;
+            Ok(match output.json {
+                true => line(serde_json::json!({ "lease": id, "done": true }).to_string()),
+                false => format!("Lease {id}: taken away\n"),
+            })
+        }
         Command::Move(args) => relocate(&daemon()?, &args),
         Command::ForgetUser { uid } => {
             daemon()?.forget_user(uid)?;

@@ -7,7 +7,7 @@ use std::{
 
 use nightporter::{
     model::{Freezer, Memory, Profile},
-    view::{App, LinkState, Log, LogEntry, Report, Show, Status, Upstream, Why},
+    view::{App, Lease, LinkState, Log, LogEntry, Report, Show, Status, Upstream, Why},
 };
 
 /// How text may look.
@@ -123,6 +123,9 @@ pub(crate) fn show(show: &Show) -> String {
     }
     let held = if app.held == 0 { String::new() } else { format!(", {} held for want of urgency", app.held) };
     table.row(["Waiting".into(), format!("{} messages{held}", app.waiting)]);
+    for lease in &show.leases {
+        table.row([format!("Lease {}", lease.id), lease_text(lease)]);
+    }
     let memory = &show.memory;
     let baseline = match (&memory.resident, &memory.measured) {
         (Some(resident), Some(at)) => format!("{} (measured {at})", mib(resident.pss)),
@@ -157,6 +160,49 @@ pub(crate) fn show(show: &Show) -> String {
     }
     text.push_str(&table.to_text());
     text
+}
+
+/// `nightporter leases`.
+pub(crate) fn leases(leases: &[Lease]) -> String {
+    if leases.is_empty() {
+        return "No leases are held.\n".into();
+    }
+    let mut table = Table::new(["ID", "APP", "KIND", "HELD", "LEFT", "FOR"]).right(&[0]);
+    for lease in leases {
+        table.row([
+            lease.id.to_string(),
+            lease.app.clone(),
+            lease_kind(lease),
+            duration(lease.since_secs),
+            lease_left(lease),
+            lease.reason.clone(),
+        ]);
+    }
+    table.to_text()
+}
+
+fn lease_text(lease: &Lease) -> String {
+    let left = match lease.left_secs {
+        Some(_) => format!(", {} left", lease_left(lease)),
+        None => String::new(),
+    };
+    format!("{} for {}{left}: {}", lease_kind(lease), duration(lease.since_secs), lease.reason)
+}
+
+fn lease_kind(lease: &Lease) -> String {
+    match lease.kind == lease.counts_as {
+        true => lease.kind.as_str().into(),
+        false => format!("{}, counts as {}", lease.kind.as_str(), lease.counts_as.as_str()),
+    }
+}
+
+/// Its time stands still while the app is in the foreground.
+fn lease_left(lease: &Lease) -> String {
+    match (lease.left_secs, lease.counting) {
+        (None, _) => "–".into(),
+        (Some(left), true) => duration(left),
+        (Some(left), false) => format!("{} of background", duration(left)),
+    }
 }
 
 /// `nightporter why APP`: one line a decision.

@@ -90,6 +90,10 @@ impl App {
         self.instance.as_ref()?.target()
     }
 
+    pub(super) fn vetoes(&self) -> &[Veto] {
+        self.instance.as_ref().map_or(&[], Instance::vetoes)
+    }
+
     pub(super) fn pid(&self) -> Option<u32> {
         self.instance.as_ref()?.facts().map(|facts| facts.pid)
     }

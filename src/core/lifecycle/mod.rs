@@ -504,6 +504,16 @@ impl Lifecycle {
         self.apps.keys()
     }
 
+    /// What is watched all the time and speaks against holding the app's instance still.
+    pub fn vetoes(&self, app: &AppKey) -> &[Veto] {
+        self.apps.get(app).map_or(&[], App::vetoes)
+    }
+
+    /// What is done with an app of this name in the background.
+    pub fn rules_of(&self, service: &str) -> &Rules {
+        self.own_rules.get(service).unwrap_or(&self.rules)
+    }
+
     /// The handle on the app's running instance, once identified.
     pub fn target_of(&self, app: &AppKey) -> Option<TargetId> {
         self.apps.get(app)?.target()

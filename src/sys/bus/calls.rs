@@ -390,6 +390,7 @@ fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
         (Reply::Panel(state), Wording::Panel(shown)) => show(wire, call, shown, *state),
         (Reply::Done, Wording::Empty | Wording::SetProvider) => reply(wire, call, &()),
         (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
+        (Reply::Lease(lease), Wording::Lease) => wire.lease(call, lease),
         // `Authorize` does not come here.
         (answer, wording) => {
             log::error!("a reply {answer:?} does not fit a call that wants {wording:?}");
@@ -440,7 +441,7 @@ fn reply<B: Serialize + DynamicType>(wire: &mut Wire, call: &Message, body: &B) 
     }
 }
 
-fn reply_error(wire: &mut Wire, call: &Message, name: &'static str, text: &str) {
+pub(super) fn reply_error(wire: &mut Wire, call: &Message, name: &'static str, text: &str) {
     if wants_reply(call) {
         // NUL cannot be in a D-Bus string, and some of these texts quote others.
         let text = text.replace('\0', "");
@@ -451,6 +452,6 @@ fn reply_error(wire: &mut Wire, call: &Message, name: &'static str, text: &str) 
     }
 }
 
-fn wants_reply(call: &Message) -> bool {
+pub(super) fn wants_reply(call: &Message) -> bool {
     !call.primary_header().flags().contains(Flags::NO_REPLY_EXPECTED)
 }

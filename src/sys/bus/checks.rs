@@ -124,10 +124,13 @@ impl<C> Checks<C> {
 /// What a rule of polkit's can look at.
 fn details(request: &Request) -> std::collections::HashMap<&'static str, String> {
     let detail = match request {
-        Request::Query(Query::Show(service) | Query::Why(service) | Query::Endpoints(service))
+        Request::Query(
+            Query::Show(service) | Query::Why(service) | Query::Endpoints(service) | Query::Leases(Some(service)),
+        )
         | Request::Move { service: Some(service), .. }
         | Request::Command { service, .. } => Some(("service", service.to_string())),
         Request::ForgetUser(uid) => Some(("uid", uid.to_string())),
+        Request::EndLease(lease) => Some(("lease", lease.0.to_string())),
         _ => None,
     };
     detail.into_iter().collect()

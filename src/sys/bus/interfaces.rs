@@ -39,7 +39,7 @@ pub(super) fn interfaces(path: &str, panel: bool) -> Option<&'static [&'static s
 pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
-        APP => &["SetState", "SetStateOf"],
+        APP => &["SetState", "SetStateOf", "Lease"],
         MANAGER => &[
             "Status",
             "Apps",
@@ -53,6 +53,8 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
             "Kill",
             "Move",
             "ForgetUser",
+            "Leases",
+            "EndLease",
         ],
         MANAGEMENT => &[
             "status",
@@ -144,6 +146,17 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="service" type="s" direction="in"/>
     <arg name="state" type="s" direction="in"/>
   </method>
+  <method name="Lease">
+    <arg name="kind" type="s" direction="in"/>
+    <arg name="reason" type="s" direction="in"/>
+    <arg name="options" type="a{sv}" direction="in"/>
+    <arg name="lease" type="h" direction="out"/>
+    <arg name="id" type="u" direction="out"/>
+  </method>
+  <signal name="LeaseEnding">
+    <arg name="id" type="u"/>
+    <arg name="milliseconds" type="t"/>
+  </signal>
 </interface>
 <interface name="org.nightporter1.Manager">
   <method name="Status"><arg name="json" type="s" direction="out"/></method>
@@ -173,6 +186,11 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="upstream" type="s" direction="in"/>
   </method>
   <method name="ForgetUser"><arg name="uid" type="u" direction="in"/></method>
+  <method name="Leases">
+    <arg name="service" type="s" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
+  <method name="EndLease"><arg name="id" type="u" direction="in"/></method>
   <property name="Version" type="s" access="read">
     <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>

@@ -6,6 +6,7 @@
 //! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
+//! - `leases`: the ends of the leases apps hold.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `wire`: what waits to be written and what waits for a reply.
 
@@ -14,6 +15,7 @@ mod calls;
 mod checks;
 mod deliver;
 mod interfaces;
+mod leases;
 mod manager;
 mod panel;
 mod polkit;
@@ -130,7 +132,8 @@ impl BusThread {
         Ok(Self { orders, ended })
     }
 
-    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`. Never blocks.
+    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`,
+    /// `EndLease`, `LeaseEnding`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -325,7 +328,9 @@ impl Routes {
                 | Action::Unwatch(AppKey { bus, .. })
                 | Action::Call { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
-                | Action::PanelChanged(bus),
+                | Action::PanelChanged(bus)
+                | Action::EndLease(bus, _)
+                | Action::LeaseEnding { bus, .. },
             ) => of(*bus),
             Order::Act(other) => return log::error!("the bus thread was given {other:?}"),
             Order::Unit(order) => of(order.bus()),

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     event::{Claim, Command, Query, Request},
-    model::ConnectorVersion,
+    model::{ConnectorVersion, LeaseId, LeaseKind},
 };
 
 /// What to do with a call.
@@ -66,6 +66,8 @@ pub(super) enum Wording {
     SetProvider,
     /// A part of `Reply::Panel`.
     Panel(Shown),
+    /// `(hu)`: the lease and its number.
+    Lease,
 }
 
 /// Whose service name a request is about.
@@ -248,6 +250,9 @@ fn unregister(token: &str, version: ConnectorVersion) -> Result<Call, Fault> {
 }
 
 fn app(member: &str, body: &Body) -> Result<Call, Fault> {
+    if member == "Lease" {
+        return lease(body);
+    }
     let (service, state) = if member == "SetState" {
         (None, arguments::<&str>(body)?)
     } else {
@@ -262,6 +267,33 @@ fn app(member: &str, body: &Body) -> Result<Call, Fault> {
     };
     let about = service.clone().map_or(About::Caller, About::Service);
     Ok(Call::Ask { request: Request::Declare { service, claim }, wording: Wording::Empty, about })
+}
+
+fn lease(body: &Body) -> Result<Call, Fault> {
+    let (kind, reason, options) = arguments::<(&str, &str, HashMap<&str, Variant<'_>>)>(body)?;
+    let kind = LeaseKind::parse(kind).ok_or_else(|| {
+        let kinds = LeaseKind::ALL.map(LeaseKind::as_str).join(", ");
+        invalid(format!("there is no kind of lease \"{}\"; there are {kinds}", start_of(kind)))
+    })?;
+    if !(1..=TEXT).contains(&reason.len()) || reason.chars().any(char::is_control) {
+        return Err(invalid(format!("the reason must be 1 to {TEXT} bytes without control characters: users read it")));
+    }
+    let seconds = match options.get("seconds") {
+        None => None,
+        Some(Variant::U32(seconds)) if *seconds > 0 => Some(*seconds),
+        Some(_) => return Err(invalid("\"seconds\" must be a number (u) above 0".into())),
+    };
+    let service = match options.get("service") {
+        None => None,
+        Some(Variant::Str(service)) => {
+            check_service(service)?;
+            Some(Arc::<str>::from(service.as_str()))
+        }
+        Some(_) => return Err(invalid("\"service\" must be a string (s)".into())),
+    };
+    let about = service.clone().map_or(About::Caller, About::Service);
+    let request = Request::Lease { kind, reason: reason.into(), seconds, service };
+    Ok(Call::Ask { request, wording: Wording::Lease, about })
 }
 
 fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
@@ -285,6 +317,14 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
         "Log" => (Request::Query(Query::Log { after: arguments::<u64>(body)? }), Wording::Text),
+        "Leases" => {
+            let service = arguments::<&str>(body)?;
+            if !service.is_empty() {
+                check_service(service)?;
+            }
+            (Request::Query(Query::Leases((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "EndLease" => (Request::EndLease(LeaseId(arguments::<u32>(body)?)), Wording::Empty),
         "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),
         _ => {
             let service = arguments::<&str>(body)?;
@@ -301,7 +341,9 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
         }
     };
     let about = match &request {
-        Request::Query(Query::Show(service) | Query::Why(service) | Query::Endpoints(service))
+        Request::Query(
+            Query::Show(service) | Query::Why(service) | Query::Endpoints(service) | Query::Leases(Some(service)),
+        )
         | Request::Move { service: Some(service), .. }
         | Request::Command { service, .. } => About::Service(Arc::clone(service)),
         _ => About::Nobody,
@@ -452,6 +494,46 @@ mod tests {
         assert!(matches!(version, Call::Answer(Answer::Property(VERSION))));
         assert!(call(NIGHTPORTER_PATH, Some(PROPERTIES), "Get", &(MANAGER, "Other")).is_err());
         assert!(call(NIGHTPORTER_PATH, Some(PROPERTIES), "Set", &(MANAGER, "Version", Variant::from("9"))).is_err());
+    }
+
+    #[test]
+    fn leases() {
+        let options = |pairs: &[(&'static str, Variant<'static>)]| {
+            pairs.iter().map(|(key, value)| (*key, value.try_clone().unwrap())).collect::<HashMap<_, _>>()
+        };
+        let lease = |kind: &str, reason: &str, pairs: &[(&'static str, Variant<'static>)]| {
+            call(NIGHTPORTER_PATH, Some(APP), "Lease", &(kind, reason, options(pairs)))
+        };
+        let given =
+            [("seconds", Variant::from(7_u32)), ("service", Variant::from("org.a.B")), ("new", Variant::from(1))];
+        for (pairs, seconds, service) in [(&given[..], Some(7), Some("org.a.B")), (&given[2..], None, None)] {
+            let (request, wording, about) = asked(lease("transfer", "upload", pairs));
+            let service = service.map(Arc::<str>::from);
+            assert_eq!(about, service.clone().map_or(About::Caller, About::Service));
+            let wish = Request::Lease { kind: LeaseKind::Transfer, reason: "upload".into(), seconds, service };
+            assert_eq!((request, wording), (wish, Wording::Lease));
+        }
+        for kind in LeaseKind::ALL {
+            assert!(lease(kind.as_str(), &"r".repeat(100), &[]).is_ok());
+        }
+        for (kind, reason, pairs) in [
+            ("Task", "r", &[][..]),
+            ("task", "", &[]),
+            ("task", &*"r".repeat(101), &[]),
+            ("task", "\u{1b}[2J", &[]),
+            ("task", "r", &[("seconds", Variant::from(0_u32))]),
+            ("task", "r", &[("seconds", Variant::from(5_i32))]),
+            ("task", "r", &[("service", Variant::from("no name"))]),
+            ("task", "r", &[("service", Variant::from(1_u32))]),
+        ] {
+            assert_eq!(lease(kind, reason, pairs).unwrap_err().name, INVALID_ARGS, "{kind} {reason} {pairs:?}");
+        }
+        let manager = |member: &str, service: &str| asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &service)).0;
+        assert_eq!(manager("Leases", ""), Request::Query(Query::Leases(None)));
+        assert_eq!(manager("Leases", "org.a.B"), Request::Query(Query::Leases(Some("org.a.B".into()))));
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), "EndLease", &7_u32));
+        assert_eq!((request, wording), (Request::EndLease(LeaseId(7)), Wording::Empty));
+        assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), "EndLease", &"7").unwrap_err().name, INVALID_ARGS);
     }
 
     #[test]

@@ -16,10 +16,11 @@ use zruntime::{SharedRuntime, Task};
 
 use super::{
     Common, Order,
-    calls::Calls,
+    calls::{self, Calls},
     checks::Verdict,
     deliver::Deliveries,
     interfaces::NAMES,
+    leases::{self, Ends},
     manager::Manager,
     panel::{self, KDE_NAME},
     polkit::Authority,
@@ -244,6 +245,7 @@ struct Session<'a> {
     watches: Watches,
     deliveries: Deliveries,
     manager: Manager,
+    leases: Ends,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     startable: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
@@ -295,6 +297,7 @@ impl<'a> Session<'a> {
             watches: Watches::default(),
             deliveries: Deliveries::default(),
             manager: Manager::default(),
+            leases: Ends::default(),
             starts: HashMap::new(),
             _signs,
             startable: HashMap::new(),
@@ -314,6 +317,9 @@ impl<'a> Session<'a> {
         let mut orders_first = false;
         loop {
             self.tell_panel();
+            if let Err(error) = self.hand_out_leases().await {
+                return self.lost(format!("the connection broke: {error}"));
+            }
             let out = self.wire.drain();
             if !out.is_empty()
                 && let Err(error) = self.connection.send_all(&out).await
@@ -350,6 +356,29 @@ impl<'a> Session<'a> {
                 input = next;
             }
         }
+    }
+
+    /// Before all else that waits to be written: what is said of a lease comes after it.
+    async fn hand_out_leases(&mut self) -> zbus::Result<()> {
+        for (call, lease) in self.wire.drain_leases() {
+            let opened = match calls::wants_reply(&call) {
+                true => self.leases.open(&call, lease, &self.lasting.inbox),
+                false => Err("nobody takes it".into()),
+            };
+            let failed = match opened {
+                Ok(answer) => match self.connection.send(&answer).await {
+                    Ok(()) => continue,
+                    Err(zbus::Error::Unsupported) => "this bus does not pass file descriptors".into(),
+                    Err(error) => return Err(error),
+                },
+                Err(text) => text,
+            };
+            self.leases.close(lease);
+            leases::tell_closed(&self.lasting.inbox, lease);
+            let text = format!("no lease can be given: {failed}");
+            calls::reply_error(&mut self.wire, &call, "org.freedesktop.DBus.Error.Failed", &text);
+        }
+        Ok(())
     }
 
     async fn say_last_words(&mut self) {
@@ -403,6 +432,12 @@ impl<'a> Session<'a> {
             }
             Action::Start(app) => self.start(app),
             Action::PanelChanged(_) => self.panel.changed = true,
+            Action::EndLease(_, lease) => self.leases.close(lease),
+            Action::LeaseEnding { .. } => {
+                if let Some(signal) = leases::ending(&action) {
+                    self.wire.send(signal);
+                }
+            }
             other => log::error!("the bus thread was given {other:?}"),
         }
     }

@@ -11,7 +11,7 @@ use zbus::{DynamicType, Message, message::Type};
 use super::{manager::Asked, process::Purpose};
 use crate::{
     event::{BusEvent, Event},
-    model::{AppKey, Bus},
+    model::{AppKey, Bus, LeaseId},
     sys::inbox::{Incoming, Process, Sender},
 };
 
@@ -26,6 +26,8 @@ pub(super) struct Wire {
     pub(super) takes_fds: bool,
     inbox: Sender,
     out: Vec<Message>,
+    /// Leases to hand out, each with the call that asked for it.
+    leases: Vec<(Message, LeaseId)>,
     // As many as the core has deliveries and watches, plus one per waiting caller.
     pending: HashMap<NonZeroU32, (Arc<str>, Pending)>,
 }
@@ -82,7 +84,7 @@ impl std::fmt::Display for Failure {
 
 impl Wire {
     pub(super) fn new(bus: Bus, inbox: Sender, takes_fds: bool) -> Self {
-        Self { bus, takes_fds, inbox, out: Vec::new(), pending: HashMap::new() }
+        Self { bus, takes_fds, inbox, out: Vec::new(), leases: Vec::new(), pending: HashMap::new() }
     }
 
     /// Tells the loop.
@@ -119,6 +121,16 @@ impl Wire {
     /// Sends a message that has no reply.
     pub(super) fn send(&mut self, message: Message) {
         self.out.push(message);
+    }
+
+    /// Hands out a lease as the reply to `call`.
+    pub(super) fn lease(&mut self, call: &Message, lease: LeaseId) {
+        self.leases.push((call.clone(), lease));
+    }
+
+    /// The leases that wait to be handed out.
+    pub(super) fn drain_leases(&mut self) -> Vec<(Message, LeaseId)> {
+        std::mem::take(&mut self.leases)
     }
 
     /// Does not wait for a reply any more.

@@ -26,7 +26,11 @@ use rustix::fs::{CWD, Mode, OFlags, inotify, openat};
 use zbus::{Connection, connection::Builder};
 use zruntime::{AsyncIo, Shared, SharedRuntime};
 
-use super::{User, errand::Errands, guard::Guarded};
+use super::{
+    User,
+    errand::Errands,
+    guard::{Closer, Guarded},
+};
 
 /// A user's bus that has not let us in within this is as good as absent.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -46,6 +50,7 @@ pub(in crate::sys) struct Door {
     errands: Errands,
     /// Tells of new sockets, once the directory is there.
     watch: Option<AsyncIo<OwnedFd, Shared>>,
+    closer: Closer,
     failed: u32,
 }
 
@@ -63,7 +68,7 @@ impl Door {
 
     /// To another socket, by its file name.
     pub(in crate::sys) fn to(socket: &'static str, user: User, errands: Errands) -> Self {
-        Self { user, socket, errands, watch: None, failed: 0 }
+        Self { user, socket, errands, watch: None, closer: Closer::default(), failed: 0 }
     }
 
     /// A connection to the user's bus, within 5 s.
@@ -94,7 +99,7 @@ impl Door {
 
     async fn attempt(&mut self, runtime: &SharedRuntime) -> Result<Connection, String> {
         let stream = self.enter(runtime).await?;
-        let socket = Guarded::new(stream).map_err(|error| error.to_string())?;
+        let socket = Guarded::new(stream, self.closer.clone()).map_err(|error| error.to_string())?;
         let connected = Builder::socket(socket).user_id(self.user.uid).build().await.map_err(|error| error.to_string());
         if connected.is_ok() {
             // What it says from now on nobody would read.

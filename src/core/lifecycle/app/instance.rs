@@ -291,6 +291,10 @@ impl Instance {
         }
     }
 
+    pub(super) fn vetoes(&self) -> &[Veto] {
+        &self.vetoes
+    }
+
     pub(super) const fn is_vetoed(&self) -> Option<&Veto> {
         self.vetoes.as_slice().first()
     }
