@@ -5,13 +5,14 @@
 //! - `checks`, `polkit`: what a caller may not do by its own right, and an administrator may allow.
 //! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
-//! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
+//! - `watch`, `deliver`, `clients`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
 mod calls;
 mod checks;
+mod clients;
 mod deliver;
 mod interfaces;
 mod manager;
@@ -113,7 +114,8 @@ impl BusThread {
         Ok(Self { orders, ended })
     }
 
-    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`. Never blocks.
+    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`,
+    /// `PanelChanged`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -279,6 +281,7 @@ impl Routes {
                 Action::Watch(AppKey { bus, .. })
                 | Action::Unwatch(AppKey { bus, .. })
                 | Action::Call { app: AppKey { bus, .. }, .. }
+                | Action::CallClient { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
                 | Action::PanelChanged(bus),
             ) => of(*bus),
