@@ -137,9 +137,10 @@ impl Core {
         self.reply(call, reply);
     }
 
-    /// The app whose state the caller may have: itself, if it is registered, and nothing of it hangs.
+    /// The app whose state the caller may have: itself, if it is registered for good. A state without a registration would
+    /// not outlive a crash.
     fn state_owner(&self, caller: &Caller) -> Result<AppKey, Reply> {
-        let app = self.app_of_caller(caller).filter(|app| self.registry.count_of(app) > 0);
+        let app = self.app_of_caller(caller).filter(|app| self.registry.of_app(app).next().is_some());
         let Some(app) = app else {
             let text = "only an app that is registered for push has a state here; register first";
             return Err(Reply::Error(ErrorKind::NoSuchApp, text.into()));

@@ -15,6 +15,7 @@
 
 mod bus;
 mod chaos;
+mod client;
 mod clock;
 mod kernel;
 mod ntfy;

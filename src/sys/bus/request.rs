@@ -440,6 +440,17 @@ mod tests {
         assert_eq!(request, Request::Declare { service: Some("org.a.B".into()), claim: Claim::Foreground });
         assert_eq!(about, About::Service("org.a.B".into()));
         assert_eq!(call(NIGHTPORTER_PATH, Some(APP), "SetState", &"hidden").unwrap_err().name, INVALID_ARGS);
+        for on in [true, false] {
+            let (request, wording, about) = asked(call(NIGHTPORTER_PATH, Some(APP), "Listen", &on));
+            assert_eq!((request, wording, about), (Request::Listen(on), Wording::Empty, About::Caller));
+        }
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(APP), "SaveState", &vec![7_u8; STATE_MAX]));
+        assert_eq!((request, wording), (Request::SaveState(vec![7; STATE_MAX].into()), Wording::Empty));
+        let fault = call(NIGHTPORTER_PATH, Some(APP), "SaveState", &vec![7_u8; STATE_MAX + 1]).unwrap_err();
+        assert_eq!(fault.name, LIMITS_EXCEEDED);
+        assert_eq!(call(NIGHTPORTER_PATH, Some(APP), "SaveState", &"text").unwrap_err().name, INVALID_ARGS);
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(APP), "RestoreState", &()));
+        assert_eq!((request, wording), (Request::RestoreState, Wording::State));
         for (member, query) in [("Status", Query::Status), ("Apps", Query::Apps), ("Report", Query::Report)] {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()));
             assert_eq!((request, wording), (Request::Query(query), Wording::Text));
