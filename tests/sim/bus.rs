@@ -504,7 +504,7 @@ impl World {
         if let Some(caller) = self.caller(n) {
             self.call(caller.clone(), Request::Declare { service: None, claim }, What::Other);
             if self.apps[app].listens {
-                self.app_listens(app, &caller);
+                self.app_listens(app, n, &caller);
             }
         }
     }

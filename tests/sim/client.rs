@@ -30,7 +30,7 @@ pub(crate) struct States {
 /// What an instance was told.
 #[derive(Default)]
 pub(crate) struct Notices {
-    /// In which life, over which bus, the core has heard that it listens.
+    /// In which life, over which bus, the core has said that it will be told.
     heard: Option<(u32, u32)>,
     /// The notice not taken back yet, and when it came.
     told: Option<(NoticeTicket, At)>,
@@ -49,9 +49,9 @@ pub(crate) struct Noticed {
 
 impl World {
     /// The app saves, restores, or says whether it listens.
-    pub(crate) fn app_listens(&mut self, app: usize, caller: &Caller) {
+    pub(crate) fn app_listens(&mut self, app: usize, n: u64, caller: &Caller) {
         let listens = self.rng.chance(9000);
-        self.call(caller.clone(), Request::Listen(listens), What::Other);
+        self.call(caller.clone(), Request::Listen(listens), What::Listen { instance: n, listens });
         if self.rng.chance(3000) {
             self.app_saves(app, caller.clone());
         }
@@ -71,6 +71,14 @@ impl World {
 
     pub(crate) fn saved(&mut self, what: What, reply: &Reply) {
         match (what, reply) {
+            (What::Listen { instance, listens }, Reply::Done) => {
+                let heard = listens.then_some((self.life, self.bus_age));
+                if let Some(instance) = self.instances.get_mut(&instance)
+                    && instance.notices.heard != heard
+                {
+                    instance.notices = Notices { heard, silent: instance.notices.silent, ..Notices::default() };
+                }
+            }
             (What::Save { app, number, forgotten }, Reply::Done) => {
                 self.count("states saved");
                 let states = &mut self.apps[app].states;
@@ -101,25 +109,20 @@ impl World {
         states.forgotten += 1;
     }
 
+    /// The app is forgotten; it says anew that it listens once it has registered again.
+    pub(crate) fn listens_no_more(&mut self, key: &AppKey) {
+        let app = self.app_index(key);
+        if let Some(instance) = self.apps[app].instance.and_then(|n| self.instances.get_mut(&n)) {
+            instance.notices = Notices { silent: instance.notices.silent, ..Notices::default() };
+        }
+    }
+
     /// The core is about to hear this.
     pub(crate) fn notice_heard(&mut self, event: &BusEvent) {
-        match event {
-            BusEvent::Call { caller, request: Request::Listen(listens), .. } => {
-                let heard = listens.then_some((self.life, self.bus_age));
-                if let Some(n) = self.instance_of_owner(&caller.owner)
-                    && let Some(instance) = self.instances.get_mut(&n)
-                    && instance.notices.heard != heard
-                {
-                    instance.notices = Notices { heard, silent: instance.notices.silent, ..Notices::default() };
-                }
-            }
-            BusEvent::Prepared(key, ticket) => {
-                let app = self.app_index(key);
-                if let Some(instance) = self.apps[app].instance.and_then(|n| self.instances.get_mut(&n)) {
-                    instance.notices.prepared |= instance.notices.told.is_some_and(|(told, _)| told == *ticket);
-                }
-            }
-            _ => {}
+        let BusEvent::Prepared(key, ticket) = event else { return };
+        let app = self.app_index(key);
+        if let Some(instance) = self.apps[app].instance.and_then(|n| self.instances.get_mut(&n)) {
+            instance.notices.prepared |= instance.notices.told.is_some_and(|(told, _)| told == *ticket);
         }
     }
 

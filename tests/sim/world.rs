@@ -122,6 +122,7 @@ struct Asked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum What {
     Register { app: usize, instance: u64, registration: usize },
+    Listen { instance: u64, listens: bool },
     Save { app: usize, number: u64, forgotten: u64 },
     Restore { app: usize, at_least: u64, forgotten: u64 },
     Other,
@@ -399,7 +400,10 @@ impl World {
                             self.state_may_go(&app);
                         }
                     }
-                    StoreOp::DeleteApp(app) => self.state_may_go(app),
+                    StoreOp::DeleteApp(app) => {
+                        self.state_may_go(app);
+                        self.listens_no_more(app);
+                    }
                     _ => {}
                 }
                 if let StoreOp::DeleteRegistration(id) = &op {
@@ -924,7 +928,7 @@ impl World {
                 self.retry_register(asked.what);
             }
             (What::Json, Reply::Json(text)) => self.check_json(text),
-            (What::Save { .. } | What::Restore { .. }, reply) => self.saved(asked.what, reply),
+            (What::Listen { .. } | What::Save { .. } | What::Restore { .. }, reply) => self.saved(asked.what, reply),
             (What::Json | What::Other, _) => {}
         }
     }
