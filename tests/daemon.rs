@@ -19,6 +19,8 @@ mod delivery;
 mod lifecycle;
 #[path = "daemon/moves.rs"]
 mod moves;
+#[path = "daemon/notice.rs"]
+mod notice;
 #[path = "daemon/registration.rs"]
 mod registration;
 #[path = "daemon/start.rs"]

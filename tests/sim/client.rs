@@ -143,6 +143,7 @@ impl World {
             }
             ClientCall::WillSuspend { ticket, .. } => {
                 assert!(instance.notices.told.is_none(), "instance {n} is told twice");
+                assert!(instance.notices.heard.is_some(), "instance {n} is told, and does not listen");
                 instance.notices.told = Some((ticket, at));
                 instance.notices.prepared = false;
                 if std::mem::replace(&mut instance.notices.silent, true) {
