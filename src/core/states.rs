@@ -151,3 +151,185 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        action::Action,
+        config::Settings,
+        event::{Authorization, BusEvent, Event, Request},
+        model::{ConnectorVersion, Owner, Registration, RegistrationId, Snapshot},
+        time::{Instant, Now, UnixTime},
+    };
+
+    const NOW: Now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
+
+    fn app(uid: u32, number: u64) -> AppKey {
+        AppKey::new(Bus::Session(uid), format!("org.example.App{number}"))
+    }
+
+    /// A core with these apps, and a store that does as it is told.
+    struct World {
+        core: Core,
+        stored: BTreeMap<AppKey, Arc<[u8]>>,
+        calls: u64,
+        /// What is asked of the store waits.
+        slow: Vec<(StoreOp, StoreTicket)>,
+    }
+
+    impl World {
+        fn with(apps: &[AppKey]) -> Self {
+            let config = "[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b.example/\"\n";
+            let registrations = apps.iter().zip(1..).map(|(app, id)| Registration {
+                id: RegistrationId(id),
+                app: app.clone(),
+                token: "t".into(),
+                description: "".into(),
+                vapid: None,
+                version: ConnectorVersion::V2,
+                upstream: "b".into(),
+                channel: format!("up/{id}").into(),
+                endpoint: format!("mqtt://b.example/up/{id}").into(),
+                told: true,
+            });
+            let snapshot = Snapshot {
+                registrations: registrations.collect(),
+                next_registration: 1 + apps.len() as u64,
+                next_message: 1,
+                ..Snapshot::default()
+            };
+            let core = Core::new(Settings::parse(config).unwrap(), [7; 32], snapshot, NOW);
+            Self { core, stored: BTreeMap::new(), calls: 0, slow: Vec::new() }
+        }
+
+        /// Asks and does not wait; the answer, if it comes at once.
+        fn begin(&mut self, app: &AppKey, request: Request) -> Option<Reply> {
+            self.calls += 1;
+            let call = CallId(self.calls);
+            let caller = Caller {
+                bus: app.bus,
+                owner: Owner(":1.1".into()),
+                uid: 1000,
+                pid: 2,
+                app_id: Some(Arc::clone(&app.service)),
+                sandboxed: true,
+                owns_service: true,
+                authorization: Authorization::NotAsked,
+            };
+            self.core.handle(Event::Bus(BusEvent::Call { call, caller, request }), NOW);
+            self.reply(call)
+        }
+
+        fn reply(&mut self, call: CallId) -> Option<Reply> {
+            let mut found = None;
+            while let Some(action) = self.core.poll_action() {
+                match action {
+                    Action::Store(op @ (StoreOp::PutState(..) | StoreOp::LoadState(_)), Some(ticket)) => {
+                        self.slow.push((op, ticket));
+                    }
+                    Action::Store(StoreOp::DeleteApp(app), _) => drop(self.stored.remove(&app)),
+                    Action::Reply(to, reply) if to == call => found = Some(reply),
+                    _ => {}
+                }
+            }
+            found
+        }
+
+        /// The store does the next of what it was asked.
+        fn step(&mut self, result: Result<(), StoreError>) -> Option<Reply> {
+            let (op, ticket) = self.slow.remove(0);
+            let event = match (op, result) {
+                (StoreOp::PutState(app, state), Ok(())) => {
+                    self.stored.insert(app, state);
+                    Event::Stored(ticket, Ok(()))
+                }
+                (StoreOp::LoadState(app), Ok(())) => {
+                    Event::State(ticket, Ok(self.stored.get(&app).cloned().unwrap_or_default()))
+                }
+                (StoreOp::LoadState(_), Err(error)) => Event::State(ticket, Err(error)),
+                (_, result) => Event::Stored(ticket, result),
+            };
+            let call = CallId(self.calls);
+            self.core.handle(event, NOW);
+            self.reply(call)
+        }
+
+        fn ask(&mut self, app: &AppKey, request: Request) -> Reply {
+            self.begin(app, request).or_else(|| self.step(Ok(()))).expect("an answer")
+        }
+
+        fn save(&mut self, app: &AppKey, size: usize) -> Reply {
+            self.ask(app, Request::SaveState(vec![1; size].into()))
+        }
+    }
+
+    fn kind(reply: &Reply) -> Option<ErrorKind> {
+        if let Reply::Error(kind, _) = reply { Some(*kind) } else { None }
+    }
+
+    #[test]
+    fn it_is_answered_when_it_is_durable_and_not_before() {
+        let mut world = World::with(&[app(1000, 1)]);
+        assert_eq!(world.begin(&app(1000, 1), Request::SaveState([7][..].into())), None);
+        assert_eq!(world.step(Ok(())), Some(Reply::Done));
+        assert_eq!(world.begin(&app(1000, 1), Request::SaveState([8][..].into())), None);
+        assert_eq!(kind(&world.step(Err(StoreError::Full)).unwrap()), Some(ErrorKind::Failed));
+        assert_eq!(world.ask(&app(1000, 1), Request::RestoreState), Reply::State([7][..].into()));
+        world.begin(&app(1000, 1), Request::RestoreState);
+        assert_eq!(kind(&world.step(Err(StoreError::Other("no".into()))).unwrap()), Some(ErrorKind::Failed));
+    }
+
+    #[test]
+    fn an_app_has_its_own_and_who_is_none_has_nothing() {
+        let mut world = World::with(&[app(1000, 1), app(1000, 2), app(1001, 1)]);
+        world.save(&app(1000, 1), 5);
+        for other in [app(1000, 2), app(1001, 1)] {
+            assert_eq!(world.ask(&other, Request::RestoreState), Reply::State(Arc::default()), "{other}");
+        }
+        for request in [Request::RestoreState, Request::SaveState([1][..].into()), Request::Listen(true)] {
+            let reply = world.ask(&app(1000, 3), request);
+            assert_eq!(kind(&reply), Some(ErrorKind::NoSuchApp));
+        }
+        let token: Arc<str> = "t".into();
+        world.ask(&app(1000, 1), Request::Unregister { token, version: ConnectorVersion::V2 });
+        assert!(!world.stored.contains_key(&app(1000, 1)), "it goes with the registration");
+        assert_eq!(kind(&world.ask(&app(1000, 1), Request::RestoreState)), Some(ErrorKind::NoSuchApp));
+    }
+
+    #[test]
+    fn no_user_takes_the_room_of_all() {
+        let per_user = PER_BUS / STATE_MAX;
+        let users = 1000..1000 + u32::try_from(TOTAL / PER_BUS).unwrap() + 1;
+        let apps: Vec<AppKey> = users.clone().flat_map(|uid| (0..=per_user).map(move |n| app(uid, n as u64))).collect();
+        let mut world = World::with(&apps);
+        let last = users.end - 1;
+        for uid in users.start..last {
+            for n in 0..per_user {
+                assert_eq!(world.save(&app(uid, n as u64), STATE_MAX), Reply::Done);
+            }
+            let refused = world.save(&app(uid, per_user as u64), 1);
+            assert_eq!(kind(&refused), Some(ErrorKind::LimitsExceeded));
+        }
+        assert_eq!(kind(&world.save(&app(last, 0), 1)), Some(ErrorKind::LimitsExceeded), "all in all");
+        // What is there may be replaced, and what shrinks makes room.
+        assert_eq!(world.save(&app(1000, 0), STATE_MAX), Reply::Done);
+        assert_eq!(world.save(&app(1000, 0), STATE_MAX - 1), Reply::Done);
+        assert_eq!(world.save(&app(last, 0), 1), Reply::Done);
+        assert_eq!(kind(&world.save(&app(last, 0), STATE_MAX + 1)), Some(ErrorKind::LimitsExceeded));
+    }
+
+    #[test]
+    fn what_waits_for_the_store_is_bounded() {
+        let mut world = World::with(&[app(1000, 1), app(1000, 2)]);
+        for _ in 0..WAITING_PER_APP {
+            assert_eq!(world.begin(&app(1000, 1), Request::SaveState([1][..].into())), None);
+        }
+        let refused = world.begin(&app(1000, 1), Request::SaveState([1][..].into())).unwrap();
+        assert_eq!(kind(&refused), Some(ErrorKind::LimitsExceeded));
+        assert_eq!(world.begin(&app(1000, 2), Request::SaveState([1][..].into())), None, "it is no other's fault");
+        assert_eq!(world.slow.len(), WAITING_PER_APP + 1);
+        world.step(Ok(()));
+        assert_eq!(world.begin(&app(1000, 1), Request::RestoreState), None);
+    }
+}
