@@ -184,3 +184,25 @@ fn save(connection: &zbus::Connection, state: &[u8]) -> Result<(), String> {
 fn restore(connection: &zbus::Connection) -> Result<Vec<u8>, String> {
     call(connection, "RestoreState", &()).map(|reply| reply.body().deserialize().unwrap())
 }
+
+/// docs/lifecycle.md names a test, or a reason why there is none, for each pitfall; the tests are there.
+#[test]
+fn the_tests_that_the_documentation_names_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("docs/lifecycle.md")).unwrap();
+    let rows: Vec<&str> = page.lines().skip_while(|line| !line.starts_with("## Pitfall")).collect();
+    for number in 1..=24 {
+        let row = rows.iter().find(|line| line.starts_with(&format!("| {number} |"))).unwrap();
+        let last = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        let named: Vec<_> = last.split('`').filter_map(|part| part.split_once("::")).collect();
+        assert!(!named.is_empty() || last.starts_with("None: "), "{row}");
+        for (file, test) in named {
+            let source = fs::read_to_string(root.join(file)).unwrap_or_else(|error| panic!("{file}: {error}"));
+            assert!(
+                source.contains(&format!("#[test]\nfn {test}("))
+                    || source.contains(&format!("#[test]\n    fn {test}(")),
+                "{file} has no test {test}"
+            );
+        }
+    }
+}
