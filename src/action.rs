@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     config::UpstreamSettings,
-    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, Privilege, StoreTicket},
+    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket},
     model::{
         AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq,
         Owner, Preference, Registration, RegistrationId, TargetId,
@@ -82,6 +82,15 @@ pub enum Action {
         version: ConnectorVersion,
         /// Which method.
         call: ConnectorCall,
+    },
+    /// Call `org.nightporter1.Client` of an app that listens. Never starts the app.
+    CallClient {
+        /// Which app.
+        app: AppKey,
+        /// Which connection of it.
+        owner: Owner,
+        /// Which method.
+        call: ClientCall,
     },
     /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
     Start(AppKey),
@@ -165,6 +174,23 @@ pub enum ConnectorCall {
     },
 }
 
+/// A method of `org.nightporter1.Client` (docs/lifecycle.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientCall {
+    /// `WillSuspend`. Ends with `BusEvent::Prepared`, however late.
+    WillSuspend {
+        /// Comes back when it is over.
+        ticket: NoticeTicket,
+        /// How long is waited.
+        within: Duration,
+    },
+    /// `Resumed`; no reply is asked for.
+    Resumed {
+        /// How long it was frozen; zero if it was not after all.
+        frozen: Duration,
+    },
+}
+
 /// A write to the store. Operations are applied in order, several in one transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreOp {
@@ -197,8 +223,12 @@ pub enum StoreOp {
     DeletePreference(Bus, Option<Arc<str>>),
     /// Insert or replace an app's lifecycle record. May be delayed up to 2 s to join another write.
     PutApp(AppRecord),
-    /// Remove an app's lifecycle record.
+    /// Remove an app's lifecycle record and its saved state.
     DeleteApp(AppKey),
+    /// Insert or replace an app's saved state; empty removes it.
+    PutState(AppKey, Arc<[u8]>),
+    /// Read an app's saved state; its ticket is answered with `Event::State`.
+    LoadState(AppKey),
 }
 
 /// The key of [`StoreOp::PutUpstream`] on which the ids of messages rest: MQTT's era.
@@ -228,6 +258,8 @@ pub enum Reply {
     Json(String),
     /// What KDE's settings panel shows.
     Panel(Box<PanelState>),
+    /// An app's saved state; empty if there is none.
+    State(Arc<[u8]>),
     /// A D-Bus error.
     Error(ErrorKind, String),
     /// Not yet: the caller's own rights do not suffice. polkit is asked, and the call comes again under another id with

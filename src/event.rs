@@ -23,6 +23,8 @@ pub enum Event {
     Stored(StoreTicket, Result<(), StoreError>),
     /// A body asked for with `StoreOp::LoadBody`; `None` when the row is gone or unreadable.
     Body(MessageSeq, Option<Arc<[u8]>>),
+    /// A state asked for with `StoreOp::LoadState`, under its ticket; empty when there is none.
+    State(StoreTicket, Result<Arc<[u8]>, StoreError>),
     /// An attachment asked for with `Action::Fetch`.
     Fetched(FetchTicket, Result<Arc<[u8]>, FetchError>),
     /// The process behind an app's name was looked at; on error it stays untouchable, with the reason.
@@ -233,6 +235,10 @@ pub struct CallId(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeliveryTicket(pub u64);
 
+/// A notice to an app before it is frozen, whose end we wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NoticeTicket(pub u64);
+
 /// What happens on a bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusEvent {
@@ -257,6 +263,8 @@ pub enum BusEvent {
     /// Whether anything on this system says how to start the app; told for each instance of it, soon after it came. Not
     /// at all where that cannot be found out.
     Startable(AppKey, bool),
+    /// The app answered a notice (`ClientCall::WillSuspend`), whatever it said, or cannot be asked.
+    Prepared(AppKey, NoticeTicket),
     /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
     Started(AppKey, StartOutcome),
     /// The holder of a lease closed its end, or died.
@@ -353,6 +361,12 @@ pub enum Request {
         /// What it is now.
         claim: Claim,
     },
+    /// `org.nightporter1.App.Listen`: whether the caller wants to be told before it is frozen, and after.
+    Listen(bool),
+    /// `org.nightporter1.App.SaveState`: at most `STATE_MAX` bytes; none forgets.
+    SaveState(Arc<[u8]>),
+    /// `org.nightporter1.App.RestoreState`, answered with `Reply::State`.
+    RestoreState,
     /// `org.nightporter1.Manager`: reading.
     Query(Query),
     /// `org.nightporter1.Manager.Move`: from now on the app, or all apps of the caller's bus, use this upstream.
@@ -387,6 +401,9 @@ pub enum Request {
     /// `org.nightporter1.Manager.EndLease`: take a lease away.
     EndLease(LeaseId),
 }
+
+/// Bytes of a saved state at most.
+pub const STATE_MAX: usize = 64 * 1024;
 
 /// What KDE's settings panel asks for, on behalf of the user whose bus it is on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -529,6 +529,8 @@ pub struct Snapshot {
     pub former: Vec<FormerRoute>,
     /// Which upstreams users want.
     pub preferences: Vec<Preference>,
+    /// The saved states there are, with their sizes in bytes.
+    pub states: Vec<(AppKey, u32)>,
     /// The first numbers not yet used.
     pub next_registration: u64,
     /// See `next_registration`.

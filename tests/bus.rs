@@ -11,8 +11,10 @@ use std::{
 };
 
 use nightporter::{
-    action::{Action, ConnectorCall, ErrorKind, Reply},
-    event::{BusEvent, CallOutcome, Claim, DeliveryTicket, Event, Query, Request, StartOutcome},
+    action::{Action, ClientCall, ConnectorCall, ErrorKind, Reply},
+    event::{
+        BusEvent, CallOutcome, Claim, DeliveryTicket, Event, NoticeTicket, Query, Request, STATE_MAX, StartOutcome,
+    },
     model::{AppKey, Bus, ConnectorVersion, FailureReason, Owner},
     sys::{bus::BusAddress, inbox::Incoming},
 };
@@ -277,6 +279,9 @@ fn the_policy_for_the_system_bus() {
                 assert_eq!(main.done(ticket), CallOutcome::Accepted);
             }
         }
+        notify(&main, &app, 1);
+        let call = app.calls.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(call.header().interface().unwrap().as_str(), "org.nightporter1.Client");
     }
 }
 
@@ -550,6 +555,81 @@ fn replies_and_signals_of_others_are_not_believed() {
         _ => None,
     });
     assert_eq!(told, None);
+}
+
+/// Tells an app that it will be frozen, as notice `number`.
+fn notify(main: &Loop, app: &App, number: u64) {
+    let call = ClientCall::WillSuspend { ticket: NoticeTicket(number), within: Duration::from_millis(5000) };
+    main.perform(Action::CallClient { app: app.key.clone(), owner: app.owner.clone(), call });
+}
+
+/// Whether the notice ends within the time.
+fn prepared(main: &mut Loop, app: &App, number: u64, limit: Duration) -> bool {
+    let expected = BusEvent::Prepared(app.key.clone(), NoticeTicket(number));
+    let found =
+        |incoming: &Incoming| matches!(incoming, Incoming::Event(Event::Bus(e)) if *e == expected).then_some(());
+    main.expect_within(limit, found).is_some()
+}
+
+#[test]
+fn apps_are_told_that_they_will_be_frozen_and_that_they_were() {
+    let (patience, moment) = (Duration::from_secs(10), Duration::from_millis(200));
+    let daemon = Daemon::new();
+    let mut main = Loop::up(&daemon);
+    let good = App::start(&daemon.address(), "org.example.Good", Behaviour::Accept);
+    notify(&main, &good, 1);
+    assert!(prepared(&mut main, &good, 1, patience));
+    let frozen = Duration::from_millis(90_001);
+    let call = ClientCall::Resumed { frozen };
+    main.perform(Action::CallClient { app: good.key.clone(), owner: good.owner.clone(), call });
+    for (member, millis) in [("WillSuspend", 5000_u64), ("Resumed", 90_001)] {
+        let call = good.calls.recv_timeout(patience).unwrap();
+        let header = call.header();
+        assert_eq!(header.member().unwrap().as_str(), member);
+        assert_eq!(header.interface().unwrap().as_str(), "org.nightporter1.Client");
+        assert_eq!(header.path().unwrap().as_str(), "/org/nightporter1/Client");
+        assert_eq!(call.body().deserialize::<u64>().unwrap(), millis);
+    }
+    // An error is an answer, and so is the end of the app.
+    let broken = App::start(&daemon.address(), "org.example.Broken", Behaviour::Fail);
+    notify(&main, &broken, 2);
+    assert!(prepared(&mut main, &broken, 2, patience));
+    let silent = App::start(&daemon.address(), "org.example.Silent", Behaviour::Silent);
+    notify(&main, &silent, 3);
+    assert!(!prepared(&mut main, &silent, 3, moment));
+    // Who has not answered is not waited for again, however often: the bus has room for 128 replies.
+    for number in 4..300 {
+        notify(&main, &silent, number);
+        assert!(prepared(&mut main, &silent, number, patience), "{number}");
+    }
+    notify(&main, &good, 300);
+    assert!(prepared(&mut main, &good, 300, patience));
+    let key = silent.key.clone();
+    silent.quit();
+    let expected = BusEvent::Prepared(key, NoticeTicket(3));
+    main.expect(|incoming| matches!(incoming, Incoming::Event(Event::Bus(e)) if *e == expected).then_some(()));
+}
+
+#[test]
+fn states_come_and_go_as_bytes() {
+    let daemon = Daemon::new();
+    let mut main = Loop::up(&daemon);
+    let address = daemon.address();
+    let client = run(async move {
+        let connection = connect(&address).await;
+        let (name, path, interface) = ("org.nightporter1", "/org/nightporter1", "org.nightporter1.App");
+        let state = vec![0xff_u8; STATE_MAX];
+        connection.call_method(Some(name), path, Some(interface), "SaveState", &state).await.unwrap();
+        let reply = connection.call_method(Some(name), path, Some(interface), "RestoreState", &()).await.unwrap();
+        reply.body().deserialize::<Vec<u8>>().unwrap()
+    });
+    let (id, _, request) = main.call();
+    assert_eq!(request, Request::SaveState(vec![0xff; STATE_MAX].into()));
+    main.reply(id, Reply::Done);
+    let (id, _, request) = main.call();
+    assert_eq!(request, Request::RestoreState);
+    main.reply(id, Reply::State([0, 1, 0xff][..].into()));
+    assert_eq!(client.join().unwrap(), [0, 1, 0xff]);
 }
 
 #[test]

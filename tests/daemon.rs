@@ -24,6 +24,8 @@ mod leases;
 mod lifecycle;
 #[path = "daemon/moves.rs"]
 mod moves;
+#[path = "daemon/notice.rs"]
+mod notice;
 #[path = "daemon/registration.rs"]
 mod registration;
 #[path = "daemon/start.rs"]

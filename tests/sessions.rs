@@ -16,6 +16,7 @@ mod processes;
 #[path = "relay/harness.rs"]
 #[expect(dead_code, reason = "made for the tests of the relay; shared")]
 mod relay;
+#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 #[path = "support/reports.rs"]
 mod reports;
 #[path = "surroundings/support.rs"]

@@ -91,6 +91,14 @@ impl Fixture {
         }
     }
 
+    fn state(&mut self, id: u64) -> Vec<u8> {
+        self.ticket(StoreOp::LoadState(registration(id).app), 77);
+        match self.next() {
+            Event::State(StoreTicket(77), Ok(state)) => state.to_vec(),
+            other => panic!("{other:?}"),
+        }
+    }
+
     /// Writes and waits until it is durable.
     fn write(&mut self, op: StoreOp) {
         self.ticket(op, 0);
@@ -515,13 +523,64 @@ fn a_database_of_format_1_is_brought_up_to_date() {
     f.apply(put(1, 1));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
-    db.execute_batch("DROP TABLE former_routes; DROP TABLE preferences; PRAGMA user_version = 1").unwrap();
+    db.execute_batch("DROP TABLE former_routes; DROP TABLE preferences; DROP TABLE states; PRAGMA user_version = 1")
+        .unwrap();
     drop(db);
     let (f, snapshot) = Fixture::open(dir.path());
     assert_eq!((snapshot.registrations.len(), snapshot.messages.len(), snapshot.damaged), (1, 1, None));
     f.apply(StoreOp::PutFormer(former(1, "old", None)));
     f.store.close();
     assert_eq!(Fixture::open(dir.path()).1.former, [former(1, "old", None)]);
+}
+
+#[test]
+fn a_database_of_format_2_is_brought_up_to_date() {
+    let dir = temp();
+    let (f, _) = Fixture::open(dir.path());
+    f.apply(put_registration(1));
+    f.apply(StoreOp::PutFormer(former(1, "old", None)));
+    f.store.close();
+    let db = Connection::open(database(dir.path())).unwrap();
+    db.execute_batch("DROP TABLE states; PRAGMA user_version = 2").unwrap();
+    drop(db);
+    let (mut f, snapshot) = Fixture::open(dir.path());
+    assert_eq!((snapshot.former, snapshot.states), (vec![former(1, "old", None)], Vec::new()));
+    f.write(StoreOp::PutState(registration(1).app, b"kept"[..].into()));
+    assert_eq!(f.state(1), b"kept");
+}
+
+#[test]
+fn a_state_is_replaced_forgotten_and_ends_with_its_app() {
+    let dir = temp();
+    let (mut f, _) = Fixture::open(dir.path());
+    let state = |id, bytes: &[u8]| StoreOp::PutState(registration(id).app, bytes.into());
+    for id in 1..=3 {
+        f.write(put_registration(id));
+    }
+    assert_eq!(f.state(1), b"");
+    f.write(state(1, b"one"));
+    f.write(state(1, &[0; 65536]));
+    f.write(state(2, b"two"));
+    f.write(state(3, b"three"));
+    assert_eq!(f.state(1), [0; 65536]);
+    // Read behind what is queued before it.
+    f.apply(state(1, b"\xff\0"));
+    assert_eq!(f.state(1), b"\xff\0");
+    f.write(state(2, b""));
+    assert_eq!(f.state(2), b"");
+    f.write(state(2, b"two again"));
+    f.write(StoreOp::DeleteApp(registration(2).app));
+    assert_eq!(f.state(2), b"");
+    f.store.close();
+    let (mut f, snapshot) = Fixture::open(dir.path());
+    assert_eq!(snapshot.states, [(registration(1).app, 2), (registration(3).app, 5)]);
+    assert_eq!(f.state(3), b"three");
+    // The app's own row was not deleted; without a registration it is nobody's.
+    f.write(StoreOp::DeleteRegistration(RegistrationId(3)));
+    f.store.close();
+    let (mut f, snapshot) = Fixture::open(dir.path());
+    assert_eq!(snapshot.states, [(registration(1).app, 2)]);
+    assert_eq!(f.state(3), b"");
 }
 
 #[test]

@@ -745,7 +745,7 @@ impl World {
                 let body = self.messages.get(&seq.0).map(|message| message.body.clone());
                 self.core.handle(Event::Body(seq, body), at(self.secs));
             }
-            StoreOp::PutApp(_) | StoreOp::DeleteApp(_) => {}
+            StoreOp::PutApp(_) | StoreOp::DeleteApp(_) | StoreOp::PutState(..) | StoreOp::LoadState(_) => {}
         }
     }
 }

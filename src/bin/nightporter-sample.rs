@@ -4,7 +4,10 @@
 //! `resident` is what every app does on its own: one process, one connection to the push server. `shared` is a UnifiedPush
 //! app: it registers with the daemon, says that it is in the background, and is called when something comes.
 //! `NIGHTPORTER_SAMPLE_FAULT` makes it a bad app, for tests: `never-reply`, `slow-reply:MS`, `error`, `crash-on:N`,
-//! `empty-reply`, `at-root`, `v1`.
+//! `empty-reply`, `at-root`, `v1`, `deaf`.
+//!
+//! With `NIGHTPORTER_SAMPLE_LISTEN=1` it does what docs/lifecycle.md asks of an app: it is told before it is frozen and after,
+//! and saves and restores its state, which is the last message it has seen.
 
 use std::{
     collections::HashMap,
@@ -15,7 +18,7 @@ use std::{
     os::unix::net::UnixDatagram,
     process::{ExitCode, abort},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -24,9 +27,10 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use nightporter::{sys::clock, time::Instant};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tungstenite::Message;
-use zbus::{Connection, ObjectPath, OwnedVariant, Variant, connection::Builder, fdo, interface};
+use zbus::{Connection, DynamicType, ObjectPath, OwnedVariant, Variant, connection::Builder, fdo, interface};
 
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 type Dictionary = HashMap<String, OwnedVariant>;
@@ -36,6 +40,7 @@ const DISTRIBUTOR_PATH: &str = "/org/unifiedpush/Distributor";
 const CONNECTOR_PATH: &str = "/org/unifiedpush/Connector";
 const PORTER: &str = "org.nightporter1";
 const PORTER_PATH: &str = "/org/nightporter1";
+const CLIENT_PATH: &str = "/org/nightporter1/Client";
 /// A registration takes up to 10 s at the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_BALLAST_KIB: usize = 8192;
@@ -150,7 +155,8 @@ fn resident(name: &str, server: &str, reporter: &Reporter) -> Result<()> {
 
 /// A UnifiedPush app behind the daemon.
 async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
-    let app = Arc::new(App { reporter, fault, taken: AtomicU64::new(0) });
+    let app = Arc::new(App { reporter, fault, taken: AtomicU64::new(0), latest: Mutex::default() });
+    let listens = env::var_os("NIGHTPORTER_SAMPLE_LISTEN").is_some();
     let path = if fault == Fault::AtRoot { "/" } else { CONNECTOR_PATH };
     let builder = Builder::session().method_timeout(TIMEOUT);
     let builder = match fault {
@@ -158,15 +164,30 @@ async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
         Fault::EmptyReply => builder.serve_at(path, EmptyConnector(Arc::clone(&app))),
         _ => builder.serve_at(path, Connector(Arc::clone(&app))),
     };
+    let builder = if listens { builder.serve_at(CLIENT_PATH, Client(Arc::clone(&app))) } else { builder };
     // The name is taken once the connector is there to be called.
     let connection = builder.name(name.to_owned()).build().await?;
     register(&connection, name, fault == Fault::V1).await?;
-    connection
-        .call_method(Some(PORTER), PORTER_PATH, Some("org.nightporter1.App"), "SetState", &("background",))
-        .await
-        .map_err(|error| format!("{PORTER} does not take our state: {error}"))?;
+    if listens {
+        let state = porter(&connection, "RestoreState", &()).await?;
+        app.restore(state.body().deserialize::<Vec<u8>>()?);
+        porter(&connection, "Listen", &(true,)).await?;
+    }
+    porter(&connection, "SetState", &("background",)).await?;
     app.reporter.report(json!({ "event": "ready" }));
     pending().await
+}
+
+/// Calls `org.nightporter1.App`.
+async fn porter<B: Serialize + DynamicType + Sync>(
+    connection: &Connection,
+    member: &'static str,
+    arguments: &B,
+) -> Result<zbus::Message> {
+    connection
+        .call_method(Some(PORTER), PORTER_PATH, Some("org.nightporter1.App"), member, arguments)
+        .await
+        .map_err(|error| format!("{PORTER} refuses {member}: {error}").into())
 }
 
 async fn register(connection: &Connection, name: &str, v1: bool) -> Result<()> {
@@ -213,6 +234,8 @@ enum Fault {
     AtRoot,
     /// Speaks UnifiedPush version 1.
     V1,
+    /// Listens and never answers.
+    Deaf,
 }
 
 impl Fault {
@@ -226,6 +249,7 @@ impl Fault {
             None if text == "empty-reply" => Self::EmptyReply,
             None if text == "at-root" => Self::AtRoot,
             None if text == "v1" => Self::V1,
+            None if text == "deaf" => Self::Deaf,
             Some(("slow-reply", ms)) => Self::SlowReply(Duration::from_millis(number(ms)?)),
             Some(("crash-on", n)) => Self::CrashOn(number(n)?),
             _ => return Err(format!("NIGHTPORTER_SAMPLE_FAULT={text} is not a fault known here").into()),
@@ -237,9 +261,25 @@ struct App {
     reporter: Reporter,
     fault: Fault,
     taken: AtomicU64,
+    /// The state: the last message it has seen.
+    latest: Mutex<String>,
 }
 
 impl App {
+    fn restore(&self, state: Vec<u8>) {
+        let state = String::from_utf8(state).unwrap_or_default();
+        self.reporter.report(json!({ "event": "restored", "state": state }));
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        // A message may be faster than the answer, and is the later of the two.
+        if latest.is_empty() {
+            *latest = state;
+        }
+    }
+
+    fn state(&self) -> String {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Takes a message, in the way its fault has it.
     async fn message(&self, body: &[u8], id: Option<&str>, at: Instant) -> fdo::Result<()> {
         let number = self.taken.fetch_add(1, Ordering::Relaxed) + 1;
@@ -249,6 +289,7 @@ impl App {
             _ => {}
         }
         self.reporter.message(body, id, at);
+        *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = String::from_utf8_lossy(body).into_owned();
         match self.fault {
             Fault::NeverReply => pending().await,
             Fault::SlowReply(delay) => sleep(delay).await,
@@ -334,6 +375,29 @@ impl ConnectorV1 {
 
     async fn unregistered(&self, _token: String) {
         self.0.unregistered();
+    }
+}
+
+/// What an app serves that listens (docs/lifecycle.md).
+struct Client(Arc<App>);
+
+#[interface(name = "org.nightporter1.Client")]
+impl Client {
+    /// It is going to be frozen: what is on the screen goes to the disk, and may be the last the user hears of it.
+    async fn will_suspend(&self, milliseconds: u64, #[zbus(connection)] connection: &Connection) -> fdo::Result<()> {
+        let App { reporter, fault, .. } = &*self.0;
+        reporter.report(json!({ "event": "will-suspend", "milliseconds": milliseconds }));
+        if *fault == Fault::Deaf {
+            pending::<()>().await;
+        }
+        let state = self.0.state();
+        porter(connection, "SaveState", &(state.as_bytes(),)).await.map_err(|e| fdo::Error::Failed(e.to_string()))?;
+        Ok(())
+    }
+
+    /// It runs again. With connections of its own it would look at them now: after minutes their other ends have given up.
+    async fn resumed(&self, frozen_milliseconds: u64) {
+        self.0.reporter.report(json!({ "event": "resumed", "milliseconds": frozen_milliseconds }));
     }
 }
 

@@ -16,6 +16,7 @@ pub mod leases;
 pub mod ledger;
 pub mod lifecycle;
 mod looking;
+mod notice;
 mod panel;
 pub mod pressure;
 mod queries;
@@ -24,6 +25,7 @@ mod registering;
 mod registry;
 mod routes;
 mod sleep;
+mod states;
 mod surroundings;
 mod unsaved;
 pub mod upstream;
@@ -52,6 +54,7 @@ use self::{
     registry::Registry,
     routes::Routes,
     sleep::Sleep,
+    states::States,
     surroundings::Told,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
@@ -59,7 +62,7 @@ use self::{
 use crate::{
     action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
-    event::{BusEvent, CallId, Event, Outcome, Request, StartOutcome, StoreError, StoreTicket},
+    event::{BusEvent, CallId, Event, NoticeTicket, Outcome, Request, StartOutcome, StoreError, StoreTicket},
     model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Surroundings, TargetId},
     time::{Instant, Now, earliest},
     view::Messages,
@@ -94,6 +97,8 @@ pub struct Core {
     stores: BTreeMap<StoreTicket, Stored>,
     next_store: u64,
     unsaved: Unsaved,
+    states: States,
+    next_notice: u64,
     routes: Routes,
     /// Feeds the sessions made from now on.
     seeds: ChaCha12Rng,
@@ -134,6 +139,9 @@ struct Presence {
     declares: bool,
     /// Whether this instance was ever seen with a window.
     had_window: bool,
+    /// The connection of it that listens, and the notice it has not answered yet.
+    listener: Option<Owner>,
+    notice: Option<NoticeTicket>,
 }
 
 /// What a sample is for.
@@ -153,6 +161,8 @@ enum Stored {
     Row(u64),
     /// Of an upstream, by key.
     Value(usize, &'static str),
+    /// An app's state, on its way in or out.
+    State,
 }
 
 impl Core {
@@ -184,6 +194,7 @@ impl Core {
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
+            Event::State(ticket, state) => self.state_loaded(ticket, state),
             Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
             Event::Identified { app, owner, process } => {
                 self.lifecycle.identified(&app, &owner, process, now);
@@ -321,6 +332,9 @@ impl Core {
                 }
                 Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
                 Request::Declare { service, claim } => self.declare(call, &caller, service, claim, now),
+                Request::Listen(listens) => self.listen(call, &caller, listens, now),
+                Request::SaveState(state) => self.save_state(call, &caller, state),
+                Request::RestoreState => self.restore_state(call, &caller),
                 Request::Query(query) => self.query(call, &caller, query, now),
                 Request::Move { service, upstream } => self.move_apps(call, &caller, service, &upstream),
                 Request::ForgetUser(uid) => self.forget_user(call, &caller, uid, now),
@@ -336,6 +350,7 @@ impl Core {
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
             BusEvent::CallDone(ticket, outcome) => self.delivery.call_done(ticket, &outcome, now),
             BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
+            BusEvent::Prepared(app, ticket) => self.prepared(&app, ticket, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
             BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
@@ -348,6 +363,7 @@ impl Core {
         self.buses.retain(|other| *other != bus);
         for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
             (presence.known, presence.owner, presence.starting) = (false, None, None);
+            (presence.listener, presence.notice) = (None, None);
         }
         self.leases.bus_down(bus, now.boot);
         self.lifecycle.bus_down(bus, now);
@@ -373,12 +389,14 @@ impl Core {
                 self.leases.vanished(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
                 self.look_at(app, now);
+                self.listener_appeared(app, &owner, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
             }
             None => {
                 presence.owner = None;
                 self.leases.vanished(app, now.boot);
+                (presence.listener, presence.notice) = (None, None);
                 self.lifecycle.vanished(app, now);
                 self.pump(now);
                 self.delivery.vanished(app, now);
@@ -416,6 +434,7 @@ impl Core {
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
             Some(Stored::Deletion(id)) => self.deletion_stored(id, result.is_ok(), now),
             Some(Stored::Row(number)) => self.row_stored(number, result.is_ok(), now),
+            Some(Stored::State) => self.state_saved(ticket, result),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }

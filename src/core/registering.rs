@@ -409,6 +409,7 @@ impl Core {
         self.lifecycle.remove_app(app, now);
         self.ledger.remove(app);
         self.pressure.forget(app);
+        self.states.forget(app);
         self.actions.push_back(Action::Unwatch(app.clone()));
         self.store(StoreOp::DeleteApp(app.clone()), None);
     }

@@ -244,9 +244,8 @@ impl Core {
                 self.actions.push_back(Action::Kill { target, grace });
             }
             lifecycle::Output::Inspect(target) => self.actions.push_back(Action::Inspect(target)),
-            // Nobody listens yet.
-            lifecycle::Output::WillSuspend(app, _) => self.lifecycle.prepared(&app, now),
-            lifecycle::Output::Resumed(..) => {}
+            lifecycle::Output::WillSuspend(app, within) => self.will_suspend(app, within, now),
+            lifecycle::Output::Resumed(app, frozen) => self.resumed(app, frozen),
             lifecycle::Output::Forget(target) => {
                 self.samples.remove(&target);
                 self.report_target_done(target, now);

@@ -293,6 +293,7 @@ impl Shell {
             | Action::Watch(_)
             | Action::Unwatch(_)
             | Action::Call { .. }
+            | Action::CallClient { .. }
             | Action::Start(_)
             | Action::PanelChanged(_)
             | Action::EndLease(..)

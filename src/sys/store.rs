@@ -8,6 +8,7 @@ mod database;
 mod holdback;
 mod routes;
 mod rows;
+mod states;
 
 use std::{
     io,
@@ -26,7 +27,7 @@ pub use self::holdback::Holdback;
 use crate::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
-    model::{Ending, Message, MessageSeq, Snapshot},
+    model::{AppKey, Ending, Message, MessageSeq, Snapshot},
     sys::inbox::{Incoming, Sender},
 };
 
@@ -134,7 +135,7 @@ impl Store {
     }
 
     /// Queues `op`. Never blocks. With a `ticket`, [`Event::Stored`] follows, in the order of the calls;
-    /// [`StoreOp::LoadBody`] is answered with [`Event::Body`].
+    /// [`StoreOp::LoadBody`] is answered with [`Event::Body`], [`StoreOp::LoadState`] with [`Event::State`].
     pub fn apply(&self, op: StoreOp, ticket: Option<StoreTicket>) {
         self.send(Work::Op(op), ticket);
     }
@@ -283,8 +284,13 @@ impl Writer {
                 self.note(None);
                 let mut bodies = bodies.into_iter();
                 for entry in batch {
-                    if let Work::Op(StoreOp::LoadBody(seq)) = entry.work {
-                        self.tell(Event::Body(seq, bodies.next().flatten()));
+                    match &entry.work {
+                        Work::Op(StoreOp::LoadBody(seq)) => self.tell(Event::Body(*seq, bodies.next().flatten())),
+                        Work::Op(StoreOp::LoadState(app)) => {
+                            self.answer_state(entry.ticket, app);
+                            continue;
+                        }
+                        _ => {}
                     }
                     let refused = matches!(entry.work, Work::Refused);
                     self.answer(entry.ticket, if refused { Err(too_slow()) } else { Ok(()) });
@@ -313,6 +319,10 @@ impl Writer {
                 let body = self.database.body(seq);
                 self.tell(Event::Body(seq, body));
             }
+            if let Work::Op(StoreOp::LoadState(app)) = &entry.work {
+                self.answer_state(entry.ticket, app);
+                continue;
+            }
             self.answer(entry.ticket, if stored { Ok(()) } else { Err(error.clone()) });
         }
     }
@@ -330,6 +340,14 @@ impl Writer {
     fn answer(&mut self, ticket: Option<StoreTicket>, result: Result<(), StoreError>) {
         if let Some(ticket) = ticket {
             self.tell(Event::Stored(ticket, result));
+        }
+    }
+
+    /// After the commit: what an app saved meanwhile is as good.
+    fn answer_state(&mut self, ticket: Option<StoreTicket>, app: &AppKey) {
+        if let Some(ticket) = ticket {
+            let state = self.database.state(app).map(Option::unwrap_or_default);
+            self.tell(Event::State(ticket, state));
         }
     }
 

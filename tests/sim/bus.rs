@@ -11,6 +11,7 @@ use nightporter::{
 };
 
 use crate::{
+    client::{Notices, States},
     clock::{At, MS, Rng, SEC},
     world::{BUS, Due, What, World},
 };
@@ -28,6 +29,8 @@ pub(crate) struct AppState {
     /// The instance it has or had last.
     latest: Option<u64>,
     started_in: Option<u32>,
+    listens: bool,
+    pub(crate) states: States,
 }
 
 /// A registration the app wants.
@@ -58,6 +61,7 @@ pub(crate) struct Instance {
     heard: Option<(u32, u32, Claim)>,
     started_by_us: Option<u32>,
     pub(crate) commanded: Option<(u32, Command)>,
+    pub(crate) notices: Notices,
 }
 
 /// A call to an app that has not been answered.
@@ -100,6 +104,8 @@ pub(crate) fn apps(rng: &mut Rng) -> Vec<AppState> {
             instance: None,
             latest: None,
             started_in: None,
+            listens: rng.chance(6000),
+            states: States::default(),
         })
         .collect()
 }
@@ -117,7 +123,7 @@ impl World {
         self.instances.get(&self.apps[app].instance?)?.owner.clone()
     }
 
-    fn instance_of_owner(&self, owner: &Owner) -> Option<u64> {
+    pub(crate) fn instance_of_owner(&self, owner: &Owner) -> Option<u64> {
         self.instances.iter().find(|(_, instance)| instance.owner.as_ref() == Some(owner)).map(|(n, _)| *n)
     }
 
@@ -142,6 +148,7 @@ impl World {
                 heard: None,
                 started_by_us: None,
                 commanded: None,
+                notices: Notices::default(),
             },
         );
         self.apps[app].instance = Some(n);
@@ -415,7 +422,7 @@ impl World {
 
     // What apps ask.
 
-    fn caller(&self, n: u64) -> Option<Caller> {
+    pub(crate) fn caller(&self, n: u64) -> Option<Caller> {
         let owner = self.instances.get(&n)?.owner.clone()?;
         Some(Caller {
             bus: BUS,
@@ -495,7 +502,10 @@ impl World {
         }
         let claim = if self.rng.chance(7500) { Claim::Background } else { Claim::Foreground };
         if let Some(caller) = self.caller(n) {
-            self.call(caller, Request::Declare { service: None, claim }, What::Other);
+            self.call(caller.clone(), Request::Declare { service: None, claim }, What::Other);
+            if self.apps[app].listens {
+                self.app_listens(app, n, &caller);
+            }
         }
     }
 

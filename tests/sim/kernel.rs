@@ -3,7 +3,6 @@
 use std::{sync::Arc, time::Duration};
 
 use nightporter::{
-    action::ConnectorCall,
     event::{BusEvent, Command, Event, Outcome},
     model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind},
 };
@@ -67,6 +66,7 @@ impl World {
     pub(crate) fn freeze(&mut self, target: TargetId) {
         let n = self.instance_of(target, "freeze");
         assert!(self.may_touch(n, Command::Freeze), "instance {n} is frozen without the right to");
+        self.check_told(n);
         self.say_why(n, "freeze");
         self.count("freezes");
         // The record comes first, whatever becomes of the freeze.
@@ -211,7 +211,7 @@ impl World {
     }
 
     /// Invariant 4: nobody calls an app that is held still.
-    pub(crate) fn check_not_held(&self, n: u64, what: &ConnectorCall) {
+    pub(crate) fn check_not_held(&self, n: u64, what: &impl std::fmt::Debug) {
         let held = self.targets.values().any(|target| target.instance == n && target.held);
         let frozen = self.instances.get(&n).is_some_and(|instance| instance.frozen);
         assert!(!held && !frozen, "instance {n} is called while it is held still: {what:?}");

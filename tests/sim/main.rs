@@ -15,6 +15,7 @@
 
 mod bus;
 mod chaos;
+mod client;
 mod clock;
 mod kernel;
 mod ntfy;
@@ -74,7 +75,7 @@ fn nothing_is_lost_whatever_the_world_does() {
 }
 
 /// A world without faults proves nothing: each of these happens several times as often with the usual seeds.
-const LEAST: [(&str, u64); 41] = [
+const LEAST: [(&str, u64); 45] = [
     ("messages processed", 30_000),
     ("acknowledgements", 10_000),
     ("cursors stored", 500),
@@ -116,6 +117,10 @@ const LEAST: [(&str, u64); 41] = [
     ("leases given", 200),
     ("leases given back", 15),
     ("leases taken away", 100),
+    ("notices", 1500),
+    ("notices to who does not answer", 80),
+    ("freezes of the unprepared", 60),
+    ("states restored", 1000),
 ];
 
 fn check_that_it_was_hard(stats: &world::Stats) {

@@ -191,7 +191,9 @@ impl Reference {
             | StoreOp::PutPreference(_)
             | StoreOp::DeletePreference(..)
             | StoreOp::PutApp(_)
-            | StoreOp::DeleteApp(_) => {}
+            | StoreOp::DeleteApp(_)
+            | StoreOp::PutState(..)
+            | StoreOp::LoadState(_) => {}
         }
     }
 

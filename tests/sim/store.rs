@@ -30,6 +30,7 @@ pub(crate) struct Store {
     apps: BTreeMap<AppKey, AppRecord>,
     former: BTreeMap<(RegistrationId, Arc<str>), FormerRoute>,
     preferences: BTreeMap<(Bus, Option<Arc<str>>), Preference>,
+    states: BTreeMap<AppKey, Arc<[u8]>>,
     next_registration: u64,
     next_message: u64,
     next_ended: u64,
@@ -79,6 +80,7 @@ impl Store {
             if let StoreOp::LoadBody(seq) = op {
                 events.push(Event::Body(seq, self.body(seq)));
             }
+            let loaded = if let StoreOp::LoadState(app) = &op { Some(app.clone()) } else { None };
             let stored = !self.full || (gives_space && helping && rng.chance(7000));
             if stored {
                 self.write(&op);
@@ -86,7 +88,9 @@ impl Store {
             } else {
                 helping &= !gives_space;
             }
-            if let Some(ticket) = ticket {
+            if let (Some(app), Some(ticket)) = (loaded, ticket) {
+                events.push(Event::State(ticket, Ok(self.states.get(&app).cloned().unwrap_or_default())));
+            } else if let Some(ticket) = ticket {
                 events.push(Event::Stored(ticket, if stored { Ok(()) } else { Err(StoreError::Full) }));
             }
         }
@@ -111,6 +115,9 @@ impl Store {
     pub(crate) fn snapshot(&mut self) -> Snapshot {
         self.rows.retain(|_, row| self.registrations.contains_key(&row.message.registration.0));
         self.by_id.retain(|(registration, _), _| self.registrations.contains_key(registration));
+        let registered = |app: &AppKey| self.registrations.values().any(|registration| registration.app == *app);
+        let orphans: Vec<AppKey> = self.states.keys().filter(|app| !registered(app)).cloned().collect();
+        orphans.iter().for_each(|app| drop(self.states.remove(app)));
         let mut ended: Vec<&Row> = self.rows.values().filter(|row| row.ended.is_some()).collect();
         ended.sort_by_key(|row| row.ended);
         let mut count: BTreeMap<RegistrationId, usize> = BTreeMap::new();
@@ -131,6 +138,7 @@ impl Store {
             apps: self.apps.values().cloned().collect(),
             former: self.former.values().cloned().collect(),
             preferences: self.preferences.values().cloned().collect(),
+            states: self.states.iter().map(|(app, state)| (app.clone(), state.len() as u32)).collect(),
             next_registration: self.next_registration,
             next_message: self.next_message,
             damaged: None,
@@ -172,7 +180,13 @@ impl Store {
                     self.prune(registration);
                 }
             }
-            StoreOp::LoadBody(_) => {}
+            StoreOp::LoadBody(_) | StoreOp::LoadState(_) => {}
+            StoreOp::PutState(app, state) if state.is_empty() => {
+                self.states.remove(app);
+            }
+            StoreOp::PutState(app, state) => {
+                self.states.insert(app.clone(), Arc::clone(state));
+            }
             StoreOp::PutUpstream { upstream, key, value } if value.is_empty() => {
                 self.upstreams.remove(&(upstream.clone(), key.clone()));
             }
@@ -196,6 +210,7 @@ impl Store {
             }
             StoreOp::DeleteApp(app) => {
                 self.apps.remove(app);
+                self.states.remove(app);
             }
         }
     }

@@ -65,6 +65,8 @@ pub(crate) enum Due {
     Continue(u64),
     Register(usize, u64, usize),
     Declare(u64),
+    /// An app answers the notice before a freeze.
+    Prepared(u64, crate::client::Noticed),
     Exit(u64),
     BusUp,
     Publish,
@@ -125,6 +127,9 @@ struct Asked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum What {
     Register { app: usize, instance: u64, registration: usize },
+    Listen { instance: u64, listens: bool },
+    Save { app: usize, number: u64, forgotten: u64 },
+    Restore { app: usize, at_least: u64, forgotten: u64 },
     Other,
     Json,
 }
@@ -404,6 +409,18 @@ impl World {
             }
             Action::Store(op, ticket) => {
                 let rules = self.plan.rules;
+                match &op {
+                    StoreOp::DeleteRegistration(id) => {
+                        if let Some(app) = self.reference.app_of(*id).cloned() {
+                            self.state_may_go(&app);
+                        }
+                    }
+                    StoreOp::DeleteApp(app) => {
+                        self.state_may_go(app);
+                        self.listens_no_more(app);
+                    }
+                    _ => {}
+                }
                 if let StoreOp::DeleteRegistration(id) = &op {
                     self.deleted.extend(self.reference.app_of(*id).cloned());
                 }
@@ -431,6 +448,7 @@ impl World {
                 self.watched.remove(&app);
             }
             Action::Call { ticket, app, owner, call, .. } => self.call_app(ticket, &app, &owner, call),
+            Action::CallClient { app, owner, call } => self.call_client(&app, &owner, call),
             Action::Start(app) => {
                 self.verdicts.push((app.clone(), "start"));
                 self.check_worth_waking(&app, "started");
@@ -573,6 +591,7 @@ impl World {
             Due::Bus(life, age, event) => {
                 if life == self.life && age == self.bus_age {
                     self.claim_heard(&event);
+                    self.notice_heard(&event);
                     self.tell(Event::Bus(event));
                 } else if let BusEvent::Call { call, .. } = event {
                     // It never got there.
@@ -607,6 +626,7 @@ impl World {
             Due::Continue(n) => self.go_on(n),
             Due::Register(app, n, registration) => self.app_registers(app, n, registration),
             Due::Declare(n) => self.app_declares(n),
+            Due::Prepared(n, noticed) => self.prepared(n, noticed),
             Due::Exit(n) => self.die(n, "exits"),
             Due::BusUp => self.bus_returns(),
             Due::Publish => self.publish(),
@@ -929,6 +949,7 @@ impl World {
                 self.retry_register(asked.what);
             }
             (What::Json, Reply::Json(text)) => self.check_json(text),
+            (What::Listen { .. } | What::Save { .. } | What::Restore { .. }, reply) => self.saved(asked.what, reply),
             (What::Json | What::Other, _) => {}
         }
     }

@@ -39,6 +39,12 @@ impl Reports {
         self.0.lock().unwrap().iter().filter(|told| told["app"] == app && told["event"] == event).count()
     }
 
+    /// All the app told under this name, in order.
+    pub(super) fn all(&self, app: &str, event: &str) -> Vec<Value> {
+        let all = self.0.lock().unwrap();
+        all.iter().filter(|told| told["app"] == app && told["event"] == event).cloned().collect()
+    }
+
     /// The app's latest endpoint.
     pub(super) fn endpoint(&self, app: &str) -> Option<String> {
         let all = self.0.lock().unwrap();

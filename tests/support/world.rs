@@ -273,9 +273,19 @@ impl World {
         self.install_with(app, fault, BALLAST_KIB);
     }
 
+    /// A sample that listens and saves its state (docs/lifecycle.md).
+    pub(crate) fn install_listener(&self, app: &str, fault: &str) {
+        self.install_sample(app, fault, BALLAST_KIB, &["NIGHTPORTER_SAMPLE_LISTEN=1"]);
+    }
+
     pub(crate) fn install_with(&self, app: &str, fault: &str, ballast: &str) {
-        let environment = self.sample_environment(app, fault, ballast);
-        let environment: Vec<String> = environment.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        self.install_sample(app, fault, ballast, &[]);
+    }
+
+    fn install_sample(&self, app: &str, fault: &str, ballast: &str, more: &[&str]) {
+        let environment = self.sample_environment(app, fault, ballast).into_iter();
+        let mut environment: Vec<String> = environment.map(|(name, value)| format!("{name}={value}")).collect();
+        environment.extend(more.iter().map(|entry| (*entry).to_owned()));
         let sample = env!("CARGO_BIN_EXE_nightporter-sample");
         let dir = text(self.dir.path());
         self.install_command(app, &format!("/usr/bin/env -C {dir} {} {sample}", environment.join(" ")));
@@ -285,6 +295,21 @@ impl World {
     pub(crate) fn install_command(&self, app: &str, command: &str) {
         self.bus.service(app, &format!("Exec={command}"));
         self.ask_bus("ReloadConfig", &());
+    }
+
+    /// Makes a program an app that the bus can start: a line for the shell that ends in `exec`, whose output is kept. It ends
+    /// with this world.
+    pub(crate) fn install_program(&self, app: &str, line: &str) -> PathBuf {
+        let output = self.dir.path().join(format!("{app}.out"));
+        let script = self.dir.path().join(format!("{app}.sh"));
+        let (report, address) = (self.report_path(), self.bus.address());
+        let text = format!(
+            "export NIGHTPORTER_SAMPLE_REPORT='{report}' DBUS_SESSION_BUS_ADDRESS='{address}'\n{line} >>'{}' 2>&1\n",
+            text(&output)
+        );
+        fs::write(&script, text).unwrap();
+        self.install_command(app, &format!("/bin/sh {}", script.display()));
+        output
     }
 
     /// Starts an app that is installed, as the user does.
@@ -380,6 +405,11 @@ impl World {
     /// Whether the relay has handed the message over for good. What it still has, it loses by this.
     pub(crate) fn is_acked(&self, location: &str) -> bool {
         self.relay().delete(location) == 404
+    }
+
+    /// What the app has reported under this name, in order.
+    pub(crate) fn reported(&self, app: &str, event: &str) -> Vec<serde_json::Value> {
+        self.reports.all(app, event)
     }
 
     pub(crate) fn seen(&self, app: &str) -> Vec<Seen> {

@@ -175,6 +175,7 @@ A program given with --app-command is started N times in either half, with:
   NIGHTPORTER_SAMPLE_MODE        resident: hold a connection of its own; shared: register with the daemon
   NIGHTPORTER_SAMPLE_SERVER      resident: the push server, as a ws:// URL (Mozilla autopush protocol)
   NIGHTPORTER_SAMPLE_REPORT      a unix datagram socket to report to
+  NIGHTPORTER_SAMPLE_LISTEN      shared: be told of freezes, and save and restore state
   NIGHTPORTER_SAMPLE_BALLAST_KIB message history to hold in memory
   DBUS_SESSION_BUS_ADDRESS       shared: the demo's private bus
 It reports JSON datagrams, each with \"app\" (its bus name) and \"event\":

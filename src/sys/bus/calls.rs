@@ -387,6 +387,7 @@ fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
             reply(wire, call, &RegisterResult { success: FAILED, reason: Some(reason.as_str()) });
         }
         (Reply::Json(text), Wording::Text) => reply(wire, call, &text.as_str()),
+        (Reply::State(state), Wording::State) => reply(wire, call, &&*state),
         (Reply::Panel(state), Wording::Panel(shown)) => show(wire, call, shown, *state),
         (Reply::Done, Wording::Empty | Wording::SetProvider) => reply(wire, call, &()),
         (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),

@@ -39,7 +39,7 @@ pub(super) fn interfaces(path: &str, panel: bool) -> Option<&'static [&'static s
 pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
-        APP => &["SetState", "SetStateOf", "Lease"],
+        APP => &["SetState", "SetStateOf", "Lease", "Listen", "SaveState", "RestoreState"],
         MANAGER => &[
             "Status",
             "Apps",
@@ -157,6 +157,9 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="id" type="u"/>
     <arg name="milliseconds" type="t"/>
   </signal>
+  <method name="Listen"><arg name="on" type="b" direction="in"/></method>
+  <method name="SaveState"><arg name="state" type="ay" direction="in"/></method>
+  <method name="RestoreState"><arg name="state" type="ay" direction="out"/></method>
 </interface>
 <interface name="org.nightporter1.Manager">
   <method name="Status"><arg name="json" type="s" direction="out"/></method>

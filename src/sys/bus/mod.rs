@@ -5,7 +5,7 @@
 //! - `checks`, `polkit`: what a caller may not do by its own right, and an administrator may allow.
 //! - `panel`: KDE's settings panel.
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
-//! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
+//! - `watch`, `deliver`, `clients`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `leases`: the ends of the leases apps hold.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `wire`: what waits to be written and what waits for a reply.
@@ -13,6 +13,7 @@
 pub(super) mod activation;
 mod calls;
 mod checks;
+mod clients;
 mod deliver;
 mod interfaces;
 mod leases;
@@ -132,7 +133,7 @@ impl BusThread {
         Ok(Self { orders, ended })
     }
 
-    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`,
+    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`, `PanelChanged`,
     /// `EndLease`, `LeaseEnding`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
@@ -327,6 +328,7 @@ impl Routes {
                 Action::Watch(AppKey { bus, .. })
                 | Action::Unwatch(AppKey { bus, .. })
                 | Action::Call { app: AppKey { bus, .. }, .. }
+                | Action::CallClient { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
                 | Action::PanelChanged(bus)
                 | Action::EndLease(bus, _)

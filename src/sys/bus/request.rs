@@ -14,7 +14,7 @@ use super::{
     panel::{self, Shown},
 };
 use crate::{
-    event::{Claim, Command, Query, Request},
+    event::{Claim, Command, Query, Request, STATE_MAX},
     model::{ConnectorVersion, LeaseId, LeaseKind},
 };
 
@@ -64,6 +64,8 @@ pub(super) enum Wording {
     Empty,
     /// Nothing; that it was refused the caller reads elsewhere (`panel`).
     SetProvider,
+    /// Bytes (`ay`).
+    State,
     /// A part of `Reply::Panel`.
     Panel(Shown),
     /// `(hu)`: the lease and its number.
@@ -96,7 +98,7 @@ pub(super) const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExcee
 /// Token and description at most, in bytes (UnifiedPush D-Bus 0.3.0).
 const TEXT: usize = 100;
 /// Body of any call we serve at most, in bytes: far above what a valid one can need.
-const BODY: usize = 64 * 1024;
+const BODY: usize = STATE_MAX + 64;
 
 /// Reads one method call. `panel` says whether KDE's settings panel is served.
 pub(super) fn read(message: &Message, panel: bool) -> Result<Call, Fault> {
@@ -250,15 +252,28 @@ fn unregister(token: &str, version: ConnectorVersion) -> Result<Call, Fault> {
 }
 
 fn app(member: &str, body: &Body) -> Result<Call, Fault> {
-    if member == "Lease" {
-        return lease(body);
-    }
-    let (service, state) = if member == "SetState" {
-        (None, arguments::<&str>(body)?)
-    } else {
-        let (service, state) = arguments::<(&str, &str)>(body)?;
-        check_service(service)?;
-        (Some(Arc::<str>::from(service)), state)
+    let ask = |request, wording| Ok(Call::Ask { request, wording, about: About::Caller });
+    let (service, state) = match member {
+        "Lease" => return lease(body),
+        "Listen" => return ask(Request::Listen(arguments::<bool>(body)?), Wording::Empty),
+        "SaveState" => {
+            let state = arguments::<&[u8]>(body)?;
+            if state.len() > STATE_MAX {
+                let text = format!("the state has {} bytes; at most {STATE_MAX} are kept", state.len());
+                return Err(fault(LIMITS_EXCEEDED, text));
+            }
+            return ask(Request::SaveState(state.into()), Wording::Empty);
+        }
+        "RestoreState" => {
+            arguments::<()>(body)?;
+            return ask(Request::RestoreState, Wording::State);
+        }
+        "SetState" => (None, arguments::<&str>(body)?),
+        _ => {
+            let (service, state) = arguments::<(&str, &str)>(body)?;
+            check_service(service)?;
+            (Some(Arc::<str>::from(service)), state)
+        }
     };
     let claim = match state {
         "foreground" => Claim::Foreground,
@@ -466,6 +481,17 @@ mod tests {
         assert_eq!(request, Request::Declare { service: Some("org.a.B".into()), claim: Claim::Foreground });
         assert_eq!(about, About::Service("org.a.B".into()));
         assert_eq!(call(NIGHTPORTER_PATH, Some(APP), "SetState", &"hidden").unwrap_err().name, INVALID_ARGS);
+        for on in [true, false] {
+            let (request, wording, about) = asked(call(NIGHTPORTER_PATH, Some(APP), "Listen", &on));
+            assert_eq!((request, wording, about), (Request::Listen(on), Wording::Empty, About::Caller));
+        }
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(APP), "SaveState", &vec![7_u8; STATE_MAX]));
+        assert_eq!((request, wording), (Request::SaveState(vec![7; STATE_MAX].into()), Wording::Empty));
+        let fault = call(NIGHTPORTER_PATH, Some(APP), "SaveState", &vec![7_u8; STATE_MAX + 1]).unwrap_err();
+        assert_eq!(fault.name, LIMITS_EXCEEDED);
+        assert_eq!(call(NIGHTPORTER_PATH, Some(APP), "SaveState", &"text").unwrap_err().name, INVALID_ARGS);
+        let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(APP), "RestoreState", &()));
+        assert_eq!((request, wording), (Request::RestoreState, Wording::State));
         for (member, query) in [("Status", Query::Status), ("Apps", Query::Apps), ("Report", Query::Report)] {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()));
             assert_eq!((request, wording), (Request::Query(query), Wording::Text));

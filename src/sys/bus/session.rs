@@ -18,6 +18,7 @@ use super::{
     Common, Order,
     calls::{self, Calls},
     checks::Verdict,
+    clients::Clients,
     deliver::Deliveries,
     interfaces::NAMES,
     leases::{self, Ends},
@@ -30,7 +31,7 @@ use super::{
     wire::{BUS_NAME, Pending, Response, Wire},
 };
 use crate::{
-    action::Action,
+    action::{Action, ClientCall},
     event::{BusEvent, CallOutcome, Event, StartOutcome},
     model::{AppKey, Bus},
     sys::{
@@ -215,6 +216,9 @@ pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
         Order::Act(Action::Call { ticket, .. }) => {
             BusEvent::CallDone(ticket, CallOutcome::NotSent("the bus is not there".into()))
         }
+        Order::Act(Action::CallClient { app, call: ClientCall::WillSuspend { ticket, .. }, .. }) => {
+            BusEvent::Prepared(app, ticket)
+        }
         Order::Act(Action::Start(app)) => BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into())),
         Order::Unit(order) => {
             if let Some(refusal) = order.refusal() {
@@ -244,6 +248,7 @@ struct Session<'a> {
     calls: Calls,
     watches: Watches,
     deliveries: Deliveries,
+    clients: Clients,
     manager: Manager,
     leases: Ends,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
@@ -296,6 +301,7 @@ impl<'a> Session<'a> {
             verdicts: Box::pin(verdicts),
             watches: Watches::default(),
             deliveries: Deliveries::default(),
+            clients: Clients::default(),
             manager: Manager::default(),
             leases: Ends::default(),
             starts: HashMap::new(),
@@ -402,6 +408,7 @@ impl<'a> Session<'a> {
             }
         }
         self.deliveries.end(&self.wire);
+        self.clients.end(&self.wire);
         self.manager.end(&self.wire);
         Ended::Lost { text, was_up: self.was_up }
     }
@@ -430,6 +437,7 @@ impl<'a> Session<'a> {
             Action::Call { ticket, app, owner, version, call } => {
                 self.deliveries.call(&mut self.wire, ticket, app, owner, version, call);
             }
+            Action::CallClient { app, owner, call } => self.clients.call(&mut self.wire, app, owner, call),
             Action::Start(app) => self.start(app),
             Action::PanelChanged(_) => self.panel.changed = true,
             Action::EndLease(_, lease) => self.leases.close(lease),
@@ -540,6 +548,7 @@ impl<'a> Session<'a> {
             }
             Pending::Delivery(number) => self.deliveries.answered(&mut self.wire, number, response),
             Pending::Ping(number) => self.deliveries.pinged(&mut self.wire, number, response),
+            Pending::Notice(app, ticket) => self.clients.answered(&self.wire, app, ticket, response),
             Pending::Manager(asked) => self.manager.answered(&mut self.wire, asked, response),
         }
     }

@@ -10,7 +10,7 @@ use zbus::{DynamicType, Message, message::Type};
 
 use super::{manager::Asked, process::Purpose};
 use crate::{
-    event::{BusEvent, Event},
+    event::{BusEvent, Event, NoticeTicket},
     model::{AppKey, Bus, LeaseId},
     sys::inbox::{Incoming, Process, Sender},
 };
@@ -58,6 +58,8 @@ pub(super) enum Pending {
     Delivery(u64),
     /// The Ping behind it.
     Ping(u64),
+    /// WillSuspend, by app and ticket.
+    Notice(AppKey, NoticeTicket),
     /// Something about systemd.
     Manager(Asked),
 }

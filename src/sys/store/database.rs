@@ -19,12 +19,12 @@ use rusqlite::{Connection, Error, ErrorCode, OpenFlags, Transaction, Transaction
 use super::{
     StoreOpenError, Work, routes,
     rows::{self, Numbers},
-    unusable,
+    states, unusable,
 };
 use crate::{
     action::StoreOp,
     event::StoreError,
-    model::{MessageSeq, Snapshot},
+    model::{AppKey, MessageSeq, Snapshot},
     sys::clock,
 };
 
@@ -35,7 +35,7 @@ const APPLICATION_ID: i64 = 0x4e50_7274;
 /// The newest format we know: the number of [`MIGRATIONS`].
 const FORMAT: i64 = MIGRATIONS.len() as i64;
 /// What makes format n+1 of format n.
-const MIGRATIONS: [&str; 2] = [rows::FORMAT_1, routes::FORMAT_2];
+const MIGRATIONS: [&str; 3] = [rows::FORMAT_1, routes::FORMAT_2, states::FORMAT_3];
 /// Checking a file this large takes about 0.1 s on eMMC. A larger one is only checked where it is read anyway.
 const CHECKED_SIZE: u64 = 8 * 1024 * 1024;
 /// Free pages (4 KiB) above which the file is shortened after a burst.
@@ -135,6 +135,11 @@ impl Database {
     /// A message's body; none when it is gone or unreadable.
     pub(super) fn body(&self, seq: MessageSeq) -> Option<Arc<[u8]>> {
         body(&self.connection, seq)
+    }
+
+    /// An app's saved state; none when there is none.
+    pub(super) fn state(&self, app: &AppKey) -> Result<Option<Arc<[u8]>>, StoreError> {
+        states::load(&self.connection, app).map_err(|error| write_error(&self.connection, &error).into())
     }
 
     /// Gives memory, and disk when there is much to give, back to the system.

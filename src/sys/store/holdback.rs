@@ -72,7 +72,9 @@ impl Holdback {
             | StoreOp::PutPreference(_)
             | StoreOp::DeletePreference(..)
             | StoreOp::PutApp(_)
-            | StoreOp::DeleteApp(_) => self.store.apply(op, ticket),
+            | StoreOp::DeleteApp(_)
+            | StoreOp::PutState(..)
+            | StoreOp::LoadState(_) => self.store.apply(op, ticket),
             StoreOp::PutRegistration(_)
             | StoreOp::DeleteRegistration(_)
             | StoreOp::PutFormer(_)

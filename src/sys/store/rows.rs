@@ -7,7 +7,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, Result, Row, params};
 
-use super::routes;
+use super::{routes, states};
 use crate::{
     action::StoreOp,
     model::{
@@ -69,7 +69,7 @@ pub(super) struct Changes {
     deleted: bool,
 }
 
-/// Does what `op` says, except `LoadBody`, which changes nothing.
+/// Does what `op` says, except `LoadBody` and `LoadState`, which change nothing.
 pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, changes: &mut Changes) -> Result<()> {
     match op {
         StoreOp::PutRegistration(registration) => {
@@ -88,7 +88,7 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
             put_message(db, message)
         }
         StoreOp::EndMessage(seq, ending) => end_message(db, *seq, *ending, numbers, changes),
-        StoreOp::LoadBody(_) => Ok(()),
+        StoreOp::LoadBody(_) | StoreOp::LoadState(_) => Ok(()),
         StoreOp::PutUpstream { upstream, key, value } if value.is_empty() => {
             db.prepare_cached("DELETE FROM upstreams WHERE upstream = ?1 AND key = ?2")?.execute([upstream, key])?;
             Ok(())
@@ -106,8 +106,9 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
         StoreOp::DeleteApp(app) => {
             db.prepare_cached("DELETE FROM apps WHERE bus = ?1 AND service = ?2")?
                 .execute(params![app.bus.to_number(), app.service])?;
-            Ok(())
+            states::put(db, app, &[])
         }
+        StoreOp::PutState(app, state) => states::put(db, app, state),
     }
 }
 
@@ -176,6 +177,7 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
     numbers.registration = numbers.registration.max(1);
     numbers.message = numbers.message.max(1);
     drop_orphans(db, &mut numbers)?;
+    states::drop_orphans(db)?;
     let snapshot = Snapshot {
         registrations: rows(
             db,
@@ -196,6 +198,7 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
         apps: rows(db, "SELECT bus, service, declares, pss, uss, swap, measured FROM apps", app)?,
         former: routes::former(db)?,
         preferences: routes::preferences(db)?,
+        states: states::sizes(db)?,
         next_registration: numbers.registration.unsigned_abs(),
         next_message: numbers.message.unsigned_abs(),
         damaged: None,
@@ -389,7 +392,7 @@ fn app(row: &Row<'_>) -> Result<AppRecord, RowError> {
     })
 }
 
-fn app_key(row: &Row<'_>, column: usize) -> Result<AppKey, RowError> {
+pub(super) fn app_key(row: &Row<'_>, column: usize) -> Result<AppKey, RowError> {
     let bus = known(row.get(column)?, "bus", Bus::from_number)?;
     Ok(AppKey::new(bus, row.get::<_, Arc<str>>(column + 1)?))
 }
