@@ -28,6 +28,9 @@ _nightporter() {
             nightporter,doctor)
                 cmd="nightporter__subcmd__doctor"
                 ;;
+            nightporter,end-lease)
+                cmd="nightporter__subcmd__end__subcmd__lease"
+                ;;
             nightporter,forget-user)
                 cmd="nightporter__subcmd__forget__subcmd__user"
                 ;;
@@ -39,6 +42,9 @@ _nightporter() {
                 ;;
             nightporter,kill)
                 cmd="nightporter__subcmd__kill"
+                ;;
+            nightporter,leases)
+                cmd="nightporter__subcmd__leases"
                 ;;
             nightporter,log)
                 cmd="nightporter__subcmd__log"
@@ -79,6 +85,9 @@ _nightporter() {
             nightporter__subcmd__help,doctor)
                 cmd="nightporter__subcmd__help__subcmd__doctor"
                 ;;
+            nightporter__subcmd__help,end-lease)
+                cmd="nightporter__subcmd__help__subcmd__end__subcmd__lease"
+                ;;
             nightporter__subcmd__help,forget-user)
                 cmd="nightporter__subcmd__help__subcmd__forget__subcmd__user"
                 ;;
@@ -90,6 +99,9 @@ _nightporter() {
                 ;;
             nightporter__subcmd__help,kill)
                 cmd="nightporter__subcmd__help__subcmd__kill"
+                ;;
+            nightporter__subcmd__help,leases)
+                cmd="nightporter__subcmd__help__subcmd__leases"
                 ;;
             nightporter__subcmd__help,log)
                 cmd="nightporter__subcmd__help__subcmd__log"
@@ -125,7 +137,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -210,6 +222,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__end__subcmd__lease)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__forget__subcmd__user)
             opts="-h --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -239,7 +265,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why log freeze thaw kill move forget-user push report doctor demo completions man help"
+            opts="status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -308,6 +334,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__help__subcmd__end__subcmd__lease)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__help__subcmd__forget__subcmd__user)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -351,6 +391,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__kill)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__leases)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -491,6 +545,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__kill)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__leases)
             opts="-h --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
