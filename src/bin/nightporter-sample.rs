@@ -4,7 +4,7 @@
 //! `resident` is what every app does on its own: one process, one connection to the push server. `shared` is a UnifiedPush
 //! app: it registers with the daemon, says that it is in the background, and is called when something comes.
 //! `NIGHTPORTER_SAMPLE_FAULT` makes it a bad app, for tests: `never-reply`, `slow-reply:MS`, `error`, `crash-on:N`,
-//! `empty-reply`, `at-root`, `v1`.
+//! `empty-reply`, `at-root`, `v1`, `silent`.
 
 use std::{
     collections::HashMap,
@@ -161,10 +161,12 @@ async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
     // The name is taken once the connector is there to be called.
     let connection = builder.name(name.to_owned()).build().await?;
     register(&connection, name, fault == Fault::V1).await?;
-    connection
-        .call_method(Some(PORTER), PORTER_PATH, Some("org.nightporter1.App"), "SetState", &("background",))
-        .await
-        .map_err(|error| format!("{PORTER} does not take our state: {error}"))?;
+    if fault != Fault::Silent {
+        connection
+            .call_method(Some(PORTER), PORTER_PATH, Some("org.nightporter1.App"), "SetState", &("background",))
+            .await
+            .map_err(|error| format!("{PORTER} does not take our state: {error}"))?;
+    }
     app.reporter.report(json!({ "event": "ready" }));
     pending().await
 }
@@ -213,6 +215,8 @@ enum Fault {
     AtRoot,
     /// Speaks UnifiedPush version 1.
     V1,
+    /// Never says whether it is in the foreground.
+    Silent,
 }
 
 impl Fault {
@@ -226,6 +230,7 @@ impl Fault {
             None if text == "empty-reply" => Self::EmptyReply,
             None if text == "at-root" => Self::AtRoot,
             None if text == "v1" => Self::V1,
+            None if text == "silent" => Self::Silent,
             Some(("slow-reply", ms)) => Self::SlowReply(Duration::from_millis(number(ms)?)),
             Some(("crash-on", n)) => Self::CrashOn(number(n)?),
             _ => return Err(format!("NIGHTPORTER_SAMPLE_FAULT={text} is not a fault known here").into()),
