@@ -409,16 +409,16 @@ impl Day {
                 self.open(app);
             }
         }
-        for app in 0..APPS.len() {
+        for (app, (name, _)) in APPS.iter().enumerate() {
             let begun = Instant::now();
             if self.front != Some(app) {
                 self.activate(app);
             }
             let others = || (0..APPS.len()).filter(|other| *other != app);
             let held = Phone::within(LOOKED_AT_AGAIN, || others().all(|other| self.book().apps[other].frozen));
-            assert!(held, "not all are held while {} is in front; {}", APPS[app].0, self.complaint());
+            assert!(held, "not all are held while {name} is in front; {}", self.complaint());
             assert!(!self.book().apps[app].frozen, "{}", self.complaint());
-            println!("all others are held {:?} after {} is in front", begun.elapsed(), APPS[app].0);
+            println!("all others are held {:?} after {name} is in front", begun.elapsed());
         }
         for (app, sent) in self.sent.iter().enumerate() {
             let bodies: Vec<&str> = sent.iter().map(String::as_str).collect();
