@@ -4,7 +4,7 @@
 //! `resident` is what every app does on its own: one process, one connection to the push server. `shared` is a UnifiedPush
 //! app: it registers with the daemon, says that it is in the background, and is called when something comes.
 //! `NIGHTPORTER_SAMPLE_FAULT` makes it a bad app, for tests: `never-reply`, `slow-reply:MS`, `error`, `crash-on:N`,
-//! `empty-reply`, `at-root`, `v1`, `deaf`.
+//! `empty-reply`, `at-root`, `v1`, `deaf`, `silent`.
 //!
 //! With `NIGHTPORTER_SAMPLE_LISTEN=1` it does what docs/lifecycle.md asks of an app: it is told before it is frozen and after,
 //! and saves and restores its state, which is the last message it has seen.
@@ -173,7 +173,9 @@ async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
         app.restore(state.body().deserialize::<Vec<u8>>()?);
         porter(&connection, "Listen", &(true,)).await?;
     }
-    porter(&connection, "SetState", &("background",)).await?;
+    if fault != Fault::Silent {
+        porter(&connection, "SetState", &("background",)).await?;
+    }
     app.reporter.report(json!({ "event": "ready" }));
     pending().await
 }
@@ -236,6 +238,8 @@ enum Fault {
     V1,
     /// Listens and never answers.
     Deaf,
+    /// Never says whether it is in the foreground.
+    Silent,
 }
 
 impl Fault {
@@ -250,6 +254,7 @@ impl Fault {
             None if text == "at-root" => Self::AtRoot,
             None if text == "v1" => Self::V1,
             None if text == "deaf" => Self::Deaf,
+            None if text == "silent" => Self::Silent,
             Some(("slow-reply", ms)) => Self::SlowReply(Duration::from_millis(number(ms)?)),
             Some(("crash-on", n)) => Self::CrashOn(number(n)?),
             _ => return Err(format!("NIGHTPORTER_SAMPLE_FAULT={text} is not a fault known here").into()),

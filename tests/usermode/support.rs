@@ -59,13 +59,13 @@ pub(crate) enum Cgroups {
 
 /// Everything; it ends with this.
 pub(crate) struct Session {
-    uid: u32,
+    pub(crate) uid: u32,
     daemon: Option<Child>,
     bus: Option<Child>,
     relay: Relay,
     reports: Reports,
     /// The user's `user@.service`.
-    manager: Option<PathBuf>,
+    pub(crate) manager: Option<PathBuf>,
     dir: TempDir,
 }
 
@@ -117,12 +117,12 @@ impl Session {
         session
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// A program run by the user, in the unit's cgroup where the session has cgroups.
-    fn run(&self, unit: Option<&str>, program: impl AsRef<OsStr>) -> Command {
+    pub(crate) fn run(&self, unit: Option<&str>, program: impl AsRef<OsStr>) -> Command {
         let mut command = match (unit, &self.manager) {
             (Some(unit), Some(manager)) => {
                 let mut command = Command::new("sh");
@@ -143,12 +143,12 @@ impl Session {
         command
     }
 
-    fn sh(&self, script: &str) {
+    pub(crate) fn sh(&self, script: &str) {
         let output = self.run(None, "sh").args(["-ec", script]).output().unwrap();
         assert!(output.status.success(), "{script}: {output:?}");
     }
 
-    fn bus_address(&self) -> String {
+    pub(crate) fn bus_address(&self) -> String {
         format!("unix:path={}", self.path("run/bus").display())
     }
 
@@ -191,7 +191,7 @@ impl Session {
         assert!(status.success(), "{status}");
     }
 
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.path("daemon.log")).unwrap_or_default()
     }
 
@@ -205,7 +205,7 @@ impl Session {
         self.run(None, self.path("nightporterd")).args(arguments).output().unwrap()
     }
 
-    fn send(&self, to: &str, path: &str, method: &str, arguments: &[&str]) -> String {
+    pub(crate) fn send(&self, to: &str, path: &str, method: &str, arguments: &[&str]) -> String {
         let mut command = self.run(None, "dbus-send");
         command.args(["--print-reply=literal", &format!("--bus={}", self.bus_address())]);
         let output = command.arg(format!("--dest={to}")).args([path, method]).args(arguments).output().unwrap();
@@ -213,14 +213,19 @@ impl Session {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    fn ask_bus(&self, method: &str, arguments: &[&str]) -> String {
+    pub(crate) fn ask_bus(&self, method: &str, arguments: &[&str]) -> String {
         let (bus, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
         self.send(bus, path, &format!("org.freedesktop.DBus.{method}"), arguments)
     }
 
     /// What the shell says of an app nobody looks at.
     pub(crate) fn background(&self, app: &str) {
-        let arguments = [&*format!("string:{app}"), "string:background"];
+        self.say(app, "background");
+    }
+
+    /// What the shell says of an app.
+    pub(crate) fn say(&self, app: &str, state: &str) {
+        let arguments = [&*format!("string:{app}"), &format!("string:{state}")];
         self.send("org.nightporter1", "/org/nightporter1", "org.nightporter1.App.SetStateOf", &arguments);
     }
 
@@ -242,7 +247,7 @@ impl Session {
         self.ask_bus("ReloadConfig", &[]);
     }
 
-    fn report_variable(&self) -> String {
+    pub(crate) fn report_variable(&self) -> String {
         format!("NIGHTPORTER_SAMPLE_REPORT={}", self.path("report").display())
     }
 
@@ -346,12 +351,12 @@ fn remove(cgroup: &Path) -> std::io::Result<()> {
     fs::remove_dir(cgroup)
 }
 
-fn mount() -> PathBuf {
+pub(crate) fn mount() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("this test needs cgroup v2");
     PathBuf::from(mount.split(' ').nth(4).unwrap())
 }
 
-fn open_to_all(path: &Path, mode: u32) {
+pub(crate) fn open_to_all(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }

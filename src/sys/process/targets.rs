@@ -306,6 +306,12 @@ impl Targets {
         whose(pid, &self.targets, &self.world)
     }
 
+    /// The same for a process that was told of in the session of user `uid`, whose word counts for that user's processes
+    /// alone. 0 is the system itself (logind, the system's systemd), which is believed of everybody's.
+    pub fn of_pid_told_by(&self, pid: u32, uid: u32) -> Option<TargetId> {
+        self.of_pid(pid).filter(|id| uid == 0 || self.targets.get(id).is_some_and(|target| target.uid == uid))
+    }
+
     /// Measures this daemon and zram. Ends with `SampledSelf`, in the inbox.
     pub fn sample_self(&mut self) {
         let sender = self.sender.clone();
