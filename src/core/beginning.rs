@@ -14,6 +14,7 @@ use super::{
     Core, Upstream,
     control::Commands,
     delivery::Delivery,
+    demotion::Demotion,
     ledger::Ledger,
     lifecycle::Lifecycle,
     panel,
@@ -23,6 +24,7 @@ use super::{
     surroundings::Told,
     unsaved::Unsaved,
     upstream::{Beginning, Channel, LinkIds, Session},
+    wakes::Wakes,
 };
 use crate::{
     action::{Action, StoreOp},
@@ -78,6 +80,9 @@ impl Core {
             surroundings: None,
             sleep: Sleep::default(),
             windows: BTreeMap::new(),
+            wakes: Wakes::default(),
+            demotion: Demotion::default(),
+            watched: BTreeMap::new(),
             swept: now.boot,
             ending: None,
             exited: false,
@@ -97,7 +102,7 @@ impl Core {
         for (upstream, key) in given_up {
             core.store(StoreOp::PutUpstream { upstream, key, value: "".into() }, None);
         }
-        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, now);
+        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, &snapshot.upstreams, now);
         core
     }
 
@@ -106,6 +111,7 @@ impl Core {
         messages: Vec<StoredMessage>,
         seen: &[(RegistrationId, Arc<str>)],
         records: &[AppRecord],
+        remembered: &[(Arc<str>, Arc<str>, Arc<str>)],
         now: Now,
     ) {
         for registration in self.registry.iter() {
@@ -121,6 +127,7 @@ impl Core {
                 presence.declares = record.declares;
             }
         }
+        self.restore_shown(remembered, now);
         for (registration, id) in seen {
             self.delivery.restore_seen(*registration, id);
         }

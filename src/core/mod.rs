@@ -11,6 +11,7 @@ mod access;
 mod beginning;
 mod control;
 pub mod delivery;
+mod demotion;
 pub mod foreground;
 pub mod ledger;
 pub mod lifecycle;
@@ -25,6 +26,8 @@ mod surroundings;
 mod unsaved;
 pub mod upstream;
 mod urgency;
+mod wakes;
+mod waking;
 mod wiring;
 
 use std::{
@@ -38,6 +41,7 @@ use rand_chacha::ChaCha12Rng;
 use self::{
     control::Commands,
     delivery::Delivery,
+    demotion::Demotion,
     foreground::Windows,
     ledger::{Ledger, Phase},
     lifecycle::{Lifecycle, SampleKind},
@@ -49,6 +53,8 @@ use self::{
     surroundings::Told,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
+    wakes::Wakes,
+    waking::Watched,
 };
 use crate::{
     action::{Action, Reply, StoreOp},
@@ -95,6 +101,10 @@ pub struct Core {
     surroundings: Option<Surroundings>,
     sleep: Sleep,
     windows: BTreeMap<Bus, Windows>,
+    wakes: Wakes,
+    demotion: Demotion,
+    /// Buses on which notifications are watched for.
+    watched: BTreeMap<Bus, Watched>,
     swept: Instant,
     ending: Option<Instant>,
     exited: bool,
@@ -178,6 +188,8 @@ impl Core {
             Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
             Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
             Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
+            Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
+            Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
             Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
             Event::SampledSelf { daemon, zram_used, zram_stored } => {
                 self.ledger.daemon(daemon, zram_used, zram_stored);
@@ -219,7 +231,7 @@ impl Core {
         let own =
             sessions.chain(starting).chain(self.ending).chain(self.report.as_ref().map(ReportRun::deadline)).min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
-        let own = earliest(own, self.sleep.poll_timeout());
+        let own = earliest(own, earliest(self.sleep.poll_timeout(), self.waking_timeout()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -243,6 +255,9 @@ impl Core {
         if due(self.delivery.poll_timeout()) {
             self.delivery.handle_timeout(now);
             self.pump(now);
+        }
+        if due(self.demotion.poll_timeout()) {
+            self.handle_waking_timeout(now);
         }
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
@@ -306,6 +321,7 @@ impl Core {
         for (_, presence) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
             (presence.known, presence.owner, presence.starting) = (false, None, None);
         }
+        self.unwatched(bus);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
     }

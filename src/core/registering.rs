@@ -407,6 +407,7 @@ impl Core {
         }
         self.lifecycle.remove_app(app, now);
         self.ledger.remove(app);
+        self.forget_shown(app);
         self.actions.push_back(Action::Unwatch(app.clone()));
         self.store(StoreOp::DeleteApp(app.clone()), None);
     }

@@ -50,7 +50,7 @@ impl World {
 }
 
 fn woken(outputs: &[Output]) -> bool {
-    outputs.iter().any(|output| matches!(output, Output::Wake(_)))
+    outputs.iter().any(|output| matches!(output, Output::Wake(..)))
 }
 
 fn released(outputs: &[Output]) -> Option<(usize, Release)> {
@@ -479,7 +479,7 @@ impl Model {
                     self.world.delivery.body(seq, body, self.world.now);
                     self.look();
                 }
-                Output::Wake(_) => {
+                Output::Wake(..) => {
                     assert!(!self.asked && !self.runs, "asked twice, or for nothing");
                     let worth = self.is_worth_waking(|message| message.topic.is_some());
                     assert!(worth, "woken for what is to be held: {:?}", self.minimum);

@@ -7,6 +7,7 @@
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
+//! - `notified`: who notifies the user, while that is wanted.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -15,6 +16,7 @@ mod checks;
 mod deliver;
 mod interfaces;
 mod manager;
+mod notified;
 mod panel;
 mod polkit;
 mod process;
@@ -130,7 +132,8 @@ impl BusThread {
         Ok(Self { orders, ended })
     }
 
-    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`. Never blocks.
+    /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `Start`, `PanelChanged`,
+    /// `WatchNotifications`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -256,6 +259,9 @@ struct Routes {
 
 struct Route {
     bus: Bus,
+    way: Way,
+    /// Watches who notifies the user, while that is wanted.
+    notified: Option<Task<(), Shared>>,
     // Unbounded like the one it is filled from.
     orders: async_channel::Sender<Order>,
     task: Task<(), Shared>,
@@ -276,8 +282,8 @@ impl Routes {
         let _beside =
             self.signs.as_ref().zip(user(bus, &way)).map(|(signs, user)| signs.of_user(user, self.errands.clone()));
         let (authority, signs, inbox) = (self.authority.clone(), self.signs.clone(), self.inbox.clone());
-        let task = session::serve(bus, way, self.panel, authority, signs, receiver, inbox, first_call);
-        self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task), _beside });
+        let task = session::serve(bus, way.clone(), self.panel, authority, signs, receiver, inbox, first_call);
+        self.open.insert(index, Route { bus, way, notified: None, orders, task: zruntime::spawn(task), _beside });
     }
 
     /// Serves these users' buses and no others'.
@@ -307,7 +313,10 @@ impl Routes {
         }
     }
 
-    fn order(&self, order: Order) {
+    fn order(&mut self, order: Order) {
+        if let Order::Act(Action::WatchNotifications(bus, on)) = order {
+            return self.watch_notifications(bus, on);
+        }
         let of = |bus: Bus| self.open.values().find(|route| route.bus == bus);
         let route = match &order {
             Order::Act(Action::Reply(CallId(call), _)) => {
@@ -331,6 +340,17 @@ impl Routes {
             // An app of a bus that is not served now.
             None => session::refuse(order, |incoming| self.hand_over(incoming)),
         }
+    }
+
+    fn watch_notifications(&mut self, bus: Bus, on: bool) {
+        let Some(route) = self.open.values_mut().find(|route| route.bus == bus) else {
+            if on {
+                self.hand_over(Incoming::Event(Event::NotificationsSeen(bus, false)));
+            }
+            return;
+        };
+        let watch = || zruntime::spawn(notified::watch(bus, route.way.clone(), self.inbox.clone()));
+        route.notified = on.then(watch);
     }
 
     fn tell(&self, event: BusEvent) {
