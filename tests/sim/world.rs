@@ -386,7 +386,7 @@ impl World {
             }
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
-            Action::PanelChanged(_) => {}
+            Action::PanelChanged(_) | Action::WatchNotifications(..) => {}
             Action::Store(op, ticket) => {
                 let rules = self.plan.rules;
                 if let StoreOp::DeleteRegistration(id) = &op {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{ANSWER_TIME, Cargo, Delivery, Flight, Handover, Output, Reach, backoff, queue::Body};
 use crate::{
     event::{CallOutcome, DeliveryTicket, StartOutcome},
-    model::{AppKey, Bus, Ending, Owner, RegistrationId},
+    model::{AppKey, Bus, Ending, Owner, RegistrationId, Urgency},
     time::Now,
 };
 
@@ -191,8 +191,10 @@ impl Delivery {
                 return;
             }
             Reach::Asked => {
-                let more = self.most_urgent(key, now);
-                if let (Some(urgency), Some(app)) = (more, self.apps.get_mut(key))
+                if app.asked < Urgency::High
+                    && let Some(urgency) = self.most_urgent(key, now)
+                    && self.is_wanted(key, now)
+                    && let Some(app) = self.apps.get_mut(key)
                     && urgency > app.asked
                 {
                     app.asked = urgency;

@@ -577,6 +577,8 @@ fn backoff(failures: u32) -> Duration {
 }
 
 #[cfg(test)]
+mod budget_tests;
+#[cfg(test)]
 mod holding_tests;
 #[cfg(test)]
 mod tests;
