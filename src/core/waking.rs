@@ -67,8 +67,12 @@ impl Core {
             None => self.wakes.next(now.boot),
         };
         let Some(app) = next else { return false };
-        self.lifecycle.set_pending(&app, true, now);
-        self.wake(&app, now);
+        if self.delivery.turn_has_come(&app, now) {
+            self.lifecycle.set_pending(&app, true, now);
+            self.wake(&app, now);
+        } else {
+            self.wakes.done(&app);
+        }
         true
     }
 
@@ -383,6 +387,18 @@ mod tests {
         assert_eq!(started(&world.pass(Duration::from_millis(200))), [app(4), app(6)]);
         assert_eq!(called(&world.comes(6)).len(), 1);
         assert_eq!(called(&world.comes(2)).len(), 1, "late is not lost");
+    }
+
+    #[test]
+    fn one_whose_turn_comes_when_its_message_is_to_be_held_is_left_alone() {
+        let mut world = World::new(3);
+        (1..=3).for_each(|n| drop(world.push(n, Urgency::Low)));
+        let battery = crate::model::Surroundings { on_mains: Some(false), battery: Some(5), ..Default::default() };
+        assert_eq!(started(&world.tell(Event::Surroundings(battery))), []);
+        assert_eq!(started(&world.comes(1)), []);
+        assert_eq!(world.core.delivery.held_for(&app(3)), 1);
+        let mains = crate::model::Surroundings { on_mains: Some(true), ..Default::default() };
+        assert_eq!(started(&world.tell(Event::Surroundings(mains))), [app(3)]);
     }
 
     #[test]

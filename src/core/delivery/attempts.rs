@@ -27,6 +27,21 @@ impl Delivery {
         self.settle(app, now);
     }
 
+    /// The app that was asked for has its turn. False when nothing is worth it any more: power or network are worse than they
+    /// were, or what waited has expired. Then it is not asked for any more.
+    pub fn turn_has_come(&mut self, app: &AppKey, now: Now) -> bool {
+        let Some(state) = self.apps.get(app) else { return false };
+        let called = state.lanes.iter().any(|id| self.lanes.get(id).is_some_and(|lane| lane.flight.is_some()));
+        if state.reach != Reach::Asked || called || self.is_wanted(app, now) {
+            return true;
+        }
+        if let Some(state) = self.apps.get_mut(app) {
+            state.reach = Reach::Away;
+        }
+        self.settle(app, now);
+        false
+    }
+
     /// The app runs, is not frozen, and `owner` is its instance.
     pub fn ready(&mut self, app: &AppKey, owner: Owner, now: Now) {
         let Some(state) = self.apps.get_mut(app) else { return };
