@@ -224,7 +224,7 @@ fn polkit_is_asked_there_as_well() {
 
 impl notifying::Side for Loop {
     fn perform(&self, action: Action) {
-        Loop::perform(self, action);
+        Self::perform(self, action);
     }
 
     fn told(&mut self, limit: Duration) -> Option<notifying::Told> {

@@ -39,7 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Side for Loop {
     fn perform(&self, action: Action) {
-        Loop::perform(self, action);
+        Self::perform(self, action);
     }
 
     fn told(&mut self, limit: Duration) -> Option<Told> {
