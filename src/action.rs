@@ -94,6 +94,8 @@ pub enum Action {
     },
     /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
     Start(AppKey),
+    /// Watch for notifications to the user on this session bus, or no more. `Event::NotificationsSeen` says when they are seen.
+    WatchNotifications(Bus, bool),
     /// Look whether something speaks against holding an app still, or on: locks, devices, file systems, its unit. Ends with
     /// `Event::Inspected` within 5 s.
     Inspect(TargetId),

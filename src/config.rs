@@ -67,6 +67,8 @@ pub struct Limits {
     pub max_age: Duration,
     /// Tries before a message is given up.
     pub attempts: u32,
+    /// Wake-ups of one app by messages of normal urgency or less, and as many by urgent ones, within an hour.
+    pub wakes_per_hour: usize,
 }
 
 impl Default for Limits {
@@ -77,6 +79,7 @@ impl Default for Limits {
             messages_per_app: 2048,
             max_age: Duration::from_secs(28 * 24 * 3600),
             attempts: 8,
+            wakes_per_hour: 200,
         }
     }
 }
@@ -152,6 +155,7 @@ struct RawLimits {
     messages_per_app: Option<usize>,
     max_age: Option<String>,
     attempts: Option<u32>,
+    wakes_per_hour: Option<usize>,
 }
 
 impl Settings {
@@ -249,6 +253,7 @@ fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
         messages_per_app: count("messages-per-app", raw.messages_per_app, default.messages_per_app, 20_000)?,
         max_age,
         attempts: u32::try_from(attempts).unwrap_or(default.attempts),
+        wakes_per_hour: count("wakes-per-hour", raw.wakes_per_hour, default.wakes_per_hour, 3600)?,
     })
 }
 
@@ -326,6 +331,7 @@ mod tests {
             severe = "300ms"
             [limits]
             messages-per-app = 7
+            wakes-per-hour = 30
             max-age = "2days"
             [urgency]
             enabled = false
@@ -357,6 +363,7 @@ mod tests {
             name = "im.dino.Dino"
             upstream = "broker"
             urgency = "high"
+            calls = true
             min-urgency = "very-low"
             [kde]
             panel = true
@@ -368,7 +375,7 @@ mod tests {
         assert_eq!(settings.upstreams[0].ws_url(), "wss://ntfy.example/");
         assert_eq!(settings.lifecycle.tombstone_after, Duration::from_secs(3600));
         assert_eq!(settings.lifecycle.awake_window, Duration::from_millis(500));
-        assert_eq!(settings.limits.messages_per_app, 7);
+        assert_eq!((settings.limits.messages_per_app, settings.limits.wakes_per_hour), (7, 30));
         assert!(settings.kde_panel);
         assert_eq!(settings.limits.max_age, Duration::from_secs(2 * 86_400));
         assert_eq!(
@@ -409,6 +416,7 @@ mod tests {
             [AppSettings {
                 upstream: Some("broker".into()),
                 urgency: Urgency::High,
+                calls: true,
                 min_urgency: Some(Urgency::VeryLow),
                 ..AppSettings::new("im.dino.Dino")
             }]

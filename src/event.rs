@@ -46,6 +46,18 @@ pub enum Event {
     Inspected(TargetId, Result<Vec<Veto>, Arc<str>>),
     /// All windows of the session on this bus, at each change; `None`: nothing tells of them (any more).
     Windows(Bus, Option<Vec<Window>>),
+    /// Notifications on the bus are seen from now on (`Action::WatchNotifications`), or no more: what was sent meanwhile is
+    /// not known.
+    NotificationsSeen(Bus, bool),
+    /// Somebody has notified the user: the sender's unique name and, where it is an app's process, the target.
+    Notified {
+        /// On which bus.
+        bus: Bus,
+        /// Who.
+        owner: Owner,
+        /// As which process.
+        target: Option<TargetId>,
+    },
     /// An app's memory, as asked with `Action::Sample`.
     Sampled(TargetId, Result<Memory, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.

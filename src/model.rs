@@ -243,6 +243,32 @@ pub struct Registration {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MessageSeq(pub u64);
 
+/// What a message counts as once it has reached its app (design.md): RFC 8030's urgency, and calls, which it does not know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Urgency low or very low.
+    Low,
+    /// The default.
+    #[default]
+    Normal,
+    /// Urgency high.
+    High,
+    /// Urgency high, for an app whose messages of that urgency are calls (`calls` in the configuration): it must ring.
+    Call,
+}
+
+impl Priority {
+    /// Of a message of this urgency, for an app that gets calls or does not.
+    pub const fn of(urgency: Urgency, calls: bool) -> Self {
+        match (urgency, calls) {
+            (Urgency::VeryLow | Urgency::Low, _) => Self::Low,
+            (Urgency::Normal, _) => Self::Normal,
+            (Urgency::High, false) => Self::High,
+            (Urgency::High, true) => Self::Call,
+        }
+    }
+}
+
 /// RFC 8030 §5.3.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -3,6 +3,8 @@
 //! `tests/vm` has the two together.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 
+#[path = "bus/notifying.rs"]
+mod notifying;
 #[path = "support/polkit.rs"]
 #[expect(dead_code, reason = "made for the tests of polkit; shared")]
 mod polkit;
@@ -218,4 +220,22 @@ fn polkit_is_asked_there_as_well() {
         client.join().unwrap();
         drop(polkit);
     }
+}
+
+impl notifying::Side for Loop {
+    fn perform(&self, action: Action) {
+        Self::perform(self, action);
+    }
+
+    fn told(&mut self, limit: Duration) -> Option<notifying::Told> {
+        self.expect_within(limit, notifying::told)
+    }
+}
+
+#[test]
+fn notifications_are_seen_while_that_is_wanted_and_their_senders_told() {
+    let broker = Broker::new();
+    let mut main = Loop::on(vec![BusAddress { bus: BUS, address: Some(broker.address()) }]);
+    main.expect(|incoming| matches!(incoming, Incoming::Event(Event::Bus(BusEvent::Up(BUS)))).then_some(()));
+    notifying::is_seen_while_it_is_wanted(&mut main, BUS, &broker.address());
 }

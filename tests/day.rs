@@ -18,6 +18,7 @@ mod processes;
 #[expect(dead_code, reason = "made for the tests of the relay; shared")]
 mod relay;
 #[path = "support/reports.rs"]
+#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 mod reports;
 #[path = "usermode/support.rs"]
 #[expect(dead_code, reason = "made for the tests of the daemon in a session; shared")]

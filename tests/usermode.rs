@@ -12,6 +12,7 @@ mod processes;
 #[expect(dead_code, reason = "made for the tests of the relay; shared")]
 mod relay;
 #[path = "support/reports.rs"]
+#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 mod reports;
 #[path = "usermode/support.rs"]
 mod support;

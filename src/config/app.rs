@@ -22,6 +22,8 @@ pub struct AppSettings {
     pub urgency: Urgency,
     /// The least urgency that may wake it, instead of what power and network would have; `VeryLow` lets all pass.
     pub min_urgency: Option<Urgency>,
+    /// Its messages of high urgency are calls.
+    pub calls: bool,
     /// What kind of app it is, if the configuration says so.
     pub role: Option<Role>,
     /// What is done with it in the background, where that differs from what is done with others.
@@ -36,6 +38,7 @@ impl AppSettings {
             upstream: None,
             urgency: Urgency::default(),
             min_urgency: None,
+            calls: false,
             role: None,
             rules: None,
         }
@@ -66,6 +69,8 @@ pub(super) struct RawApp {
     upstream: Option<String>,
     urgency: Option<Urgency>,
     min_urgency: Option<Urgency>,
+    #[serde(default)]
+    calls: bool,
     role: Option<Role>,
     // As in `RawRules`: serde cannot flatten and refuse unknown keys at once.
     profile: Option<Profile>,
@@ -116,6 +121,7 @@ impl RawApp {
             upstream,
             urgency: self.urgency.unwrap_or_default(),
             min_urgency: self.min_urgency,
+            calls: self.calls,
         })
     }
 }

@@ -14,6 +14,7 @@ use super::{
     Core, Upstream,
     control::Commands,
     delivery::Delivery,
+    demotion::Demotion,
     leases::Leases,
     ledger::Ledger,
     lifecycle::Lifecycle,
@@ -27,6 +28,7 @@ use super::{
     surroundings::Told,
     unsaved::Unsaved,
     upstream::{Beginning, Channel, LinkIds, Session},
+    wakes::Wakes,
 };
 use crate::{
     action::{Action, StoreOp},
@@ -87,6 +89,9 @@ impl Core {
             sleep: Sleep::default(),
             windows: BTreeMap::new(),
             recent: Recent::default(),
+            wakes: Wakes::default(),
+            demotion: Demotion::default(),
+            watched: BTreeMap::new(),
             swept: now.boot,
             ending: None,
             answers_until: None,
@@ -107,7 +112,7 @@ impl Core {
         for (upstream, key) in given_up {
             core.store(StoreOp::PutUpstream { upstream, key, value: "".into() }, None);
         }
-        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, now);
+        core.restore(snapshot.messages, &snapshot.seen, &snapshot.apps, &snapshot.upstreams, now);
         core
     }
 
@@ -116,6 +121,7 @@ impl Core {
         messages: Vec<StoredMessage>,
         seen: &[(RegistrationId, Arc<str>)],
         records: &[AppRecord],
+        remembered: &[(Arc<str>, Arc<str>, Arc<str>)],
         now: Now,
     ) {
         for registration in self.registry.iter() {
@@ -131,6 +137,7 @@ impl Core {
                 presence.declares = record.declares;
             }
         }
+        self.restore_shown(remembered, now);
         for (registration, id) in seen {
             self.delivery.restore_seen(*registration, id);
         }

@@ -53,6 +53,10 @@ impl Core {
             }
         };
         self.lifecycle.declare(&app, claim, &by, now);
+        // Its own word would be an easy way out for an app whose messages show nothing.
+        if claim == Claim::Foreground && self.app_of_caller(caller).as_ref() != Some(&app) {
+            self.seen_in_front(&app, now);
+        }
         self.reply(call, Reply::Done);
     }
 

@@ -35,7 +35,11 @@ impl Core {
                 seen(windows, &App { had_window: presence.had_window, ..app })
             }
         };
+        let in_front = matches!(seen, lifecycle::Seen::Front(_));
         self.lifecycle.seen(key, seen, now);
+        if in_front {
+            self.seen_in_front(key, now);
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod access;
 mod beginning;
 mod control;
 pub mod delivery;
+mod demotion;
 pub mod foreground;
 pub mod leases;
 pub mod ledger;
@@ -30,6 +31,8 @@ mod surroundings;
 mod unsaved;
 pub mod upstream;
 mod urgency;
+mod wakes;
+mod waking;
 mod wiring;
 
 use std::{
@@ -43,6 +46,7 @@ use rand_chacha::ChaCha12Rng;
 use self::{
     control::Commands,
     delivery::Delivery,
+    demotion::Demotion,
     foreground::Windows,
     leases::{Leases, Wish},
     ledger::{Ledger, Phase},
@@ -58,6 +62,8 @@ use self::{
     surroundings::Told,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
+    wakes::Wakes,
+    waking::Watched,
 };
 use crate::{
     action::{Action, Reply, StoreOp},
@@ -111,6 +117,10 @@ pub struct Core {
     sleep: Sleep,
     recent: Recent,
     windows: BTreeMap<Bus, Windows>,
+    wakes: Wakes,
+    demotion: Demotion,
+    /// Buses on which notifications are watched for.
+    watched: BTreeMap<Bus, Watched>,
     swept: Instant,
     ending: Option<Instant>,
     /// Until when answers are waited for, once it is ending.
@@ -205,6 +215,8 @@ impl Core {
             Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
             Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
             Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
+            Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
+            Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
             Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
             Event::SampledSelf { daemon, zram_used, zram_stored } => {
                 self.ledger.daemon(daemon, zram_used, zram_stored);
@@ -255,7 +267,7 @@ impl Core {
             .min();
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
-        let own = earliest(own, self.leases.poll_timeout());
+        let own = earliest(own, earliest(self.leases.poll_timeout(), self.waking_timeout()));
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -283,6 +295,9 @@ impl Core {
         if due(self.leases.poll_timeout()) {
             self.leases.handle_timeout(now.boot);
             self.pump(now);
+        }
+        if due(self.demotion.poll_timeout()) {
+            self.handle_waking_timeout(now);
         }
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
@@ -366,6 +381,7 @@ impl Core {
             (presence.listener, presence.notice) = (None, None);
         }
         self.leases.bus_down(bus, now.boot);
+        self.unwatched(bus);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
     }

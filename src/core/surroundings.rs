@@ -81,7 +81,7 @@ impl Core {
         let owned = |app: &AppKey| Some((app.clone(), self.apps.get(app)?.owner.clone()?));
         let ready: Vec<_> = self.delivery.holding().filter(running).filter_map(owned).collect();
         for (app, owner) in &ready {
-            self.delivery.ready(app, owner.clone(), now);
+            self.ready(app, owner.clone(), now);
         }
         !ready.is_empty()
     }

@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use super::delivery::Release;
+use super::delivery::{BATCH, Release};
 use crate::{
     config::UrgencySettings,
     model::{NetworkKind, Reach, Surroundings, Urgency},
@@ -82,11 +82,21 @@ impl Minimum {
             Release::Crowded => "half of what is kept for one app waits".into(),
             Release::Company => "something else wakes it".into(),
             Release::Running => "it runs anyway".into(),
+            Release::Batch => format!("{} are over", human(BATCH)),
         };
         match count {
             1 => format!("{why}: the held message goes to it"),
             _ => format!("{why}: {count} held messages go to it"),
         }
+    }
+
+    /// Why a message is held for want of nothing but a budget.
+    pub(super) fn hold_for_budget(urgency: Urgency) -> String {
+        format!(
+            "a {}-urgency message waits: too many have woken this app; all come together within {}",
+            urgency.as_str(),
+            human(BATCH)
+        )
     }
 
     fn told(&self) -> &str {

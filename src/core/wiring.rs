@@ -4,16 +4,17 @@
 use std::sync::Arc;
 
 use super::{
-    Core, Purpose, START_TIME, Stored,
+    Core, Purpose, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
     leases::{self, Facts},
-    lifecycle::{self, Readiness, Squeeze, State},
+    lifecycle::{self, Squeeze, State},
     pressure::{Candidate, Deep},
     upstream::{self, IncomingBody, IncomingMessage},
+    urgency::Minimum,
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId, VetoKind},
+    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId, Urgency, VetoKind},
     time::Now,
     view::{LinkState, Messages},
 };
@@ -36,7 +37,11 @@ impl Core {
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
-            } else if !self.settle_moves(now) && !self.brief_sessions(now) && !self.hand_over_held(now) {
+            } else if !self.settle_moves(now)
+                && !self.brief_sessions(now)
+                && !self.hand_over_held(now)
+                && !self.wake_next(now)
+            {
                 self.observe_leased(now);
                 if !self.leases.has_output() {
                     break;
@@ -165,8 +170,11 @@ impl Core {
                     }
                 }
             }
-            delivery::Output::Wake(app) => self.wake(&app, now),
-            delivery::Output::Call { ticket, app, owner, version, call } => {
+            delivery::Output::Wake(app, urgency) => self.want(&app, urgency, now),
+            delivery::Output::Call { ticket, app, owner, version, call, urgency } => {
+                if urgency == Some(Urgency::High) {
+                    self.judge_from_now(&app, now);
+                }
                 let call = match call {
                     Handover::Message { token, id, body } => ConnectorCall::Message { token, body, id },
                     Handover::Endpoint { token, endpoint } => ConnectorCall::NewEndpoint { token, endpoint },
@@ -185,9 +193,12 @@ impl Core {
                     self.former_routes_fade(id, now);
                 }
             }
-            delivery::Output::Delivered(app) => self.lifecycle.delivered(&app, now),
-            delivery::Output::Pending(app, pending) => self.lifecycle.set_pending(&app, pending, now),
-            delivery::Output::Held { app, urgency, by_policy } => {
+            delivery::Output::Delivered(app, urgency) => self.delivered(&app, urgency, now),
+            delivery::Output::Pending(app, pending) => self.pending(&app, pending, now),
+            delivery::Output::Held { app, urgency, why: delivery::Why::Budget, .. } => {
+                self.lifecycle.note(&app, "hold", Minimum::hold_for_budget(urgency), now);
+            }
+            delivery::Output::Held { app, urgency, by_policy, why: delivery::Why::Surroundings } => {
                 let own = self.delivery.has_own_minimum(&app).then(|| self.delivery.minimum_for(&app));
                 let reason = self.minimum().hold(urgency, by_policy, own, self.settings.urgency.hold_at_most);
                 self.lifecycle.note(&app, "hold", reason, now);
@@ -208,27 +219,6 @@ impl Core {
         let known = || known.iter().filter_map(|index| self.upstreams.get(*index));
         let found = known().find(|upstream| url.starts_with(&upstream.settings.http_url()));
         found.or_else(|| known().next()).map(|upstream| Arc::clone(&upstream.settings.name))
-    }
-
-    /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
-    fn wake(&mut self, app: &AppKey, now: Now) {
-        let Some(presence) = self.apps.get_mut(app) else { return };
-        let readiness = self.lifecycle.wanted(app, now);
-        if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {
-            self.pressure.woken(app, now.boot);
-        }
-        match (presence.owner.clone(), readiness) {
-            // Comes back as `Runnable`, or as the end of the old instance.
-            (_, Readiness::Ending) | (Some(_), Readiness::Thawing) => {}
-            (Some(owner), Readiness::Ready | Readiness::NotRunning) => self.delivery.ready(app, owner, now),
-            (None, Readiness::Ready | Readiness::NotRunning | Readiness::Thawing) => {
-                if presence.starting.is_none() && self.ending.is_none() {
-                    presence.starting = Some(now.boot + START_TIME);
-                    self.lifecycle.note(app, "start", "a message is waiting for it", now);
-                    self.actions.push_back(Action::Start(app.clone()));
-                }
-            }
-        }
     }
 
     fn on_lifecycle(&mut self, output: lifecycle::Output, now: Now) {
@@ -254,7 +244,7 @@ impl Core {
             lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
             lifecycle::Output::Runnable(app) => {
                 if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
-                    self.delivery.ready(&app, owner, now);
+                    self.ready(&app, owner, now);
                 }
             }
             lifecycle::Output::CommandDone(app, command, result) => self.command_done(&app, command, result),

@@ -297,7 +297,8 @@ impl Shell {
             | Action::Start(_)
             | Action::PanelChanged(_)
             | Action::EndLease(..)
-            | Action::LeaseEnding { .. } => {
+            | Action::LeaseEnding { .. }
+            | Action::WatchNotifications(..) => {
                 self.bus.perform(action);
             }
             Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),
@@ -349,6 +350,10 @@ impl Shell {
                 }
                 Incoming::Windows { uid, windows } => {
                     self.sightings.windows(uid, windows, &self.targets, &mut self.pending);
+                }
+                Incoming::Notified { bus, owner, pid } => {
+                    let target = pid.and_then(|pid| self.targets.of_pid(pid));
+                    self.pending.push_back(Event::Notified { bus, owner, target });
                 }
                 Incoming::UnitStopped(target, answer) => self.targets.unit_stopped(target, answer),
                 Incoming::Resolved(link, addresses) => self.links.resolved(link, addresses),

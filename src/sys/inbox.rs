@@ -14,7 +14,7 @@ use mio::{Registry, Token, Waker};
 
 use crate::{
     event::{Event, LinkId},
-    model::{AppKey, Owner, TargetId, Veto, Window},
+    model::{AppKey, Bus, Owner, TargetId, Veto, Window},
 };
 
 /// What other threads hand to the loop.
@@ -46,6 +46,15 @@ pub enum Incoming {
         uid: u32,
         /// All windows, at most 256.
         windows: Option<Vec<(Window, Option<u32>)>>,
+    },
+    /// Somebody on a session bus has notified the user.
+    Notified {
+        /// On which bus.
+        bus: Bus,
+        /// Who, as the bus says.
+        owner: Owner,
+        /// As which process, as the bus says, if it could be had.
+        pid: Option<u32>,
     },
     /// The manager of the app's unit will stop it, or why it does not. For `sys::targets`.
     UnitStopped(TargetId, Result<(), Arc<str>>),

@@ -401,7 +401,7 @@ impl World {
             }
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
-            Action::PanelChanged(_) | Action::LeaseEnding { .. } => {}
+            Action::PanelChanged(_) | Action::LeaseEnding { .. } | Action::WatchNotifications(..) => {}
             Action::EndLease(_, lease) => {
                 let held = self.leases.remove(&(self.life, lease));
                 assert!(held.is_some(), "lease {} is taken away, which nobody holds", lease.0);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{ANSWER_TIME, Cargo, Delivery, Flight, Handover, Output, Reach, backoff, queue::Body};
 use crate::{
     event::{CallOutcome, DeliveryTicket, StartOutcome},
-    model::{AppKey, Bus, Ending, Owner, RegistrationId},
+    model::{AppKey, Bus, Ending, Owner, RegistrationId, Urgency},
     time::Now,
 };
 
@@ -25,6 +25,21 @@ impl Delivery {
             state.reach = Reach::Away;
         }
         self.settle(app, now);
+    }
+
+    /// The app that was asked for has its turn. False when nothing is worth it any more: power or network are worse than they
+    /// were, or what waited has expired. Then it is not asked for any more.
+    pub fn turn_has_come(&mut self, app: &AppKey, now: Now) -> bool {
+        let Some(state) = self.apps.get(app) else { return false };
+        let called = state.lanes.iter().any(|id| self.lanes.get(id).is_some_and(|lane| lane.flight.is_some()));
+        if state.reach != Reach::Asked || called || self.is_wanted(app, now) {
+            return true;
+        }
+        if let Some(state) = self.apps.get_mut(app) {
+            state.reach = Reach::Away;
+        }
+        self.settle(app, now);
+        false
     }
 
     /// The app runs, is not frozen, and `owner` is its instance.
@@ -117,14 +132,19 @@ impl Delivery {
                 app.failures = 0;
                 app.quiet_until = None;
                 lane.retry_at = None;
-                match flight.cargo {
-                    Cargo::Message(seq) => self.end(seq, Ending::Accepted),
+                let urgency = match flight.cargo {
+                    Cargo::Message(seq) => {
+                        let urgency = lane.queue.entry(seq).map(|entry| entry.urgency);
+                        self.end(seq, Ending::Accepted);
+                        urgency
+                    }
                     Cargo::Endpoint(told) => {
                         lane.endpoint.take_if(|due| due.endpoint == told);
                         self.outputs.push_back(Output::EndpointTold(registration, told));
+                        None
                     }
-                }
-                self.outputs.push_back(Output::Delivered(key.clone()));
+                };
+                self.outputs.push_back(Output::Delivered(key.clone(), urgency));
             }
             CallOutcome::Refused(text) => {
                 let attempts = self.count_failure(registration, Some(&flight.cargo), text);
@@ -185,18 +205,38 @@ impl Delivery {
                 app.held = None;
                 return;
             }
-            Reach::Asked | Reach::Ready(_) => return,
+            Reach::Asked => {
+                if app.asked < Urgency::High
+                    && let Some(urgency) = self.most_urgent(key, now)
+                    && self.is_wanted(key, now)
+                    && let Some(app) = self.apps.get_mut(key)
+                    && urgency > app.asked
+                {
+                    app.asked = urgency;
+                    self.outputs.push_back(Output::Wake(key.clone(), urgency));
+                }
+                return;
+            }
+            Reach::Ready(_) => return,
         }
         let quiet = app.quiet_until.is_some();
         if !self.is_wanted(key, now) {
             self.hold(key, now);
-        } else if !quiet {
+        } else if !quiet && self.afford(key, now) {
             self.release(key, false, now);
-            if let Some(app) = self.apps.get_mut(key) {
-                app.reach = Reach::Asked;
-            }
-            self.outputs.push_back(Output::Wake(key.clone()));
+            self.ask(key, now);
+        } else if !quiet {
+            // The budget is used up: what may still wake it is another question now.
+            self.ask_or_hold(key, now);
         }
+    }
+
+    fn ask(&mut self, key: &AppKey, now: Now) {
+        let urgency = self.most_urgent(key, now).unwrap_or_default();
+        if let Some(app) = self.apps.get_mut(key) {
+            (app.reach, app.asked) = (Reach::Asked, urgency);
+        }
+        self.outputs.push_back(Output::Wake(key.clone(), urgency));
     }
 
     pub(super) fn settle_lane(&mut self, registration: RegistrationId, now: Now) {
@@ -214,9 +254,10 @@ impl Delivery {
         if lane.flight.is_some() || lane.retry_at.is_some_and(|at| at > now.boot) {
             return;
         }
-        let (cargo, call) = if let Some(due) = &lane.endpoint {
+        let (cargo, call, urgency) = if let Some(due) = &lane.endpoint {
             let endpoint = Arc::clone(&due.endpoint);
-            (Cargo::Endpoint(Arc::clone(&endpoint)), Handover::Endpoint { token: Arc::clone(&lane.token), endpoint })
+            let call = Handover::Endpoint { token: Arc::clone(&lane.token), endpoint: Arc::clone(&endpoint) };
+            (Cargo::Endpoint(endpoint), call, None)
         } else {
             let Some(entry) = lane.queue.first_mut() else { return };
             match &entry.body {
@@ -227,6 +268,7 @@ impl Delivery {
                         id: Arc::clone(&entry.id),
                         body: Arc::clone(body),
                     },
+                    Some(entry.urgency),
                 ),
                 Body::Stored => {
                     entry.body = Body::Loading;
@@ -242,7 +284,7 @@ impl Delivery {
         lane.flight = Some(Flight { ticket, cargo, deadline: now.boot + ANSWER_TIME, slow: false });
         self.flights.insert(ticket, registration);
         let (app, version) = (lane.app.clone(), lane.version);
-        self.outputs.push_back(Output::Call { ticket, app, owner: owner.clone(), version, call });
+        self.outputs.push_back(Output::Call { ticket, app, owner: owner.clone(), version, call, urgency });
     }
 
     fn end_expired_head(&mut self, registration: RegistrationId, now: Now) {
@@ -266,8 +308,7 @@ impl Delivery {
             flight.deadline = now.boot + ANSWER_TIME;
             if app.reach == Reach::Away {
                 app.quiet_until = None;
-                app.reach = Reach::Asked;
-                self.outputs.push_back(Output::Wake(key.clone()));
+                self.ask(&key, now);
             }
         } else {
             flight.slow = true;

@@ -4,7 +4,7 @@
 //! wait that some would be dropped. Then everything that waits for the app goes, in order: that is the batch.
 
 use super::{
-    App, Delivery, Lane, Output, Reach,
+    App, BATCH, Delivery, Lane, Output, Reach,
     queue::{Body, Entry},
 };
 use crate::{
@@ -25,6 +25,17 @@ pub enum Release {
     Company,
     /// The app runs.
     Running,
+    /// The budget of the app allows it again.
+    Batch,
+}
+
+/// What a held message waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// Power and network.
+    Surroundings,
+    /// The app's budget of wake-ups.
+    Budget,
 }
 
 /// What an app's messages wait for.
@@ -33,6 +44,7 @@ pub(super) struct Held {
     /// The most urgent of them.
     highest: Urgency,
     count: usize,
+    why: Why,
 }
 
 /// What it takes to wake an app.
@@ -40,12 +52,23 @@ pub(super) struct Held {
 pub(super) struct Gate {
     minimum: Urgency,
     crowded: bool,
+    /// What more urgent ones count as.
+    most: Urgency,
+    /// Nothing up to normal urgency wakes it, for it has used up its budget.
+    batching: bool,
 }
 
 impl Gate {
+    /// What the message counts as.
+    fn weigh(self, entry: &Entry) -> Urgency {
+        entry.urgency.min(self.most)
+    }
+
     /// Whether the message may wake its app, however long it has waited.
     fn passes(self, entry: &Entry) -> bool {
-        self.crowded || entry.urgency >= self.minimum
+        let urgency = self.weigh(entry);
+        let affordable = !self.batching || urgency > Urgency::Normal;
+        self.crowded || affordable && urgency >= self.minimum
     }
 }
 
@@ -57,6 +80,15 @@ impl Delivery {
             for app in apps {
                 self.settle(&app, now);
             }
+        }
+    }
+
+    /// Whether the app's urgent messages count as normal, because they show nothing to the user.
+    pub fn set_demoted(&mut self, key: &AppKey, demoted: bool, now: Now) {
+        if let Some(app) = self.apps.get_mut(key)
+            && std::mem::replace(&mut app.demoted, demoted) != demoted
+        {
+            self.settle(key, now);
         }
     }
 
@@ -114,36 +146,40 @@ impl Delivery {
         }
         let Some(app) = self.apps.get(key) else { return };
         let gate = self.gate(key);
+        let why =
+            if gate.batching && self.minimum_for(key) <= Urgency::Normal { Why::Budget } else { Why::Surroundings };
         let mut count = 0;
         let (mut first, mut highest) = (None::<(&Entry, Urgency)>, Urgency::VeryLow);
         for lane in self.lanes_of(app).filter(idle) {
             for entry in lane.reachable().filter(|entry| !gate.passes(entry)) {
                 count += 1;
-                highest = highest.max(entry.urgency);
+                highest = highest.max(gate.weigh(entry));
                 if first.is_none_or(|(other, _)| other.seq > entry.seq) {
-                    first = Some((entry, entry.urgency));
+                    first = Some((entry, gate.weigh(entry)));
                 }
             }
         }
         let told = first.map(|(entry, urgency)| (urgency, entry.by_policy));
         let Some(app) = self.apps.get_mut(key) else { return };
-        let held = told.map(|_| Held { highest, count });
-        let news = app.held.is_none();
+        let held = told.map(|_| Held { highest, count, why });
+        let news = app.held.is_none_or(|before| before.why != why);
         app.held = held;
         if let Some((urgency, by_policy)) = told.filter(|_| news) {
-            self.outputs.push_back(Output::Held { app: key.clone(), urgency, by_policy });
+            self.outputs.push_back(Output::Held { app: key.clone(), urgency, by_policy, why });
         }
     }
 
     /// The app is asked for, or runs: nothing is held any more.
     pub(super) fn release(&mut self, key: &AppKey, running: bool, now: Now) {
-        let Some(Held { highest, count }) = self.apps.get_mut(key).and_then(|app| app.held.take()) else { return };
+        let Some(Held { highest, count, why }) = self.apps.get_mut(key).and_then(|app| app.held.take()) else { return };
         let Some(app) = self.apps.get(key) else { return };
         let gate = self.gate(key);
         let too_long = |entry: &Entry| !gate.passes(entry) && entry.held_until <= now.boot;
         let why = if running {
             Release::Running
-        } else if highest >= gate.minimum {
+        } else if why == Why::Budget && !gate.batching {
+            Release::Batch
+        } else if !gate.batching && highest >= gate.minimum {
             Release::Allowed
         } else if self.lanes_of(app).any(|lane| lane.reachable().any(too_long)) {
             Release::TimeUp
@@ -188,11 +224,60 @@ impl Delivery {
     fn gate(&self, key: &AppKey) -> Gate {
         let minimum = self.minimum_for(key);
         let half = (self.limits.messages_per_app / 2).max(1);
-        Gate { minimum, crowded: minimum > Urgency::VeryLow && self.waiting_for(key) >= half }
+        let app = self.apps.get(key);
+        let batching = app.is_some_and(|app| app.normal.is_closed());
+        let demoted = app.is_some_and(|app| app.demoted || app.urgent.is_closed());
+        let most = if demoted { Urgency::Normal } else { Urgency::High };
+        let crowded = !batching && minimum > Urgency::VeryLow && self.waiting_for(key) >= half;
+        Gate { minimum, crowded, most, batching }
+    }
+
+    /// What the most urgent of the messages that wait for the app counts as; endpoints are of normal urgency.
+    pub(super) fn most_urgent(&self, key: &AppKey, now: Now) -> Option<Urgency> {
+        let (app, gate) = (self.apps.get(key)?, self.gate(key));
+        let free = self.lanes_of(app).filter(|lane| lane.is_free(now.boot));
+        let endpoint = |lane: &Lane| lane.endpoint.as_ref().map(|_| Urgency::Normal);
+        free.flat_map(|lane| endpoint(lane).into_iter().chain(lane.reachable().map(|entry| gate.weigh(entry)))).max()
+    }
+
+    /// Whether the app may be woken for what waits as often as it has been. When not, it is told why.
+    pub(super) fn afford(&mut self, key: &AppKey, now: Now) -> bool {
+        let urgency = self.most_urgent(key, now).unwrap_or_default();
+        let most = self.limits.wakes_per_hour;
+        let Some(state) = self.apps.get(key) else { return true };
+        // An endpoint comes once, and the app has asked for it; a retry has waited for its turn.
+        if self.lanes_of(state).any(|lane| lane.endpoint.is_some()) {
+            return true;
+        }
+        let Some(app) = self.apps.get_mut(key) else { return true };
+        let urgent = urgency > Urgency::Normal;
+        let budget = if urgent { &mut app.urgent } else { &mut app.normal };
+        if budget.is_closed() || budget.take(most, now.boot) {
+            // Closed, and wanted all the same: it has been held for long enough.
+            return true;
+        }
+        let minutes = BATCH.as_secs() / 60;
+        let reason = match urgent {
+            true => format!(
+                "messages of high urgency have woken it {most} times within an hour (limits.wakes-per-hour): for                  {minutes} min they count as normal"
+            ),
+            false => format!(
+                "messages have woken it {most} times within an hour (limits.wakes-per-hour): for {minutes} min what is                  not urgent is held and comes all at once"
+            ),
+        };
+        self.outputs.push_back(Output::Note(key.clone(), "budget", reason));
+        false
     }
 
     fn lanes_of<'a>(&'a self, app: &'a App) -> impl Iterator<Item = &'a Lane> {
         app.lanes.iter().filter_map(|id| self.lanes.get(id))
+    }
+}
+
+impl App {
+    /// When one of its budgets allows something again.
+    pub(super) fn budget_opens(&self) -> Option<Instant> {
+        crate::time::earliest(self.normal.closed_until(), self.urgent.closed_until())
     }
 }
 

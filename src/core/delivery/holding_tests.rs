@@ -50,7 +50,7 @@ impl World {
 }
 
 fn woken(outputs: &[Output]) -> bool {
-    outputs.iter().any(|output| matches!(output, Output::Wake(_)))
+    outputs.iter().any(|output| matches!(output, Output::Wake(..)))
 }
 
 fn released(outputs: &[Output]) -> Option<(usize, Release)> {
@@ -332,6 +332,7 @@ struct Model {
     calls: Vec<(DeliveryTicket, String)>,
     handed: BTreeMap<RegistrationId, usize>,
     asked: bool,
+    asked_for: Urgency,
     runs: bool,
     /// It failed: a pause may be under way.
     failed: bool,
@@ -352,6 +353,7 @@ impl Model {
             calls: Vec::new(),
             handed: BTreeMap::new(),
             asked: false,
+            asked_for: Urgency::VeryLow,
             runs: false,
             failed: false,
         }
@@ -479,8 +481,10 @@ impl Model {
                     self.world.delivery.body(seq, body, self.world.now);
                     self.look();
                 }
-                Output::Wake(_) => {
-                    assert!(!self.asked && !self.runs, "asked twice, or for nothing");
+                Output::Wake(_, urgency) => {
+                    let hurries = self.asked && urgency > self.asked_for;
+                    assert!((hurries || !self.asked) && !self.runs, "asked twice, or for nothing");
+                    self.asked_for = urgency;
                     let worth = self.is_worth_waking(|message| message.topic.is_some());
                     assert!(worth, "woken for what is to be held: {:?}", self.minimum);
                     self.asked = true;

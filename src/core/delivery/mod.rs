@@ -12,6 +12,7 @@
 
 mod arrivals;
 mod attempts;
+mod budget;
 mod holding;
 mod queue;
 
@@ -21,8 +22,12 @@ use std::{
     time::Duration,
 };
 
-pub use self::holding::Release;
+pub use self::{
+    budget::BATCH,
+    holding::{Release, Why},
+};
 use self::{
+    budget::Budget,
     holding::Held,
     queue::{Body, Entry, Queue},
 };
@@ -143,9 +148,10 @@ pub enum Output {
     },
     /// The upstream may be told that the message is safe, or done with.
     Safe(RegistrationId, Arc<str>),
-    /// The app has something waiting and is not known to be ready. Answer with [`Delivery::ready`],
+    /// The app has something of this urgency waiting and is not known to be ready; said again when something more urgent
+    /// comes. Answer with [`Delivery::ready`],
     /// [`Delivery::start_failed`] or, when its owner changes, [`Delivery::appeared`] or [`Delivery::vanished`].
-    Wake(AppKey),
+    Wake(AppKey, Urgency),
     /// Call a connector; answer with [`Delivery::call_done`].
     Call {
         /// To answer with.
@@ -158,12 +164,14 @@ pub enum Output {
         version: ConnectorVersion,
         /// What to hand over.
         call: Handover,
+        /// Of the message, if it is one.
+        urgency: Option<Urgency>,
     },
     /// The app was told of this endpoint, which may not be the latest.
     EndpointTold(RegistrationId, Arc<str>),
-    /// The app took something.
-    Delivered(AppKey),
-    /// Whether a delivery to the app is under way, which vetoes freezing and killing it.
+    /// The app took something: a message of this urgency, or an endpoint.
+    Delivered(AppKey, Option<Urgency>),
+    /// Whether a delivery to the app is under way or asked for, which vetoes freezing and killing it.
     Pending(AppKey, bool),
     /// A message is held, the first since there were none: for the app's `why`.
     Held {
@@ -173,6 +181,8 @@ pub enum Output {
         urgency: Urgency,
         /// As in [`Arrival::by_policy`].
         by_policy: bool,
+        /// What for.
+        why: Why,
     },
     /// What was held goes to the app now, or as soon as it is ready: for the app's `why`.
     Released {
@@ -247,8 +257,15 @@ struct App {
     failures: u32,
     quiet_until: Option<Instant>,
     pending_told: bool,
-    /// Set while nothing but urgency keeps it from being woken.
+    /// Set while nothing but urgency, or its budget, keeps it from being woken.
     held: Option<Held>,
+    /// The urgency [`Output::Wake`] was said with, while it is [`Reach::Asked`].
+    asked: Urgency,
+    /// Its urgent messages show nothing to the user: they count as normal.
+    demoted: bool,
+    /// Wake-ups for messages up to normal urgency, and for urgent ones.
+    normal: Budget,
+    urgent: Budget,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -405,6 +422,7 @@ impl Delivery {
             .iter()
             .filter(|(_, app)| {
                 app.quiet_until.is_some_and(|at| at <= now.boot)
+                    || app.budget_opens().is_some_and(|at| at <= now.boot)
                     || app.lanes.iter().any(|id| self.lanes.get(id).is_some_and(|lane| lane.is_due(now.boot)))
             })
             .map(|(key, _)| key.clone())
@@ -412,6 +430,8 @@ impl Delivery {
         for key in apps {
             if let Some(app) = self.apps.get_mut(&key) {
                 app.quiet_until.take_if(|at| *at <= now.boot);
+                app.normal.reopen(now.boot);
+                app.urgent.reopen(now.boot);
                 for id in &app.lanes {
                     if let Some(lane) = self.lanes.get_mut(id) {
                         lane.retry_at.take_if(|at| *at <= now.boot);
@@ -443,7 +463,7 @@ impl Delivery {
             let flight = self.apps.get(&lane.app).and_then(|app| self.flight_due(app, lane));
             lane.retry_at.into_iter().chain(flight).chain(fetches)
         });
-        let apps = self.apps.values().filter_map(|app| app.quiet_until);
+        let apps = self.apps.values().flat_map(|app| app.quiet_until.into_iter().chain(app.budget_opens()));
         earliest(earliest(self.store_retry_at, self.holds_end()), lanes.chain(apps).min())
     }
 
@@ -514,8 +534,12 @@ impl Delivery {
 }
 
 impl App {
-    const fn new() -> Self {
+    fn new() -> Self {
         Self {
+            asked: Urgency::VeryLow,
+            demoted: false,
+            normal: Budget::default(),
+            urgent: Budget::default(),
             lanes: Vec::new(),
             reach: Reach::Unknown,
             failures: 0,
@@ -569,6 +593,8 @@ fn backoff(failures: u32) -> Duration {
     Duration::from_millis(millis).min(CEILING)
 }
 
+#[cfg(test)]
+mod budget_tests;
 #[cfg(test)]
 mod holding_tests;
 #[cfg(test)]

@@ -241,7 +241,10 @@ fn an_app_that_does_not_answer_keeps_itself_awake_for_a_bounded_time() {
     world.delivery.unready(&world.app, world.now);
     let at = world.delivery.poll_timeout().unwrap();
     world.pass(at.since(world.now.boot));
-    assert!(world.drain().contains(&Output::Wake(world.app.clone())), "it is woken for another chance to answer");
+    assert!(
+        world.drain().contains(&Output::Wake(world.app.clone(), Urgency::Normal)),
+        "it is woken for another chance to answer"
+    );
     world.delivery.ready(&world.app, world.owner.clone(), world.now);
     assert_eq!(world.calls(), [], "but not called again");
 }
@@ -253,9 +256,12 @@ fn a_crash_in_the_middle_brings_the_message_again_to_the_next_instance() {
     let ticket = world.calls()[0].0;
     world.delivery.vanished(&world.app, world.now);
     world.done(ticket, CallOutcome::Vanished);
-    assert!(!world.drain().contains(&Output::Wake(world.app.clone())), "not at once: it may crash at every start");
+    assert!(
+        !world.drain().contains(&Output::Wake(world.app.clone(), Urgency::Normal)),
+        "not at once: it may crash at every start"
+    );
     world.pass(SECOND);
-    assert!(world.drain().contains(&Output::Wake(world.app.clone())));
+    assert!(world.drain().contains(&Output::Wake(world.app.clone(), Urgency::Normal)));
     world.delivery.appeared(&world.app, world.now);
     world.delivery.ready(&world.app, Owner(":1.6".into()), world.now);
     assert_eq!(world.calls()[0].1, "a");
@@ -265,9 +271,9 @@ fn a_crash_in_the_middle_brings_the_message_again_to_the_next_instance() {
 fn nothing_is_asked_of_an_app_before_its_bus_has_spoken() {
     let mut world = World::new();
     world.push("a");
-    assert!(!world.drain().iter().any(|output| matches!(output, Output::Wake(_))));
+    assert!(!world.drain().iter().any(|output| matches!(output, Output::Wake(..))));
     world.delivery.vanished(&world.app, world.now);
-    assert!(world.drain().contains(&Output::Wake(world.app.clone())));
+    assert!(world.drain().contains(&Output::Wake(world.app.clone(), Urgency::Normal)));
 }
 
 #[test]
@@ -294,7 +300,7 @@ fn a_start_that_fails_is_tried_again_with_growing_pauses_and_given_up() {
     let mut pauses = Vec::new();
     let mut endings = Vec::new();
     while endings.is_empty() && pauses.len() < 10 {
-        assert!(world.drain().contains(&Output::Wake(world.app.clone())));
+        assert!(world.drain().contains(&Output::Wake(world.app.clone(), Urgency::Normal)));
         world.delivery.start_failed(&world.app, &StartOutcome::Failed("exit code 1".into()), world.now);
         endings = ended(&world.drain());
         if let Some(at) = world.delivery.poll_timeout() {
@@ -567,7 +573,10 @@ fn a_call_not_taken_out_yet_is_called_off_when_the_app_is_about_to_be_frozen() {
     world.delivery.unready(&world.app, world.now);
     let outputs = world.drain();
     assert_eq!(calls(&outputs), []);
-    assert!(outputs.contains(&Output::Wake(world.app.clone())), "it waits for the app to be ready again");
+    assert!(
+        outputs.contains(&Output::Wake(world.app.clone(), Urgency::Normal)),
+        "it waits for the app to be ready again"
+    );
     world.delivery.ready(&world.app, world.owner.clone(), world.now);
     assert_eq!(world.calls()[0].1, "a");
 }

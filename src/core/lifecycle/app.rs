@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, Memory, Owner, Profile, Rules, TargetId, Veto},
+    model::{AppKey, Memory, Owner, Priority, Profile, Rules, TargetId, Veto},
     time::{Instant, Now, earliest},
 };
 
@@ -144,7 +144,7 @@ impl App {
         };
         let mut instance = Instance::new(owner.clone(), claim);
         if started_by_us {
-            instance.wake(env);
+            instance.wake(Priority::Normal, env);
         }
         self.instance = Some(instance);
         self.settle(env);
@@ -399,9 +399,9 @@ impl App {
         self.settle(env);
     }
 
-    pub(super) fn delivered(&mut self, env: &mut Env<'_>) {
+    pub(super) fn delivered(&mut self, priority: Priority, env: &mut Env<'_>) {
         if let Some(instance) = &mut self.instance {
-            instance.wake(env);
+            instance.wake(priority, env);
         }
         self.settle(env);
     }

@@ -34,7 +34,7 @@ pub use self::{
 };
 use crate::{
     event::{Claim, Command, Outcome},
-    model::{AppKey, AppRecord, Bus, Freezer, Memory, Owner, ProcessFacts, Rules, TargetId, Veto},
+    model::{AppKey, AppRecord, Bus, Freezer, Memory, Owner, Priority, ProcessFacts, Rules, TargetId, Veto},
     time::{Instant, Now},
 };
 
@@ -405,10 +405,10 @@ impl Lifecycle {
         self.with(app, now, |app, env| app.set_pending(pending, env));
     }
 
-    /// The app took a message: in the background it may run for a window, extended by each message up to 60 s in one
-    /// go. Call it before clearing the pending mark.
-    pub fn delivered(&mut self, app: &AppKey, now: Now) {
-        self.with(app, now, |app, env| app.delivered(env));
+    /// The app took a message: in the background it may run for a window, three times as long after one of high priority
+    /// or more, extended by each message up to 60 s in one go. Call it before clearing the pending mark.
+    pub fn delivered(&mut self, app: &AppKey, priority: Priority, now: Now) {
+        self.with(app, now, |app, env| app.delivered(priority, env));
     }
 
     /// A freeze, thaw, page-out or kill ended. Those of targets that are no app's are ignored.

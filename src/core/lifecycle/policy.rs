@@ -6,7 +6,7 @@ use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use super::decisions::human;
 use crate::{
-    model::{LifecycleTimes, Profile, Veto},
+    model::{LifecycleTimes, Priority, Profile, Veto},
     time::{Instant, earliest},
 };
 
@@ -47,6 +47,8 @@ pub(super) struct Snapshot<'a> {
     pub(super) calm_until: Option<Instant>,
     /// End of the window a push or a thaw by hand gave it, also when it has passed.
     pub(super) awake_until: Option<Instant>,
+    /// What that window is for, and how long it is.
+    pub(super) awake_after: Option<(Priority, Duration)>,
     /// A message waits for it.
     pub(super) pending: bool,
     /// Who asked to freeze it by hand, as long as that stands.
@@ -288,13 +290,21 @@ fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
         return Some(Run { reason: MESSAGE.into(), until: None, told: freeze_due(app).is_some_and(|due| due <= now) });
     }
     match app.awake_until {
-        Some(until) if app.by_hand.is_none() && now < until => Some(Run {
-            reason: format!("it may run for {} after a message or a thaw", human(app.times.awake_window)).into(),
-            until: Some(until),
-            told: true,
-        }),
+        Some(until) if app.by_hand.is_none() && now < until => {
+            Some(Run { reason: awake_reason(app).into(), until: Some(until), told: true })
+        }
         _ => None,
     }
+}
+
+fn awake_reason(app: &Snapshot<'_>) -> String {
+    let (priority, window) = app.awake_after.unwrap_or((Priority::Normal, app.times.awake_window));
+    let what = match priority {
+        Priority::Low | Priority::Normal => "a message or a thaw",
+        Priority::High => "a message of high urgency",
+        Priority::Call => "a call",
+    };
+    format!("it may run for {} after {what}", human(window))
 }
 
 fn running(app: &Snapshot<'_>, now: Instant) -> Verdict {
@@ -501,6 +511,7 @@ mod tests {
             hold: Hold::Running,
             standing: &BACKGROUND,
             awake_until: None,
+            awake_after: None,
             pending: false,
             vetoes: &[],
             exempt: None,

@@ -32,7 +32,7 @@ enum Op {
     Declare(usize, bool),
     Wanted(usize),
     Pending(usize, bool),
-    Delivered(usize),
+    Delivered(usize, Priority),
     /// The outcome of something asked for; not necessarily in order.
     Resolve {
         which: usize,
@@ -78,7 +78,9 @@ fn event() -> impl Strategy<Value = Op> {
         6 => (app.clone(), prop::bool::weighted(0.8)).prop_map(|(app, background)| Op::Declare(app, background)),
         3 => app.clone().prop_map(Op::Wanted),
         4 => (app.clone(), prop::bool::weighted(0.3)).prop_map(|(app, pending)| Op::Pending(app, pending)),
-        2 => app.clone().prop_map(Op::Delivered),
+        2 => (app.clone(), any::<bool>()).prop_map(|(app, urgent)| {
+            Op::Delivered(app, if urgent { Priority::Call } else { Priority::Low })
+        }),
         8 => (0..8usize, prop::bool::weighted(0.8)).prop_map(|(which, ok)| Op::Resolve { which, ok }),
         1 => (0..8usize).prop_map(Op::Lose),
         6 => (app.clone(), prop::bool::weighted(0.8), prop::bool::weighted(0.3))
@@ -236,7 +238,7 @@ impl World {
                 self.apps[app].by_hand &= !pending;
                 self.life.set_pending(&key(app), pending, now);
             }
-            Op::Delivered(app) => self.life.delivered(&key(app), now),
+            Op::Delivered(app, priority) => self.life.delivered(&key(app), priority, now),
             Op::Resolve { which, ok } => self.resolve(which, ok),
             Op::Lose(which) if which < self.asked.len() => {
                 self.asked.remove(which);

@@ -106,7 +106,7 @@ impl World {
 
     /// The app took its message and none is left.
     fn delivered(&mut self) {
-        self.life.delivered(&self.app, self.now);
+        self.life.delivered(&self.app, Priority::Normal, self.now);
         self.life.set_pending(&self.app, false, self.now);
     }
 
@@ -433,7 +433,7 @@ fn the_order_of_delivered_and_no_longer_pending_does_not_matter_after_a_thaw() {
     world.outcome(THAWED);
     world.acts();
     world.life.set_pending(&world.app, false, world.now);
-    world.life.delivered(&world.app, world.now);
+    world.life.delivered(&world.app, Priority::Normal, world.now);
     assert_eq!((world.state(), world.acts()), ("awake", vec![]));
 }
 
@@ -459,9 +459,45 @@ fn a_chatty_app_is_not_awake_for_ever() {
     world.acts();
     for _ in 0..30 {
         world.pass(5);
-        world.life.delivered(&world.app, world.now);
+        world.life.delivered(&world.app, Priority::Normal, world.now);
     }
     assert_eq!(world.acts(), []);
+}
+
+#[test]
+fn what_is_urgent_gives_more_time_and_of_several_messages_the_longest_counts() {
+    let window = |priorities: &[(u64, Priority)]| {
+        let mut world = World::frozen(Profile::Tombstone);
+        let _ = world.wanted();
+        world.outcome(THAWED);
+        world.life.set_pending(&world.app, false, world.now);
+        world.acts();
+        let mut passed = 0;
+        for (after, priority) in priorities {
+            world.pass(after - passed);
+            passed = *after;
+            world.life.delivered(&world.app, *priority, world.now);
+        }
+        let told = world.why();
+        let mut secs = passed;
+        while world.acts() != [Output::Freeze(T1)] && secs < 100 {
+            world.pass(1);
+            secs += 1;
+        }
+        (secs, told)
+    };
+    let (low, normal, high, call) = (Priority::Low, Priority::Normal, Priority::High, Priority::Call);
+    assert_eq!(window(&[(0, low)]).0, 10);
+    assert_eq!(window(&[(0, normal)]).0, 10);
+    let (secs, told) = window(&[(0, high)]);
+    assert_eq!((secs, &*told), (30, "leave: it may run for 30 s after a message of high urgency"));
+    let (secs, told) = window(&[(0, call)]);
+    assert_eq!((secs, &*told), (30, "leave: it may run for 30 s after a call"));
+    let (secs, told) = window(&[(0, high), (5, normal)]);
+    assert_eq!((secs, &*told), (30, "leave: it may run for 30 s after a message of high urgency"));
+    assert_eq!(window(&[(0, normal), (5, high)]).0, 35);
+    assert_eq!(window(&[(0, high), (25, normal)]).0, 35);
+    assert_eq!(window(&[(0, high), (20, high), (40, high)]).0, 60, "in one go");
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //! - `watch`, `deliver`, `clients`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `leases`: the ends of the leases apps hold.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
+//! - `notified`: who notifies the user, while that is wanted.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -18,6 +19,7 @@ mod deliver;
 mod interfaces;
 mod leases;
 mod manager;
+mod notified;
 mod panel;
 mod polkit;
 mod process;
@@ -134,7 +136,7 @@ impl BusThread {
     }
 
     /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`, `PanelChanged`,
-    /// `EndLease`, `LeaseEnding`. Never blocks.
+    /// `EndLease`, `LeaseEnding`, `WatchNotifications`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -264,6 +266,9 @@ struct Routes {
 
 struct Route {
     bus: Bus,
+    way: Way,
+    /// Watches who notifies the user, while that is wanted.
+    notified: Option<Task<(), Shared>>,
     // Unbounded like the one it is filled from.
     orders: async_channel::Sender<Order>,
     task: Task<(), Shared>,
@@ -287,8 +292,8 @@ impl Routes {
             .as_ref()
             .zip(user(bus, &way))
             .map(|(signs, user)| signs.of_user(user, self.errands.clone()));
-        let task = session::serve(bus, way, self.common.clone(), receiver, first_call);
-        self.open.insert(index, Route { bus, orders, task: zruntime::spawn(task), _beside });
+        let task = session::serve(bus, way.clone(), self.common.clone(), receiver, first_call);
+        self.open.insert(index, Route { bus, way, notified: None, orders, task: zruntime::spawn(task), _beside });
     }
 
     /// Serves these users' buses and no others'.
@@ -318,7 +323,10 @@ impl Routes {
         }
     }
 
-    fn order(&self, order: Order) {
+    fn order(&mut self, order: Order) {
+        if let Order::Act(Action::WatchNotifications(bus, on)) = order {
+            return self.watch_notifications(bus, on);
+        }
         let of = |bus: Bus| self.open.values().find(|route| route.bus == bus);
         let route = match &order {
             Order::Act(Action::Reply(CallId(call), _)) => {
@@ -345,6 +353,17 @@ impl Routes {
             // An app of a bus that is not served now.
             None => session::refuse(order, |incoming| self.hand_over(incoming)),
         }
+    }
+
+    fn watch_notifications(&mut self, bus: Bus, on: bool) {
+        let Some(route) = self.open.values_mut().find(|route| route.bus == bus) else {
+            if on {
+                self.hand_over(Incoming::Event(Event::NotificationsSeen(bus, false)));
+            }
+            return;
+        };
+        let watch = || zruntime::spawn(notified::watch(bus, route.way.clone(), self.common.inbox.clone()));
+        route.notified = on.then(watch);
     }
 
     fn tell(&self, event: BusEvent) {

@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// A bus that does not finish the handshake within this is as good as absent.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Between two attempts to connect, first and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// For what is still to be said when the daemon ends.
@@ -121,7 +121,7 @@ pub(super) async fn serve(bus: Bus, way: Way, common: Common, orders: Receiver<O
     }
 }
 
-async fn connect(address: Option<String>, bus: Bus) -> zbus::Result<Connection> {
+pub(super) async fn connect(address: Option<String>, bus: Bus) -> zbus::Result<Connection> {
     let builder = match (&address, bus) {
         (Some(address), _) => Builder::address(address.as_str()),
         (None, Bus::System) => Builder::system(),

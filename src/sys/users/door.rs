@@ -52,6 +52,8 @@ pub(in crate::sys) struct Door {
     watch: Option<AsyncIo<OwnedFd, Shared>>,
     closer: Closer,
     failed: u32,
+    /// The connection ends when something is said on it that is not taken.
+    strict: bool,
 }
 
 /// What looking for the socket came to.
@@ -68,7 +70,12 @@ impl Door {
 
     /// To another socket, by its file name.
     pub(in crate::sys) fn to(socket: &'static str, user: User, errands: Errands) -> Self {
-        Self { user, socket, errands, watch: None, closer: Closer::default(), failed: 0 }
+        Self { user, socket, errands, watch: None, closer: Closer::default(), failed: 0, strict: false }
+    }
+
+    /// To the session bus, for who must hear everything that is said: the connection ends with what is not taken.
+    pub(in crate::sys) fn strict(user: User, errands: Errands) -> Self {
+        Self { strict: true, ..Self::new(user, errands) }
     }
 
     /// A connection to the user's bus, within 5 s.
@@ -99,7 +106,7 @@ impl Door {
 
     async fn attempt(&mut self, runtime: &SharedRuntime) -> Result<Connection, String> {
         let stream = self.enter(runtime).await?;
-        let socket = Guarded::new(stream, self.closer.clone()).map_err(|error| error.to_string())?;
+        let socket = Guarded::new(stream, self.closer.clone(), self.strict).map_err(|error| error.to_string())?;
         let connected = Builder::socket(socket).user_id(self.user.uid).build().await.map_err(|error| error.to_string());
         if connected.is_ok() {
             // What it says from now on nobody would read.

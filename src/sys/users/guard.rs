@@ -43,12 +43,16 @@ const HEADER: usize = 16;
 
 /// The stream to a bus that is not trusted.
 #[derive(Debug)]
-pub(super) struct Guarded(Arc<AsyncIo<UnixStream, Shared>>, Closer);
+pub(super) struct Guarded {
+    stream: Arc<AsyncIo<UnixStream, Shared>>,
+    closer: Closer,
+    strict: bool,
+}
 
 impl Guarded {
-    /// Switches the stream to non-blocking mode.
-    pub(super) fn new(stream: UnixStream, closer: Closer) -> io::Result<Self> {
-        Ok(Self(Arc::new(AsyncIo::new(&SharedRuntime::current()?, stream)?), closer))
+    /// Switches the stream to non-blocking mode. `strict`: what is not taken is an error, instead of being read past.
+    pub(super) fn new(stream: UnixStream, closer: Closer, strict: bool) -> io::Result<Self> {
+        Ok(Self { stream: Arc::new(AsyncIo::new(&SharedRuntime::current()?, stream)?), closer, strict })
     }
 }
 
@@ -101,13 +105,17 @@ impl Socket for Guarded {
     type WriteHalf = Writer;
 
     fn split(self) -> Split<Reader, Writer> {
-        Split::new(Reader(Bare(Arc::clone(&self.0), self.1)), Writer(self.0))
+        let reader = Reader { bare: Bare(Arc::clone(&self.stream), self.closer), strict: self.strict };
+        Split::new(reader, Writer(self.stream))
     }
 }
 
 /// Lets no message through that is too large.
 #[derive(Debug)]
-pub(super) struct Reader(Bare);
+pub(super) struct Reader {
+    bare: Bare,
+    strict: bool,
+}
 
 #[async_trait]
 impl ReadHalf for Reader {
@@ -119,16 +127,18 @@ impl ReadHalf for Reader {
     ) -> zbus::Result<Message> {
         loop {
             self.skip_large(received).await?;
-            match self.0.receive_message(seq, received, fds).await {
+            match self.bare.receive_message(seq, received, fds).await {
                 // It has been read to its end by then.
-                Err(zbus::Error::MissingParameter(_)) => log::debug!("a message with file descriptors was not taken"),
+                Err(zbus::Error::MissingParameter(_)) if !self.strict => {
+                    log::debug!("a message with file descriptors was not taken")
+                }
                 other => return other,
             }
         }
     }
 
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        self.0.recvmsg(buffer).await
+        self.bare.recvmsg(buffer).await
     }
 
     /// By this the bus is asked whether it passes them, in either direction.
@@ -144,12 +154,12 @@ impl Reader {
             while received.len() < HEADER {
                 let mut buffer = [0; HEADER];
                 let wanted = buffer.get_mut(received.len()..).unwrap_or_default();
-                let length = self.0.some(wanted).await?;
+                let length = self.bare.some(wanted).await?;
                 received.extend_from_slice(wanted.get(..length).unwrap_or_default());
             }
             match length_of(received) {
                 Some(length) if length <= LARGEST => return Ok(()),
-                Some(length) if length <= MAXIMUM => self.skip(length, received).await?,
+                Some(length) if length <= MAXIMUM && !self.strict => self.skip(length, received).await?,
                 _ => return Err(zbus::Error::InvalidReply),
             }
         }
@@ -163,7 +173,7 @@ impl Reader {
         let mut buffer = vec![0; 4096];
         while left > 0 {
             let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-            left -= self.0.some(buffer.get_mut(..most).unwrap_or_default()).await? as u64;
+            left -= self.bare.some(buffer.get_mut(..most).unwrap_or_default()).await? as u64;
         }
         log::debug!("a message of {length} bytes is of no use and was not read");
         Ok(())
@@ -277,7 +287,7 @@ mod tests {
         write_with_fds(&theirs, message.data(), &[sent.try_clone().unwrap(), sent]);
         let (mut our_end, ours_sent) = pipe().unwrap();
         zbus::block_on(async {
-            let (mut reader, mut writer) = Guarded::new(ours, Closer::default()).unwrap().split().take();
+            let (mut reader, mut writer) = Guarded::new(ours, Closer::default(), false).unwrap().split().take();
             let read = reader.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.unwrap();
             assert_eq!(read.body().deserialize::<&str>().unwrap(), "text");
             assert!(read.data().fds().is_empty());
@@ -358,12 +368,30 @@ mod tests {
             theirs
         });
         zbus::block_on(async {
-            let (mut reader, _writer) = Guarded::new(ours, Closer::default()).unwrap().split().take();
+            let (mut reader, _writer) = Guarded::new(ours, Closer::default(), false).unwrap().split().take();
             let read = reader.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.unwrap();
             assert_eq!(read.body().deserialize::<&str>().unwrap(), "small");
             assert!(reader.receive_message(2, &mut Vec::new(), &mut Vec::new()).await.is_err());
         });
         drop(writing.join().unwrap());
+    }
+
+    #[test]
+    fn who_must_hear_everything_is_told_that_something_was_not_taken() {
+        let large = Message::method_call("/a", "B").build(&"x".repeat(1 << 20)).unwrap();
+        let with_fd =
+            |stream: &UnixStream| Message::method_call("/a", "B").build(&zbus::Fd::from(stream.as_fd())).unwrap();
+        for large in [Some(large), None] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let message = large.unwrap_or_else(|| with_fd(&ours));
+            let writing = thread::spawn(move || theirs.write_all(message.data()));
+            zbus::block_on(async {
+                let (mut reader, _writer) = Guarded::new(ours, Closer::default(), true).unwrap().split().take();
+                assert!(reader.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.is_err());
+            });
+            // It was not read to its end.
+            let _ = writing.join().unwrap();
+        }
     }
 
     #[test]
@@ -374,7 +402,7 @@ mod tests {
         theirs.write_all(message(ours.as_fd()).data()).unwrap();
         theirs.write_all(Message::method_call("/a", "B").build(&"next").unwrap().data()).unwrap();
         zbus::block_on(async {
-            let (mut reader, _writer) = Guarded::new(ours, Closer::default()).unwrap().split().take();
+            let (mut reader, _writer) = Guarded::new(ours, Closer::default(), false).unwrap().split().take();
             assert!(reader.can_pass_unix_fd());
             let read = reader.receive_message(1, &mut Vec::new(), &mut Vec::new()).await.unwrap();
             assert_eq!(read.body().deserialize::<&str>().unwrap(), "next");

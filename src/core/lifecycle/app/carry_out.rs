@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     event::Command,
-    model::{Profile, TargetId},
+    model::{Priority, Profile, TargetId},
     time::Instant,
 };
 
@@ -94,7 +94,7 @@ impl App {
                 let verdict = if instance.hold == Hold::WouldBeKilled { "would-start" } else { "would-thaw" };
                 instance.hold = Hold::Running;
                 if self.pending || instance.wanted {
-                    instance.wake(env);
+                    instance.wake(Priority::Normal, env);
                 }
                 self.decide(verdict, reason, env);
             }
@@ -157,7 +157,7 @@ impl App {
         instance.hold = Hold::Running;
         instance.thaw_fails = 0;
         instance.finish(Command::Thaw, Ok(()), env);
-        instance.wake(env);
+        instance.wake(Priority::Normal, env);
         self.told_resumed(env);
         let Some(instance) = &mut self.instance else { return };
         // A name given up meanwhile cannot be called; the delivery hears of that by itself.

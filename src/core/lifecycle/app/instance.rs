@@ -13,12 +13,15 @@ use super::{
 };
 use crate::{
     event::{Claim, Command},
-    model::{Owner, ProcessFacts, TargetId, Veto},
+    model::{Owner, Priority, ProcessFacts, TargetId, Veto},
     time::Instant,
 };
 
 /// A chatty app may stay awake this long in one go, or one window where that is longer; a waiting message still vetoes.
 const AWAKE_MOST: Duration = Duration::from_secs(60);
+/// After a message of high urgency, or a call, in awake windows (design.md: 30 s for 10 s; FCM has 10 s, an iOS notification
+/// service extension 30 s).
+const URGENT_WINDOWS: u32 = 3;
 
 /// What a look at a process gave.
 pub(in crate::core::lifecycle) type Looked = Result<(TargetId, ProcessFacts), Arc<str>>;
@@ -97,6 +100,8 @@ pub(super) enum Looking {
 pub(super) struct Awake {
     pub(super) since: Instant,
     pub(super) until: Instant,
+    /// The message it is longest for, and how long that is.
+    after: (Priority, Duration),
 }
 
 impl Instance {
@@ -176,6 +181,7 @@ impl Instance {
             leased: self.leased.as_deref(),
             calm_until: self.calm_until,
             awake_until: self.awake.map(|awake| awake.until),
+            awake_after: self.awake.map(|awake| awake.after),
             pending: pending || self.wanted,
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
@@ -213,21 +219,29 @@ impl Instance {
     }
 
     /// Opens or extends the awake window of an app in the background, up to the cap.
-    pub(super) fn wake(&mut self, env: &Env<'_>) {
-        let now = env.now.boot;
-        let since = self.awake.filter(|awake| now < awake.until).map_or(now, |awake| awake.since);
-        let cap = since + AWAKE_MOST.max(env.rules.times.awake_window);
-        self.set_awake(since, cap.min(now + env.rules.times.awake_window));
+    pub(super) fn wake(&mut self, priority: Priority, env: &Env<'_>) {
+        let (now, window) = (env.now.boot, env.rules.times.awake_window);
+        let open = self.awake.filter(|awake| now < awake.until);
+        let most = AWAKE_MOST.max(window);
+        let window = if priority >= Priority::High { window.saturating_mul(URGENT_WINDOWS).min(most) } else { window };
+        let since = open.map_or(now, |awake| awake.since);
+        let end = (since + most).min(now + window);
+        match open {
+            // Of several messages the longest counts.
+            Some(open) if open.until >= end => {}
+            _ => self.set_awake(Awake { since, until: end, after: (priority, window) }),
+        }
     }
 
     /// Opens a window of its own, whatever was used up before.
     pub(super) fn wake_anew(&mut self, env: &Env<'_>) {
-        self.set_awake(env.now.boot, env.now.boot + env.rules.times.awake_window);
+        let (now, window) = (env.now.boot, env.rules.times.awake_window);
+        self.set_awake(Awake { since: now, until: now + window, after: (Priority::Normal, window) });
     }
 
-    pub(super) fn set_awake(&mut self, since: Instant, until: Instant) {
+    fn set_awake(&mut self, awake: Awake) {
         if matches!(self.standing, Standing::Background { .. }) {
-            self.awake = Some(Awake { since, until });
+            self.awake = Some(awake);
         }
     }
 
