@@ -89,7 +89,7 @@ def upgrades(vm):
         app.keeps_its_endpoint(vm)
 
 
-@step(is_configured, core=True)
+@step(is_configured)
 def a_reboot_keeps_what_was(vm):
     """After a reboot each registration is there with its address, and what could not be delivered before it comes."""
     # alice is not there and a service cannot be started: their messages stay undelivered. bob's apps are frozen.

@@ -110,7 +110,7 @@ def pages_out_and_wakes_users_apps(vm):
     return figures
 
 
-@step(unmodified_apps_register, core=True)
+@step(unmodified_apps_register)
 def users_are_kept_apart(vm):
     """What one user sees, sends and does is of that user's apps alone."""
     for app in vm.apps:
