@@ -154,6 +154,8 @@ def runs(cgroup):
 
 def main_pid(vm):
     """Of the daemon."""
+    # Until it is up systemd may name none, or one that is about to be another.
+    vm.wait_for("the daemon", "systemctl is-active --quiet nightporterd")
     return int(vm.run("systemctl show -p MainPID --value nightporterd"))
 
 
