@@ -45,7 +45,8 @@ def a_crash_is_mended_by_systemd(vm):
     vm.run(f"kill -KILL {pid}")
     for cgroup in cgroups:
         vm.wait_for("the thaw", runs(cgroup))
-    vm.wait_for("the restart", f'systemctl is-active --quiet nightporterd && p=$(systemctl show -p MainPID --value nightporterd); [ "$p" != 0 ] && [ "$p" != {pid} ]')
+    another = f'p=$(systemctl show -p MainPID --value nightporterd) && [ "$p" != 0 ] && [ "$p" != {pid} ]'
+    vm.wait_for("the restart", f"systemctl is-active --quiet nightporterd && {another}")
     for app in vm.apps:
         app.pushed(vm, "after another crash")
 
