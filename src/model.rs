@@ -129,8 +129,6 @@ pub enum VetoKind {
     IdleInhibitor,
     /// It holds a file lock that a process which is not held still waits for (`/proc/locks`).
     AwaitedLock,
-    /// It owns the clipboard: pasting would hang.
-    Clipboard,
     /// It serves a file system (FUSE) or answers permission events (fanotify).
     FileSystem,
     /// Its unit has a watchdog, which would kill it.
@@ -143,8 +141,6 @@ pub enum VetoKind {
     Service,
     /// It uses a device: camera, sound, serial.
     Device,
-    /// A portal's dialogue, screen cast or other session of it is open.
-    Portal,
     /// A screen reader or another help for seeing, hearing and moving.
     Accessibility,
     /// An input method or on-screen keyboard.
@@ -168,14 +164,12 @@ impl VetoKind {
             Self::SleepInhibitor => "sleep-inhibitor",
             Self::IdleInhibitor => "idle-inhibitor",
             Self::AwaitedLock => "awaited-lock",
-            Self::Clipboard => "clipboard",
             Self::FileSystem => "file-system",
             Self::Watchdog => "watchdog",
             Self::UnitJob => "unit-job",
             Self::Tray => "tray",
             Self::Service => "service",
             Self::Device => "device",
-            Self::Portal => "portal",
             Self::Accessibility => "accessibility",
             Self::InputMethod => "input-method",
             Self::LockScreen => "lock-screen",

@@ -37,30 +37,30 @@ impl Core {
     pub(super) fn query(&mut self, call: CallId, caller: &Caller, query: Query, now: Now) {
         let reply = match query {
             Query::Status => json(&self.status(caller, now)),
-            Query::Apps => match self.privileged(caller, Privilege::Read) {
-                Ok(()) => json(&self.app_list(caller, now)),
-                Err(reply) => reply,
-            },
-            Query::Log { after } => match self.privileged(caller, Privilege::Read) {
-                Ok(()) => self.recent(caller, after),
-                Err(reply) => reply,
-            },
+            Query::Apps => self.for_readers(caller, |core| json(&core.app_list(caller, now))),
+            Query::Log { after } => self.for_readers(caller, |core| core.recent(caller, after)),
             Query::Show(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.show(app, now)),
             Query::Why(service) => self.for_app(caller, service, Privilege::Read, |core, app| core.why(app, now)),
             Query::Endpoints(service) => self.for_app(caller, service, Privilege::ManageApps, Self::endpoints),
             Query::Leases(Some(service)) => self.for_app(caller, service, Privilege::Read, |core, app| {
                 json(&core.lease_list(now, |other| other == app))
             }),
-            Query::Leases(None) => match self.privileged(caller, Privilege::Read) {
-                Ok(()) => json(&self.lease_list(now, |app| sees(caller, app))),
-                Err(reply) => reply,
-            },
+            Query::Leases(None) => {
+                self.for_readers(caller, |core| json(&core.lease_list(now, |app| sees(caller, app))))
+            }
             Query::Report => match self.privileged(caller, Privilege::Read) {
                 Ok(()) => return self.begin_report(call, caller, now),
                 Err(reply) => reply,
             },
         };
         self.reply(call, reply);
+    }
+
+    fn for_readers(&self, caller: &Caller, show: impl FnOnce(&Self) -> Reply) -> Reply {
+        match self.privileged(caller, Privilege::Read) {
+            Ok(()) => show(self),
+            Err(reply) => reply,
+        }
     }
 
     /// An app may read about itself, whoever has the privilege about any.

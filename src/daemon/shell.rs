@@ -352,7 +352,9 @@ impl Shell {
                     self.sightings.windows(uid, windows, &self.targets, &mut self.pending);
                 }
                 Incoming::Notified { bus, owner, pid } => {
-                    let target = pid.and_then(|pid| self.targets.of_pid(pid));
+                    // A user's bus daemon is the user's own: its word counts for that user's processes alone.
+                    let uid = if let Bus::Session(uid) = bus { uid } else { 0 };
+                    let target = pid.and_then(|pid| self.targets.of_pid_told_by(pid, uid));
                     self.pending.push_back(Event::Notified { bus, owner, target });
                 }
                 Incoming::UnitStopped(target, answer) => self.targets.unit_stopped(target, answer),

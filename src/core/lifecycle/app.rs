@@ -7,12 +7,12 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use self::{
     carry_out::THAW_SOON,
-    instance::{Claimed, Instance, Looked, Looking, claimed, finish_all},
+    instance::{Claimed, Instance, Looked, claimed, finish_all},
 };
 use super::{
     AppView, Held, Output, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
     decisions::{Decision, Decisions},
-    policy::{self, Baseline, Hold, Notice, Paged, Process, Retry, Squeeze},
+    policy::{self, Baseline, Hold, Inspection, Notice, Paged, Process, Retry, Squeeze},
 };
 use crate::{
     event::{Claim, Command, Outcome},
@@ -289,17 +289,19 @@ impl App {
     /// The look at it is over.
     pub(super) fn inspected(&mut self, found: &Result<Vec<Veto>, Arc<str>>, env: &mut Env<'_>) {
         let Some(instance) = &mut self.instance else { return };
-        let Looking::Asked { .. } = instance.inspection else { return };
+        let Inspection::Asked { .. } = instance.inspection else { return };
         let reason: Option<Arc<str>> = match found {
             Ok(vetoes) => vetoes.first().map(|veto| policy::vetoed(veto).into()),
             Err(text) => Some(format!("it could not be inspected: {text}").into()),
         };
         let frozen = matches!(instance.hold, Hold::Frozen { .. });
         match reason {
-            None if frozen => (instance.checked, instance.found, instance.inspection) = (true, 0, Looking::NotAsked),
-            None => instance.inspection = Looking::Clear { at: env.now.boot },
+            None if frozen => (instance.checked, instance.found, instance.inspection) = (true, 0, Inspection::NotAsked),
+            None => instance.inspection = Inspection::Clear { at: env.now.boot },
             // What cannot be found out now was looked at a second ago.
-            Some(_) if frozen && found.is_err() => (instance.checked, instance.inspection) = (true, Looking::NotAsked),
+            Some(_) if frozen && found.is_err() => {
+                (instance.checked, instance.inspection) = (true, Inspection::NotAsked)
+            }
             Some(reason) => {
                 instance.let_go(&reason, env);
                 let again = env.now.boot + INSPECT_AGAIN * (1 << instance.found.min(INSPECT_DOUBLINGS));
@@ -308,7 +310,7 @@ impl App {
                     self.thaw(&reason, env);
                 }
                 if let Some(instance) = &mut self.instance {
-                    instance.inspection = Looking::Vetoed { reason, again };
+                    instance.inspection = Inspection::Vetoed { reason, again };
                 }
             }
         }
@@ -412,7 +414,7 @@ impl App {
         match (outcome, instance.hold) {
             (Outcome::Frozen { .. }, Hold::Freezing { .. }) => {
                 instance.hold = Hold::Frozen { since: now, paged: Paged::NotYet };
-                (instance.checked, instance.inspection) = (false, Looking::NotAsked);
+                (instance.checked, instance.inspection) = (false, Inspection::NotAsked);
                 instance.frozen_since.get_or_insert(now);
                 (instance.freeze_fails, instance.freeze_again) = (0, Retry::Now);
                 instance.sample(SampleKind::Frozen, env);

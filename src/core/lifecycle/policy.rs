@@ -55,7 +55,7 @@ pub(super) struct Snapshot<'a> {
     pub(super) by_hand: Option<&'a str>,
     pub(super) baseline: Baseline,
     pub(super) notice: Notice,
-    pub(super) inspection: Inspection<'a>,
+    pub(super) inspection: Inspection<&'a str>,
     /// Whether it was inspected since it was frozen.
     pub(super) checked: bool,
     /// Memory is short: how deep it must go, and why.
@@ -155,7 +155,7 @@ pub(super) enum Notice {
 
 /// The look at the app right before the freeze.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Inspection<'a> {
+pub(super) enum Inspection<R> {
     NotAsked,
     Asked {
         until: Instant,
@@ -166,9 +166,20 @@ pub(super) enum Inspection<'a> {
     },
     /// Something did, or it could not be found out; looked at again then.
     Vetoed {
-        reason: &'a str,
+        reason: R,
         again: Instant,
     },
+}
+
+impl<R: AsRef<str>> Inspection<R> {
+    pub(super) fn as_ref(&self) -> Inspection<&str> {
+        match self {
+            Self::NotAsked => Inspection::NotAsked,
+            Self::Asked { until } => Inspection::Asked { until: *until },
+            Self::Clear { at } => Inspection::Clear { at: *at },
+            Self::Vetoed { reason, again } => Inspection::Vetoed { reason: reason.as_ref(), again: *again },
+        }
+    }
 }
 
 /// How deep memory pressure wants a frozen app to go.

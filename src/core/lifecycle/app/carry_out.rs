@@ -6,10 +6,10 @@ use super::{
     super::{
         Output, SampleKind, State,
         decisions::human,
-        policy::{self, Act, Baseline, Hold, INSPECT_ANSWER, NOTICE, Notice, Paged, Retry, Verdict},
+        policy::{self, Act, Baseline, Hold, INSPECT_ANSWER, Inspection, NOTICE, Notice, Paged, Retry, Verdict},
     },
     App, Env,
-    instance::{Looking, finish_all},
+    instance::finish_all,
 };
 use crate::{
     event::Command,
@@ -76,7 +76,7 @@ impl App {
                 env.out.push_back(Output::WillSuspend(env.key.clone(), NOTICE));
             }
             (Act::Inspect, _) => {
-                instance.inspection = Looking::Asked { until: now + INSPECT_ANSWER };
+                instance.inspection = Inspection::Asked { until: now + INSPECT_ANSWER };
                 env.out.push_back(Output::Inspect(target));
             }
             (Act::NoAnswer, Hold::Running | Hold::Frozen { .. }) => self.inspected(&Err(reason.into()), env),
@@ -147,7 +147,7 @@ impl App {
         instance.hold = Hold::Thawing { since: env.now.boot, retry: None };
         instance.thaw_fails = 0;
         (instance.sampling, instance.by_hand, instance.squeeze) = (None, None, None);
-        instance.inspection = Looking::NotAsked;
+        instance.inspection = Inspection::NotAsked;
         instance.fail(Command::Freeze, reason, env);
         env.out.push_back(Output::Thaw(target));
     }
@@ -256,8 +256,8 @@ impl App {
             if instance.baseline == Baseline::Asked {
                 instance.baseline = Baseline::NotAsked;
             }
-            if !matches!(instance.inspection, Looking::Vetoed { .. }) {
-                instance.inspection = Looking::NotAsked;
+            if !matches!(instance.inspection, Inspection::Vetoed { .. }) {
+                instance.inspection = Inspection::NotAsked;
             }
         }
         let Some(reason) = reason else { return };

@@ -45,7 +45,7 @@ pub(super) struct Instance {
     leased: Option<Arc<str>>,
     calm_until: Option<Instant>,
     pub(super) notice: Notice,
-    pub(super) inspection: Looking,
+    pub(super) inspection: Inspection<Arc<str>>,
     /// Inspections that found something, in a row.
     pub(super) found: u32,
     /// Whether it was inspected since it was frozen.
@@ -87,15 +87,6 @@ pub(super) enum Claimed {
     },
 }
 
-/// The look at it right before the freeze.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Looking {
-    NotAsked,
-    Asked { until: Instant },
-    Clear { at: Instant },
-    Vetoed { reason: Arc<str>, again: Instant },
-}
-
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Awake {
     pub(super) since: Instant,
@@ -117,7 +108,7 @@ impl Instance {
             leased: None,
             calm_until: None,
             notice: Notice::NotWanted,
-            inspection: Looking::NotAsked,
+            inspection: Inspection::NotAsked,
             found: 0,
             checked: false,
             squeeze: None,
@@ -186,12 +177,7 @@ impl Instance {
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
             notice: self.notice,
-            inspection: match &self.inspection {
-                Looking::NotAsked => Inspection::NotAsked,
-                Looking::Asked { until } => Inspection::Asked { until: *until },
-                Looking::Clear { at } => Inspection::Clear { at: *at },
-                Looking::Vetoed { reason, again } => Inspection::Vetoed { reason, again: *again },
-            },
+            inspection: self.inspection.as_ref(),
             checked: self.checked,
             squeeze: self.squeeze.as_ref().map(|(squeeze, reason)| (*squeeze, &**reason)),
             startable,
