@@ -6,9 +6,10 @@ use crate::{
     config::UpstreamSettings,
     event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket},
     model::{
-        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq,
-        Owner, Preference, Registration, RegistrationId, TargetId,
+        AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, HistoryRow, LeaseId, Message,
+        MessageSeq, Owner, Preference, Registration, RegistrationId, TargetId,
     },
+    time::UnixTime,
 };
 
 /// One thing to do.
@@ -229,6 +230,10 @@ pub enum StoreOp {
     DeleteApp(AppKey),
     /// Insert or replace an app's saved state; empty removes it.
     PutState(AppKey, Arc<[u8]>),
+    /// Add rows to the ledger's history. May be delayed to join another write: up to 1 h, or until the store closes.
+    PutHistory(Arc<[HistoryRow]>),
+    /// Read the history since then; its ticket is answered with `Event::History`.
+    LoadHistory(UnixTime),
     /// Read an app's saved state; its ticket is answered with `Event::State`.
     LoadState(AppKey),
 }
@@ -242,7 +247,7 @@ impl StoreOp {
     pub fn is_lazy(&self) -> bool {
         match self {
             Self::PutUpstream { key, .. } => **key != *NAMING,
-            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_)),
+            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_) | Self::PutHistory(_)),
         }
     }
 }

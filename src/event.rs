@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     config::UpstreamSettings,
     model::{
-        AppKey, Bus, ConnectorVersion, LeaseId, LeaseKind, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret,
-        Surroundings, TargetId, Veto, Window,
+        AppKey, Bus, ConnectorVersion, HistoryRow, LeaseId, LeaseKind, MessageSeq, Owner, Pressure, ProcessFacts,
+        Sample, Secret, SelfSample, Surroundings, TargetId, Veto, Window, Zram, ZramSource,
     },
 };
 
@@ -59,16 +59,16 @@ pub enum Event {
         target: Option<TargetId>,
     },
     /// An app's memory, as asked with `Action::Sample`.
-    Sampled(TargetId, Result<Memory, Arc<str>>),
+    Sampled(TargetId, Result<Sample, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.
     SampledSelf {
         /// This process.
-        daemon: Memory,
-        /// `mem_used_total` over all zram devices, in KiB.
-        zram_used: u64,
-        /// `orig_data_size` over all zram devices, in KiB.
-        zram_stored: u64,
+        daemon: SelfSample,
+        /// All zram devices.
+        zram: Zram,
     },
+    /// History asked for with `StoreOp::LoadHistory`, under its ticket; oldest first.
+    History(StoreTicket, Result<Vec<HistoryRow>, StoreError>),
     /// An HTTP request ended.
     Http(HttpTicket, Result<HttpResponse, HttpError>),
     /// An address or a route came: worth an attempt at once.
@@ -456,6 +456,16 @@ pub enum Query {
     },
     /// The memory report, measured now.
     Report,
+    /// The ledger's history of the last hours: `view::History`.
+    History {
+        /// How far back.
+        hours: u32,
+    },
+    /// What would have been done and saved under the profile `observe`: `view::WhatIf`.
+    WhatIf {
+        /// How far back.
+        hours: u32,
+    },
     /// One app's endpoints: capability URLs, so only for whom may act on it.
     Endpoints(Arc<str>),
     /// The leases held now: one app's, or all.
@@ -518,8 +528,10 @@ pub enum Outcome {
     PagedOut {
         /// Memory before minus memory after, KiB of PSS.
         freed: u64,
-        /// Growth of zram's real memory meanwhile, KiB.
+        /// What that costs of zram's real memory, KiB.
         zram: u64,
+        /// How that is known.
+        source: ZramSource,
         /// How long it took.
         took: Duration,
     },

@@ -1,9 +1,12 @@
 //! The nouns both halves share: plain data, no behaviour that needs the world.
 
+mod ledger;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::ledger::{Charged, History, HistoryRow, Sample, SelfSample, Total, Zram, ZramSource};
 use crate::time::UnixTime;
 
 /// Which bus an app lives on. Users are kept apart by it: nothing crosses from one bus to another.
@@ -380,6 +383,8 @@ pub struct AppRecord {
     pub resident: Option<Memory>,
     /// When that was measured.
     pub measured: Option<UnixTime>,
+    /// Under which conditions, as a sentence part.
+    pub conditions: Option<Arc<str>>,
 }
 
 /// How short memory is, as read at one moment. Sizes in KiB; what nothing tells is `None` or zero.

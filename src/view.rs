@@ -1,9 +1,14 @@
 //! What the daemon shows of itself: the JSON documents of `org.nightporter1.Manager`, which `nightporter --json` prints
 //! as they are. Fields are only ever added.
 
+mod ledger;
+
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Ending, Freezer, LeaseKind, Memory, NetworkKind, Profile, Reach, Urgency};
+pub use self::ledger::{
+    Account, AppAt, AppHistory, History, LedgerRow, Report, TotalAt, WakeAt, WakeStats, WhatIf, WhatIfApp, WhatIfSpan,
+};
+use crate::model::{Ending, Freezer, LeaseKind, NetworkKind, Profile, Reach, Urgency};
 
 /// `Status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -300,50 +305,6 @@ pub struct Decision {
     pub verdict: String,
     /// Why, as a sentence a user can read.
     pub reason: String,
-}
-
-/// `Report`. All memory in KiB.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Report {
-    /// When it was measured, UTC.
-    pub at: String,
-    /// The profile in force: under `observe` nothing is saved.
-    pub profile: Profile,
-    /// One row an app, sorted by name.
-    pub apps: Vec<LedgerRow>,
-    /// What the daemon itself costs.
-    pub daemon: Memory,
-    /// Real memory behind what our page-outs put into zram, as measured around them.
-    pub zram: u64,
-    /// Sum of the baselines of the apps that have one.
-    pub resident: u64,
-    /// What those same apps cost now (PSS; swap is in `zram`).
-    pub now: u64,
-    /// `resident - now - zram - daemon`; negative when the daemon costs more than it saves.
-    pub saved: i64,
-    /// Apps without a baseline yet: they count neither way.
-    pub unmeasured: usize,
-}
-
-/// One app in the ledger. All memory in KiB.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LedgerRow {
-    /// Its bus name.
-    pub name: String,
-    /// Its lifecycle state.
-    pub state: String,
-    /// The baseline: in the background and idle, before the first freeze.
-    pub resident: Option<Memory>,
-    /// When the baseline was taken, UTC.
-    pub measured: Option<String>,
-    /// The latest sample while frozen.
-    pub frozen: Option<Memory>,
-    /// The latest sample after page-out.
-    pub paged_out: Option<Memory>,
-    /// Now; zero when it is not running, none when it could not be measured.
-    pub now: Option<Memory>,
-    /// `resident.pss - now.pss`, where both are known.
-    pub saved: Option<i64>,
 }
 
 /// `nightporter doctor --json`: what the machine offers and lacks. Made by the command line, not by the daemon.

@@ -19,7 +19,7 @@ use std::{
 use mio::{Events, Poll, Token};
 use nightporter::{
     event::{Event, Outcome},
-    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, TargetId, Veto, VetoKind},
+    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, Sample, SelfSample, TargetId, Veto, VetoKind},
     sys::{
         clock,
         inbox::{self, Inbox, Incoming, Process},
@@ -987,7 +987,7 @@ fn a_sample_is_the_sum_over_the_tree() {
         }
         porter.targets.sample(target);
         let event = porter.until("the sample", |event| matches!(event, Event::Sampled(..)));
-        let Event::Sampled(_, Ok(sample)) = event else { panic!("{event:?}") };
+        let Event::Sampled(_, Ok(Sample { memory: sample, .. })) = event else { panic!("{event:?}") };
         let (pss, uss) = all().fold((0, 0), |(pss, uss), one| (pss + one.pss, uss + one.uss));
         assert!(near(sample.pss, pss) && near(sample.uss, uss), "{sample:?} {pss} {uss}");
         assert!(sample.pss > 64_000, "{sample:?}");
@@ -1003,7 +1003,7 @@ fn the_daemon_measures_itself() {
     let mut porter = Porter::new();
     porter.targets.sample_self();
     let event = porter.until("the sample", |event| matches!(event, Event::SampledSelf { .. }));
-    let Event::SampledSelf { daemon, .. } = event else { unreachable!() };
+    let Event::SampledSelf { daemon: SelfSample { memory: daemon, .. }, .. } = event else { unreachable!() };
     let truth = rollup(std::process::id());
     assert!(daemon.pss > 0 && daemon.pss < truth.pss * 4 && truth.pss < daemon.pss * 4, "{daemon:?} {truth:?}");
 }

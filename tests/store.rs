@@ -187,9 +187,15 @@ fn everything_comes_back_after_a_restart() {
         declares: true,
         resident: Some(Memory { pss: 9000, uss: 8000, swap: 7 }),
         measured: Some(UnixTime::from_secs(5)),
+        conditions: None,
     };
-    let plain =
-        AppRecord { app: AppKey::new(Bus::Session(0), "org.a"), declares: false, resident: None, measured: None };
+    let plain = AppRecord {
+        app: AppKey::new(Bus::Session(0), "org.a"),
+        declares: false,
+        resident: None,
+        measured: None,
+        conditions: None,
+    };
     {
         let (f, snapshot) = Fixture::open(&dir);
         assert_eq!(snapshot, Snapshot { next_registration: 1, next_message: 1, ..Snapshot::default() });
@@ -206,7 +212,7 @@ fn everything_comes_back_after_a_restart() {
             upstream("cursor", ""),
             StoreOp::PutApp(app.clone()),
             StoreOp::PutApp(plain.clone()),
-            StoreOp::PutApp(AppRecord { app: AppKey::new(Bus::System, "gone"), ..plain }),
+            StoreOp::PutApp(AppRecord { app: AppKey::new(Bus::System, "gone"), ..plain.clone() }),
             StoreOp::DeleteApp(AppKey::new(Bus::System, "gone")),
         ] {
             f.apply(op);

@@ -746,6 +746,7 @@ impl World {
                 self.core.handle(Event::Body(seq, body), at(self.secs));
             }
             StoreOp::PutApp(_) | StoreOp::DeleteApp(_) | StoreOp::PutState(..) | StoreOp::LoadState(_) => {}
+            StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
         }
     }
 }

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    model::{AppKey, AppRecord, Memory, Profile},
+    model::{AppKey, AppRecord, Memory, Profile, SelfSample, Zram},
     time::{Now, UnixTime},
     view::{LedgerRow, Report},
 };
@@ -20,9 +20,9 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     rows: BTreeMap<AppKey, Row>,
-    daemon: Memory,
-    /// What all zram devices use and hold, once measured.
-    zram: Option<(u64, u64)>,
+    daemon: SelfSample,
+    /// Once measured.
+    zram: Option<Zram>,
 }
 
 /// When in an app's life a measurement was taken.
@@ -114,10 +114,10 @@ impl Ledger {
         }
     }
 
-    /// The daemon measured itself and zram: `zram_used` is real memory, `zram_stored` what it holds uncompressed.
-    pub fn daemon(&mut self, daemon: Memory, zram_used: u64, zram_stored: u64) {
+    /// The daemon measured itself and zram.
+    pub fn daemon(&mut self, daemon: SelfSample, zram: Zram) {
         self.daemon = daemon;
-        self.zram = Some((zram_used, zram_stored));
+        self.zram = Some(zram);
     }
 
     /// The app is none of ours any more.
@@ -141,10 +141,18 @@ impl Ledger {
             state: state.to_owned(),
             resident,
             measured: row.resident.map(|(_, at)| at.to_string()),
+            conditions: None,
             frozen: row.frozen,
             paged_out: row.paged_out,
             now,
+            charged: None,
+            zram: 0,
+            zram_source: None,
             saved: resident.zip(now).map(|(resident, now)| difference(resident.pss, now.pss)),
+            saved_mib_hours: 0.0,
+            wakes: 0,
+            wake_cpu_ms: 0,
+            wake_faults: 0,
         }
     }
 
@@ -173,24 +181,28 @@ impl Ledger {
             apps.push(row);
         }
         apps.sort_by(|a, b| a.name.cmp(&b.name));
-        let zram = self.zram.map_or(zram, |(used, _)| zram.min(used));
-        let spent = cost.saturating_add(zram).saturating_add(self.daemon.pss);
+        let zram = self.zram.map_or(zram, |all| zram.min(all.used));
+        let spent =
+            cost.saturating_add(zram).saturating_add(self.daemon.memory.pss).saturating_add(self.daemon.sockets);
         Report {
             at: now.wall.to_string(),
             profile,
             apps,
-            daemon: self.daemon,
+            daemon: self.daemon.memory,
+            sockets: self.daemon.sockets,
             zram,
+            zram_source: None,
             resident,
             now: cost,
             saved: difference(resident, spent),
             unmeasured,
+            account: None,
         }
     }
 
     /// What zram holds over what it costs, all devices together; none without zram or with nothing in it.
     pub fn compression(&self) -> Option<f64> {
-        let (used, stored) = self.zram?;
+        let Zram { used, stored } = self.zram?;
         (used > 0 && stored > 0).then(|| stored as f64 / used as f64)
     }
 }
@@ -242,7 +254,10 @@ mod tests {
         ledger.sampled(&a, Phase::PagedOut, memory(19_000, 30_000), NOW);
         ledger.sampled(&b, Phase::Resident, memory(20_000, 0), NOW);
         ledger.gone(&b);
-        ledger.daemon(memory(3_000, 0), 100_000, 300_000);
+        ledger.daemon(
+            SelfSample { memory: memory(3_000, 0), ..SelfSample::default() },
+            Zram { used: 100_000, stored: 300_000 },
+        );
 
         let report = report(&ledger, &[(&b, "tombstone"), (&a, "reclaimed")]);
         assert_eq!((report.resident, report.now, report.zram, report.unmeasured), (70_000, 19_000, 9_000, 0));
@@ -262,7 +277,7 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.sampled(&a, Phase::Resident, memory(1_000, 0), NOW);
         ledger.sampled(&a, Phase::Now, memory(1_200, 0), NOW);
-        ledger.daemon(memory(3_000, 0), 0, 0);
+        ledger.daemon(SelfSample { memory: memory(3_000, 0), ..SelfSample::default() }, Zram { used: 0, stored: 0 });
         let report = report(&ledger, &[(&a, "foreground")]);
         assert_eq!(report.saved, -3_200);
         assert_eq!(report.apps[0].saved, Some(-200));
@@ -320,7 +335,10 @@ mod tests {
         let a = key("org.a");
         let mut ledger = Ledger::default();
         ledger.paged_out(&a, 40_000, 10_000);
-        ledger.daemon(Memory::default(), 6_000, 18_000);
+        ledger.daemon(
+            SelfSample { memory: Memory::default(), ..SelfSample::default() },
+            Zram { used: 6_000, stored: 18_000 },
+        );
         assert_eq!(report(&ledger, &[(&a, "frozen")]).zram, 6_000);
         assert_eq!(ledger.compression(), Some(3.0));
         ledger.thawed(&a);
@@ -336,6 +354,7 @@ mod tests {
             declares: true,
             resident,
             measured: resident.map(|_| at),
+            conditions: None,
         };
         let mut ledger = Ledger::new(&[record(&a, Some(memory(5_000, 0))), record(&b, None)]);
         assert_eq!(ledger.record(&a), Some((memory(5_000, 0), at)));
@@ -357,7 +376,10 @@ mod tests {
             ledger.sampled(app, Phase::PagedOut, memory(u64::MAX, u64::MAX), NOW);
             ledger.sampled(app, Phase::Now, memory(u64::MAX, u64::MAX - 1), NOW);
         }
-        ledger.daemon(memory(u64::MAX, 0), u64::MAX, 1);
+        ledger.daemon(
+            SelfSample { memory: memory(u64::MAX, 0), ..SelfSample::default() },
+            Zram { used: u64::MAX, stored: 1 },
+        );
         assert_eq!(report(&ledger, &[(&a, "frozen"), (&b, "frozen")]).saved, 0);
         assert_eq!(report(&ledger, &[(&a, "gone"), (&b, "gone")]).saved, 0);
         assert_eq!(report(&ledger, &[]).saved, -i64::MAX);

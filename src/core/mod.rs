@@ -69,7 +69,7 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, NoticeTicket, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, Memory, MessageSeq, Owner, RegistrationId, Surroundings, TargetId},
+    model::{AppKey, AppRecord, Bus, MessageSeq, Owner, RegistrationId, Sample, Surroundings, TargetId},
     time::{Instant, Now, earliest},
     view::Messages,
 };
@@ -204,6 +204,7 @@ impl Core {
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
+            Event::History(..) => {}
             Event::State(ticket, state) => self.state_loaded(ticket, state),
             Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
             Event::Identified { app, owner, process } => {
@@ -217,9 +218,9 @@ impl Core {
             Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
             Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
             Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
-            Event::Sampled(target, memory) => self.handle_sampled(target, memory, now),
-            Event::SampledSelf { daemon, zram_used, zram_stored } => {
-                self.ledger.daemon(daemon, zram_used, zram_stored);
+            Event::Sampled(target, sample) => self.handle_sampled(target, sample, now),
+            Event::SampledSelf { daemon, zram } => {
+                self.ledger.daemon(daemon, zram);
                 self.report_daemon_sampled(now);
             }
             Event::NetworkReturned | Event::Resumed => {
@@ -499,7 +500,8 @@ impl Core {
         }
     }
 
-    fn handle_sampled(&mut self, target: TargetId, memory: Result<Memory, Arc<str>>, now: Now) {
+    fn handle_sampled(&mut self, target: TargetId, sample: Result<Sample, Arc<str>>, now: Now) {
+        let memory = sample.map(|sample| sample.memory);
         let purpose = self.samples.get_mut(&target).and_then(VecDeque::pop_front);
         if self.samples.get(&target).is_some_and(VecDeque::is_empty) {
             self.samples.remove(&target);
@@ -554,7 +556,7 @@ impl Core {
     fn put_record(&mut self, app: &AppKey) {
         let (resident, measured) = self.ledger.record(app).unzip();
         let declares = self.apps.get(app).is_some_and(|presence| presence.declares);
-        let record = AppRecord { app: app.clone(), declares, resident, measured };
+        let record = AppRecord { app: app.clone(), declares, resident, measured, conditions: None };
         self.store(StoreOp::PutApp(record), None);
     }
 

@@ -130,7 +130,7 @@ mod tests {
                     Action::CallClient { .. } | Action::Inspect(_) | Action::Freeze(_) => seen.push(action),
                     Action::Sample(target) => {
                         let memory = Memory { pss: 20_000, uss: 19_000, swap: 0 };
-                        seen.extend(self.tell(Event::Sampled(target, Ok(memory))));
+                        seen.extend(self.tell(Event::Sampled(target, Ok(memory.into()))));
                     }
                     _ => {}
                 }

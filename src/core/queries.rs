@@ -48,6 +48,9 @@ impl Core {
             Query::Leases(None) => {
                 self.for_readers(caller, |core| json(&core.lease_list(now, |app| sees(caller, app))))
             }
+            Query::History { .. } | Query::WhatIf { .. } => {
+                Reply::Error(ErrorKind::Failed, "no history is kept yet".into())
+            }
             Query::Report => match self.privileged(caller, Privilege::Read) {
                 Ok(()) => return self.begin_report(call, caller, now),
                 Err(reply) => reply,

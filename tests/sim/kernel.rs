@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use nightporter::{
     event::{BusEvent, Command, Event, Outcome},
-    model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind},
+    model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind, ZramSource},
 };
 
 use crate::{
@@ -172,7 +172,10 @@ impl World {
                 Event::Outcome(target, Outcome::Thawed { took })
             }
             KernelOp::PageOut if unlucky || !lives => Event::Outcome(target, Outcome::PageOutFailed("no swap".into())),
-            KernelOp::PageOut => Event::Outcome(target, Outcome::PagedOut { freed: 9000, zram: 3000, took }),
+            KernelOp::PageOut => Event::Outcome(
+                target,
+                Outcome::PagedOut { freed: 9000, zram: 3000, source: ZramSource::Measured, took },
+            ),
             KernelOp::Kill(_) if unlucky && lives => {
                 self.let_run(n);
                 Event::Outcome(target, Outcome::KillFailed("operation not permitted".into()))
@@ -187,7 +190,7 @@ impl World {
             KernelOp::Sample if unlucky || !lives => Event::Sampled(target, Err("no such process".into())),
             KernelOp::Sample => {
                 let pss = self.rng.between(4000, 60_000);
-                Event::Sampled(target, Ok(Memory { pss, uss: pss - 1000, swap: 0 }))
+                Event::Sampled(target, Ok(Memory { pss, uss: pss - 1000, swap: 0 }.into()))
             }
         };
         self.tell(event);

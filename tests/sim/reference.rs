@@ -193,7 +193,9 @@ impl Reference {
             | StoreOp::PutApp(_)
             | StoreOp::DeleteApp(_)
             | StoreOp::PutState(..)
-            | StoreOp::LoadState(_) => {}
+            | StoreOp::LoadState(_)
+            | StoreOp::PutHistory(_)
+            | StoreOp::LoadHistory(_) => {}
         }
     }
 

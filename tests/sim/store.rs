@@ -180,7 +180,7 @@ impl Store {
                     self.prune(registration);
                 }
             }
-            StoreOp::LoadBody(_) | StoreOp::LoadState(_) => {}
+            StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
             StoreOp::PutState(app, state) if state.is_empty() => {
                 self.states.remove(app);
             }

@@ -15,7 +15,7 @@ use nightporter::{
     event::{
         Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
     },
-    model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, TargetId},
+    model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, SelfSample, TargetId, Zram},
     view,
 };
 
@@ -463,7 +463,10 @@ impl World {
             Action::Sample(target) => self.kernel(target, KernelOp::Sample),
             Action::SampleSelf => {
                 let memory = nightporter::model::Memory { pss: 3000, uss: 2000, swap: 0 };
-                let event = Event::SampledSelf { daemon: memory, zram_used: 1000, zram_stored: 3000 };
+                let event = Event::SampledSelf {
+                    daemon: SelfSample { memory, ..SelfSample::default() },
+                    zram: Zram { used: 1000, stored: 3000 },
+                };
                 let at = self.soon(MS, 50 * MS);
                 self.agenda.add(at, Due::Core(self.life, event));
             }

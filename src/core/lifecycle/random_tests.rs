@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    model::{LifecycleTimes, Profile, VetoKind},
+    model::{LifecycleTimes, Profile, VetoKind, ZramSource},
     time::UnixTime,
 };
 
@@ -445,7 +445,9 @@ impl World {
                 }
                 Outcome::ThawFailed("EIO".into())
             }
-            (Asked::PageOut(_), true) => Outcome::PagedOut { freed: 1000, zram: 300, took },
+            (Asked::PageOut(_), true) => {
+                Outcome::PagedOut { freed: 1000, zram: 300, source: ZramSource::Measured, took }
+            }
             (Asked::PageOut(_), false) => Outcome::PageOutFailed("no swap".into()),
             (Asked::Kill(_), true) => return self.die(target),
             (Asked::Kill(_), false) => Outcome::KillFailed("EPERM".into()),
@@ -459,7 +461,7 @@ impl World {
         let outcome = match kind {
             0 => Outcome::Frozen { took },
             1 => Outcome::ThawFailed("stray".into()),
-            2 => Outcome::PagedOut { freed: 0, zram: 0, took },
+            2 => Outcome::PagedOut { freed: 0, zram: 0, source: ZramSource::Measured, took },
             // A freeze said to have failed, or a thaw to have worked, when it has not would be believed, rightly.
             _ => Outcome::PageOutFailed("stray".into()),
         };

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::*;
 use crate::{
-    model::{LifecycleTimes, Profile, VetoKind},
+    model::{LifecycleTimes, Profile, VetoKind, ZramSource},
     time::UnixTime,
 };
 
@@ -15,7 +15,8 @@ const ITSELF: &str = "the app itself";
 const SHELL: &str = "the shell (sm.puri.Phosh)";
 const FROZEN: Outcome = Outcome::Frozen { took: Duration::from_millis(1) };
 const THAWED: Outcome = Outcome::Thawed { took: Duration::from_millis(1) };
-const PAGED: Outcome = Outcome::PagedOut { freed: 9000, zram: 3000, took: Duration::from_millis(9) };
+const PAGED: Outcome =
+    Outcome::PagedOut { freed: 9000, zram: 3000, source: ZramSource::Measured, took: Duration::from_millis(9) };
 const LARGE: Memory = Memory { pss: 40_000, uss: 30_000, swap: 0 };
 const KILL: Output = Output::Kill { target: T1, grace: Duration::from_secs(5) };
 const RESIDENT: Output = Output::Sample(T1, SampleKind::Resident);
@@ -42,7 +43,7 @@ struct World {
 
 impl World {
     fn new(profile: Profile, declares: bool) -> Self {
-        let record = AppRecord { app: app(), declares, resident: None, measured: None };
+        let record = AppRecord { app: app(), declares, resident: None, measured: None, conditions: None };
         let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_700_000_000) };
         let mut life = Lifecycle::new(Rules::new(profile, LifecycleTimes::default()), BTreeMap::new(), &[record]);
         life.add_app(&app(), now);

@@ -7,7 +7,10 @@ use super::{
     cgroup::Cgroup,
     procfs::{Member, Processes},
 };
-use crate::{event::Event, model::Memory};
+use crate::{
+    event::Event,
+    model::{self, Memory, SelfSample},
+};
 
 /// `/proc/PID/smaps_rollup`. A kernel thread's is empty and costs nothing; `None` when a line is missing.
 pub(super) fn parse_rollup(text: &str) -> Option<Memory> {
@@ -112,7 +115,8 @@ pub(super) fn this_process() -> Event {
         log::warn!("cannot read the daemon's own memory: /proc/self/smaps_rollup");
     }
     let zram = Zram::now();
-    Event::SampledSelf { daemon: rollup.unwrap_or_default(), zram_used: zram.used, zram_stored: zram.stored }
+    let daemon = SelfSample { memory: rollup.unwrap_or_default(), ..SelfSample::default() };
+    Event::SampledSelf { daemon, zram: model::Zram { used: zram.used, stored: zram.stored } }
 }
 
 fn rollup(member: Member) -> io::Result<Memory> {

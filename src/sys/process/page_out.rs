@@ -16,7 +16,7 @@ use super::{
     measure::{Scope, Zram},
     procfs::{Member, is_gone},
 };
-use crate::{event::Outcome, sys::clock};
+use crate::{event::Outcome, model::ZramSource, sys::clock};
 
 /// Per call to the kernel: tens of milliseconds of work on a slow phone.
 const CHUNK: u64 = 16 * 1024 * 1024;
@@ -82,6 +82,7 @@ fn page_out(scope: &Scope, ticket: &Ticket) -> Result<Outcome, Arc<str>> {
     Ok(Outcome::PagedOut {
         freed: before.pss.saturating_sub(after.pss),
         zram: zram_after.used.saturating_sub(zram_before.used),
+        source: ZramSource::Measured,
         took: clock::boot().since(since),
     })
 }

@@ -272,7 +272,7 @@ impl Targets {
             Some(target) => {
                 let (scope, sender) = (target.scope(), self.sender.clone());
                 let run = move || {
-                    sender.event(Event::Sampled(id, scope.measure()));
+                    sender.event(Event::Sampled(id, scope.measure().map(Into::into)));
                 };
                 if self.jobs.run(run) {
                     return;

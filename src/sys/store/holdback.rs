@@ -74,7 +74,9 @@ impl Holdback {
             | StoreOp::PutApp(_)
             | StoreOp::DeleteApp(_)
             | StoreOp::PutState(..)
-            | StoreOp::LoadState(_) => self.store.apply(op, ticket),
+            | StoreOp::LoadState(_)
+            | StoreOp::PutHistory(_)
+            | StoreOp::LoadHistory(_) => self.store.apply(op, ticket),
             StoreOp::PutRegistration(_)
             | StoreOp::DeleteRegistration(_)
             | StoreOp::PutFormer(_)

@@ -88,7 +88,7 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
             put_message(db, message)
         }
         StoreOp::EndMessage(seq, ending) => end_message(db, *seq, *ending, numbers, changes),
-        StoreOp::LoadBody(_) | StoreOp::LoadState(_) => Ok(()),
+        StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => Ok(()),
         StoreOp::PutUpstream { upstream, key, value } if value.is_empty() => {
             db.prepare_cached("DELETE FROM upstreams WHERE upstream = ?1 AND key = ?2")?.execute([upstream, key])?;
             Ok(())
@@ -281,7 +281,7 @@ fn put_message(db: &Connection, message: &Message) -> Result<()> {
 }
 
 fn put_app(db: &Connection, record: &AppRecord) -> Result<()> {
-    let AppRecord { app, declares, resident, measured } = record;
+    let AppRecord { app, declares, resident, measured, conditions: _ } = record;
     db.prepare_cached("INSERT OR REPLACE INTO apps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?.execute(params![
         app.bus.to_number(),
         app.service,
@@ -389,6 +389,7 @@ fn app(row: &Row<'_>) -> Result<AppRecord, RowError> {
         declares: row.get(2)?,
         resident,
         measured: amount(6)?.map(UnixTime::from_millis),
+        conditions: None,
     })
 }
 
