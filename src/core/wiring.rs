@@ -6,15 +6,13 @@ use std::sync::Arc;
 use super::{
     Core, Purpose, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
-    leases::{self, Facts},
-    lifecycle::{self, Squeeze, State},
-    pressure::{Candidate, Deep},
+    lifecycle,
     upstream::{self, IncomingBody, IncomingMessage},
     urgency::Minimum,
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId, Urgency, VetoKind},
+    model::{Bus, Ending, RegistrationId, TargetId, Urgency},
     time::Now,
     view::{LinkState, Messages},
 };
@@ -258,73 +256,6 @@ impl Core {
                 log::info!("{app}: {}: {}", decision.verdict, decision.reason);
                 self.recent.push(app, decision);
             }
-        }
-    }
-
-    /// Memory was read: one frozen app goes deeper, if it must.
-    pub(super) fn pressed(&mut self, reading: &Pressure, now: Now) {
-        if self.ending.is_some() {
-            return;
-        }
-        let mut busy = self.lifecycle.is_ending_any();
-        let (mut held, mut going) = (Vec::new(), Vec::new());
-        for app in self.lifecycle.held() {
-            busy |= app.paging;
-            going.extend(app.going.map(|_| app.app.clone()));
-            held.push(Candidate {
-                frozen: app.since,
-                unseen: app.unseen.unwrap_or(app.since),
-                uss: app.uss,
-                paged_out: app.paged_out,
-                can_page_out: app.can_page_out,
-                can_end: app.can_end,
-                app: app.app,
-            });
-        }
-        let was_pressed = self.pressure.is_pressed();
-        let order = self.pressure.read(reading, &held, busy, now.boot);
-        match (was_pressed, self.pressure.is_pressed()) {
-            (false, true) => log::info!("{}", self.pressure.sentence()),
-            (true, false) => {
-                log::info!("{}", self.pressure.sentence());
-                for app in going {
-                    self.lifecycle.unsqueeze(&app, now);
-                }
-            }
-            _ => {}
-        }
-        if let Some(order) = order {
-            let squeeze = match order.deep {
-                Deep::PageOut => Squeeze::PageOut,
-                Deep::End => Squeeze::Kill,
-            };
-            self.lifecycle.squeeze(&order.app, squeeze, &order.reason, now);
-        }
-    }
-
-    fn on_leases(&mut self, output: leases::Output, now: Now) {
-        match output {
-            leases::Output::Keeps(app, sentence) => self.lifecycle.leased(&app, sentence, now),
-            leases::Output::Ending { bus, holder, lease, within } => {
-                self.actions.push_back(Action::LeaseEnding { bus, holder, lease, within });
-            }
-            leases::Output::Ended(bus, lease) => self.actions.push_back(Action::EndLease(bus, lease)),
-            leases::Output::Note(app, verdict, reason) => self.lifecycle.note(&app, verdict, reason, now),
-        }
-    }
-
-    /// What is to be seen of the apps that hold leases: their time runs by it.
-    fn observe_leased(&mut self, now: Now) {
-        let leased: Vec<AppKey> = self.leases.apps().cloned().collect();
-        for app in leased {
-            let state = self.lifecycle.show(&app, now).map(|shown| shown.state);
-            let vetoed = |kinds: &[VetoKind]| self.lifecycle.vetoes(&app).iter().any(|veto| kinds.contains(&veto.kind));
-            let facts = Facts {
-                background: matches!(state, Some(State::Background | State::Awake)),
-                audio: vetoed(&[VetoKind::Playback, VetoKind::Capture, VetoKind::MediaPlayer]),
-                call: vetoed(&[VetoKind::Call]),
-            };
-            self.leases.observe(&app, facts, now.boot);
         }
     }
 
