@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     arm::{Arm, Messages, Sample},
+    ballast,
     experiment::{Expectations, Experiment},
     kernel::Machine,
     reach::Reach,
@@ -40,6 +41,8 @@ pub(super) struct ArmFigures {
     pub(super) cost_occupied: Option<Summary>,
     /// What can be allocated beside it.
     pub(super) ballast: Option<Summary>,
+    /// Whether it was the experiment's own bound that ended it, once at least: then it is more than that.
+    pub(super) ballast_bounded: bool,
     pub(super) apps_pss: Option<Summary>,
     pub(super) daemon_pss: Option<Summary>,
     pub(super) zram: Option<Summary>,
@@ -61,6 +64,8 @@ pub(super) struct ArmFigures {
     pub(super) claim: Option<Summary>,
     /// The claim less what was saved, in percent of that, run by run.
     pub(super) claim_error_percent: Option<Summary>,
+    /// The same against what was saved by `occupied`.
+    pub(super) claim_error_occupied_percent: Option<Summary>,
     /// The daemon's PSS in percent of what was saved.
     pub(super) daemon_percent_of_saved: Option<Summary>,
     pub(super) notes: Vec<String>,
@@ -147,6 +152,9 @@ impl ArmFigures {
             cost: Summary::of(own.iter().map(|sample| float_signed(sample.cost))),
             cost_occupied: Summary::of(own.iter().map(|sample| float_signed(sample.cost_occupied))),
             ballast: kib(&|sample| sample.ballast.as_ref().map(|ballast| ballast.kib)),
+            ballast_bounded: own
+                .iter()
+                .any(|sample| sample.ballast.as_ref().is_some_and(|ballast| ballast.ended == ballast::Ended::Max)),
             apps_pss: kib(&|sample| Some(sample.apps_pss)),
             daemon_pss: kib(&|sample| sample.daemon_pss),
             zram: kib(&|sample| Some(sample.rest.zram.saturating_sub(sample.before.zram))),
@@ -167,6 +175,10 @@ impl ArmFigures {
             claim_error_percent: per_pair(&|pair| {
                 let saved = saved(pair);
                 percent_of(float_signed(pair.1.claim?) - saved, saved.abs())
+            }),
+            claim_error_occupied_percent: per_pair(&|(resident, own)| {
+                let saved = float_signed(resident.cost_occupied - own.cost_occupied);
+                percent_of(float_signed(own.claim?) - saved, saved.abs())
             }),
             daemon_percent_of_saved: per_pair(&|pair| percent_of(float(pair.1.daemon_pss?), saved(pair))),
             notes,
