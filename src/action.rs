@@ -4,11 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     config::UpstreamSettings,
-    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket},
+    event::{
+        CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket, TransferTicket,
+    },
     model::{
         AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, LeaseId, Message, MessageSeq,
         Owner, Preference, Registration, RegistrationId, TargetId,
     },
+    transfer::{Transfer, TransferId, TransferOrder},
 };
 
 /// One thing to do.
@@ -122,6 +125,8 @@ pub enum Action {
     ReadPressure,
     /// Everything is thawed and closed: end the process.
     Exit,
+    /// Do something about a transfer.
+    Transfer(TransferOrder),
     /// A lease on this bus is over: close our end of it, by which its holder sees that. No event follows.
     EndLease(Bus, LeaseId),
     /// Tell the holder of a lease that it is about to be taken (`org.nightporter1.App.LeaseEnding`).
@@ -177,7 +182,7 @@ pub enum ConnectorCall {
 }
 
 /// A method of `org.nightporter1.Client` (docs/lifecycle.md).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientCall {
     /// `WillSuspend`. Ends with `BusEvent::Prepared`, however late.
     WillSuspend {
@@ -190,6 +195,17 @@ pub enum ClientCall {
     Resumed {
         /// How long it was frozen; zero if it was not after all.
         frozen: Duration,
+    },
+    /// `TransferDone`. Ends with `BusEvent::TransferTold`, however late.
+    TransferDone {
+        /// Comes back with the outcome.
+        ticket: TransferTicket,
+        /// Which transfer.
+        id: TransferId,
+        /// `done`, `failed` or `cancelled`.
+        status: &'static str,
+        /// Why, or what the server said.
+        text: Arc<str>,
     },
 }
 
@@ -229,6 +245,12 @@ pub enum StoreOp {
     DeleteApp(AppKey),
     /// Insert or replace an app's saved state; empty removes it.
     PutState(AppKey, Arc<[u8]>),
+    /// Insert or replace a transfer.
+    PutTransfer(Box<Transfer>),
+    /// How far one has come, or that it was told: may be delayed up to 2 s to join another write.
+    NoteTransfer(Box<Transfer>),
+    /// Remove a transfer.
+    DeleteTransfer(TransferId),
     /// Read an app's saved state; its ticket is answered with `Event::State`.
     LoadState(AppKey),
 }
@@ -242,7 +264,7 @@ impl StoreOp {
     pub fn is_lazy(&self) -> bool {
         match self {
             Self::PutUpstream { key, .. } => **key != *NAMING,
-            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_)),
+            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_) | Self::NoteTransfer(_)),
         }
     }
 }
@@ -258,6 +280,8 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
+    /// A transfer is taken over under this number.
+    Transfer(TransferId),
     /// What KDE's settings panel shows.
     Panel(Box<PanelState>),
     /// An app's saved state; empty if there is none.

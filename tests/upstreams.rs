@@ -432,6 +432,7 @@ fn user() -> Caller {
         pid: 9,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }

@@ -55,6 +55,7 @@ impl Core {
                 Ok(()) => json(&self.lease_list(now, |app| sees(caller, app))),
                 Err(reply) => reply,
             },
+            Query::Transfers(service) => self.transfers_query(caller, service, now),
             Query::Report => match self.privileged(caller, Privilege::Read) {
                 Ok(()) => return self.begin_report(call, caller, now),
                 Err(reply) => reply,
@@ -64,7 +65,7 @@ impl Core {
     }
 
     /// An app may read about itself, whoever has the privilege about any.
-    fn for_app(
+    pub(super) fn for_app(
         &self,
         caller: &Caller,
         service: Arc<str>,

@@ -431,6 +431,7 @@ impl World {
             pid: u32::try_from(n).unwrap_or(1),
             app_id: None,
             sandboxed: false,
+            networked: true,
             owns_service: true,
             authorization: Authorization::NotAsked,
         })

@@ -1013,6 +1013,7 @@ pub(crate) fn tool() -> Caller {
         pid: 77,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }
