@@ -869,3 +869,6 @@ fn pause(id: TransferId, tries: u32) -> Duration {
     let spread = (id.0.wrapping_mul(0x9e37_79b9).wrapping_add(tries.into())) % 16;
     doubled + doubled / 64 * u32::try_from(spread).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;

@@ -70,6 +70,7 @@ impl Transfers {
         state.reach = Reach::Away;
         if appeared {
             (state.retry_at, state.failures) = (None, 0);
+            self.all.values_mut().filter(|entry| entry.transfer.app == *app).for_each(|entry| entry.given_up = false);
         }
         self.settle_app(app, now);
     }
