@@ -6,6 +6,7 @@ mod app;
 mod network;
 mod pressure;
 mod rules;
+mod transfers;
 mod upstream;
 mod values;
 
@@ -18,6 +19,7 @@ pub use self::{
     network::{NetworkSettings, Proxy, Roaming},
     pressure::PressureSettings,
     rules::Role,
+    transfers::TransferSettings,
     upstream::{
         ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
     },
@@ -27,6 +29,7 @@ use self::{
     network::RawNetwork,
     pressure::RawPressure,
     rules::{Presets, RawRules},
+    transfers::RawTransfers,
     upstream::RawUpstream,
 };
 use crate::model::{LifecycleTimes, Profile, Rules};
@@ -48,6 +51,8 @@ pub struct Settings {
     pub lifecycle: LifecycleTimes,
     /// When memory counts as short.
     pub pressure: PressureSettings,
+    /// What apps may have downloaded and uploaded for them.
+    pub transfers: TransferSettings,
     /// Bounds.
     pub limits: Limits,
     /// Whether KDE's settings panel is served, and the name it looks for asked for, on session buses.
@@ -128,6 +133,7 @@ struct RawConfig {
     network: RawNetwork,
     lifecycle: RawLifecycle,
     pressure: RawPressure,
+    transfers: RawTransfers,
     limits: RawLimits,
     kde: RawKde,
 }
@@ -206,6 +212,7 @@ impl Settings {
             network: raw.network.check()?,
             lifecycle,
             pressure: raw.pressure.check()?,
+            transfers: raw.transfers.check()?,
             limits: limits(raw.limits)?,
             kde_panel: raw.kde.panel,
         })
@@ -222,6 +229,7 @@ impl Default for Settings {
             network: NetworkSettings::default(),
             lifecycle: LifecycleTimes::default(),
             pressure: PressureSettings::default(),
+            transfers: TransferSettings::default(),
             limits: Limits::default(),
             kde_panel: false,
         }

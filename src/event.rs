@@ -8,6 +8,7 @@ use crate::{
         AppKey, Bus, ConnectorVersion, HistoryRow, LeaseId, LeaseKind, MessageSeq, Owner, Pressure, ProcessFacts,
         Sample, Secret, SelfSample, Surroundings, TargetId, Veto, Window, Zram, ZramSource,
     },
+    transfer::{TransferEvent, TransferId, TransferRequest},
 };
 
 /// One thing that happened.
@@ -69,6 +70,8 @@ pub enum Event {
     },
     /// History asked for with `StoreOp::LoadHistory`, under its ticket; oldest first.
     History(StoreTicket, Result<Vec<HistoryRow>, StoreError>),
+    /// Something happened to a transfer.
+    Transfer(TransferId, TransferEvent),
     /// An HTTP request ended.
     Http(HttpTicket, Result<HttpResponse, HttpError>),
     /// An address or a route came: worth an attempt at once.
@@ -251,6 +254,10 @@ pub struct DeliveryTicket(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NoticeTicket(pub u64);
 
+/// A call that tells an app how a transfer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransferTicket(pub u64);
+
 /// What happens on a bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusEvent {
@@ -279,6 +286,8 @@ pub enum BusEvent {
     Prepared(AppKey, NoticeTicket),
     /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
     Started(AppKey, StartOutcome),
+    /// A call of `ClientCall::TransferDone` ended.
+    TransferTold(TransferTicket, CallOutcome),
     /// The holder of a lease closed its end, or died.
     LeaseClosed(LeaseId),
 }
@@ -298,6 +307,8 @@ pub struct Caller {
     pub app_id: Option<Arc<str>>,
     /// Whether it runs in a sandbox (then it is an app, never the user's own tool).
     pub sandboxed: bool,
+    /// Whether it is in the same network namespace as this daemon: else it has no network, or another one.
+    pub networked: bool,
     /// Whether it owns the service name its request is about (the unique name itself counts).
     pub owns_service: bool,
     /// What polkit says of this call; asked for with `Reply::Authorize`.
@@ -410,6 +421,8 @@ pub enum Request {
         /// Which app; `None`: the caller itself.
         service: Option<Arc<str>>,
     },
+    /// `org.nightporter1.Transfers`, and `org.nightporter1.Manager.CancelTransfer`.
+    Transfer(TransferRequest),
     /// `org.nightporter1.Manager.EndLease`: take a lease away.
     EndLease(LeaseId),
 }
@@ -470,6 +483,8 @@ pub enum Query {
     Endpoints(Arc<str>),
     /// The leases held now: one app's, or all.
     Leases(Option<Arc<str>>),
+    /// The transfers there are: one app's, or all.
+    Transfers(Option<Arc<str>>),
 }
 
 /// What a user can do to an app by hand.

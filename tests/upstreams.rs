@@ -432,6 +432,7 @@ fn user() -> Caller {
         pid: 9,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }
@@ -747,6 +748,7 @@ impl World {
             }
             StoreOp::PutApp(_) | StoreOp::DeleteApp(_) | StoreOp::PutState(..) | StoreOp::LoadState(_) => {}
             StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::PutTransfer(_) | StoreOp::NoteTransfer(_) | StoreOp::DeleteTransfer(_) => {}
         }
     }
 }

@@ -30,6 +30,8 @@ mod shortage;
 mod sleep;
 mod states;
 mod surroundings;
+mod transferring;
+pub mod transfers;
 mod unsaved;
 pub mod upstream;
 mod urgency;
@@ -62,6 +64,7 @@ use self::{
     sleep::Sleep,
     states::States,
     surroundings::Told,
+    transfers::Transfers,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
     wakes::Wakes,
@@ -73,6 +76,7 @@ use crate::{
     event::{BusEvent, CallId, Event, NoticeTicket, Outcome, Request, StartOutcome, StoreError, StoreTicket},
     model::{AppKey, AppRecord, Bus, MessageSeq, Owner, RegistrationId, Sample, Surroundings, TargetId},
     time::{Instant, Now, earliest},
+    transfer::TransferId,
     view::Messages,
 };
 
@@ -95,6 +99,7 @@ pub struct Core {
     lifecycle: Lifecycle,
     pressure: Pressure,
     leases: Leases,
+    transfers: Transfers,
     ledger: Ledger,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
@@ -175,6 +180,7 @@ enum Stored {
     Value(usize, &'static str),
     /// An app's state, on its way in or out.
     State,
+    Transfer(TransferId),
 }
 
 impl Core {
@@ -193,6 +199,7 @@ impl Core {
                     upstream.session.handle_link(link, event, now);
                 }
             }
+            Event::Transfer(id, event) => self.transfers.happened(id, event, now),
             Event::Http(ticket, result) => {
                 if let Some(upstream) = self.upstreams.get_mut(LinkIds::session_of_request(ticket)) {
                     upstream.session.handle_http(ticket, result, now);
@@ -201,6 +208,7 @@ impl Core {
             Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
             Event::FallingAsleep => {
                 self.leases.sleep(true, now.boot);
+                self.transfers.sleep(true, now);
                 self.sleep.falling_asleep(now.boot);
             }
             Event::Bus(event) => self.handle_bus(event, now),
@@ -227,8 +235,10 @@ impl Core {
             }
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
+                self.transfers.network_returned(now);
                 if event == Event::Resumed {
                     self.leases.sleep(false, now.boot);
+                    self.transfers.sleep(false, now);
                     self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
                 }
                 for upstream in &mut self.upstreams {
@@ -242,6 +252,7 @@ impl Core {
                     self.answers_until = Some(now.boot + LAST_ANSWERS);
                     self.delivery.shutdown();
                     self.sleep.shutdown();
+                    self.transfers.shutdown(now);
                     self.lifecycle.shutdown(now);
                 }
             }
@@ -271,6 +282,7 @@ impl Core {
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
         let own = earliest(own, earliest(self.leases.poll_timeout(), self.waking_timeout()));
+        let own = earliest(own, self.transfers.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -293,6 +305,10 @@ impl Core {
         self.pump(now);
         if due(self.delivery.poll_timeout()) {
             self.delivery.handle_timeout(now);
+            self.pump(now);
+        }
+        if due(self.transfers.poll_timeout()) {
+            self.transfers.handle_timeout(now);
             self.pump(now);
         }
         if due(self.leases.poll_timeout()) {
@@ -323,6 +339,7 @@ impl Core {
         if now.boot.since(self.swept) >= SWEEP_EVERY {
             self.swept = now.boot;
             self.delivery.sweep(now);
+            self.transfers.sweep(now);
             self.sweep_routes(now);
         }
         if due(self.answers_until) {
@@ -363,6 +380,7 @@ impl Core {
                     let wish = Wish { holder: caller.owner.clone(), kind, reason, time };
                     self.lease(call, &caller, service, wish, now);
                 }
+                Request::Transfer(request) => self.transfer(call, &caller, request, now),
                 Request::EndLease(lease) => self.end_lease(call, &caller, lease, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
@@ -370,6 +388,7 @@ impl Core {
             BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Prepared(app, ticket) => self.prepared(&app, ticket, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
+            BusEvent::TransferTold(ticket, outcome) => self.transfers.told(ticket, &outcome, now),
             BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }
@@ -387,6 +406,7 @@ impl Core {
         self.unwatched(bus);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
+        self.transfers.bus_down(bus, now);
     }
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
@@ -411,6 +431,7 @@ impl Core {
                 self.listener_appeared(app, &owner, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
+                self.transfers.moved(app, true, now);
             }
             None => {
                 presence.owner = None;
@@ -419,6 +440,7 @@ impl Core {
                 self.lifecycle.vanished(app, now);
                 self.pump(now);
                 self.delivery.vanished(app, now);
+                self.transfers.moved(app, false, now);
                 if app.is_unique_name() {
                     self.forget_app(app, now);
                 }
@@ -434,6 +456,7 @@ impl Core {
         presence.starting = None;
         if presence.owner.is_none() {
             self.delivery.start_failed(app, outcome, now);
+            self.transfers.start_failed(app, outcome, now);
         }
     }
 
@@ -453,6 +476,7 @@ impl Core {
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
             Some(Stored::Deletion(id)) => self.deletion_stored(id, result.is_ok(), now),
             Some(Stored::Row(number)) => self.row_stored(number, result.is_ok(), now),
+            Some(Stored::Transfer(id)) => self.transfer_saved(id, result.is_ok(), now),
             Some(Stored::State) => self.state_saved(ticket, result),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
@@ -498,6 +522,7 @@ impl Core {
             // A wake that waited for the old instance to end can go on now.
             if self.apps.get(&app).is_some_and(|presence| presence.owner.is_none()) {
                 self.delivery.vanished(&app, now);
+                self.transfers.moved(&app, false, now);
             }
         }
     }

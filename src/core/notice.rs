@@ -150,6 +150,7 @@ mod tests {
                 pid: 9,
                 app_id: None,
                 sandboxed: false,
+                networked: true,
                 owns_service: true,
                 authorization: Authorization::NotAsked,
             };

@@ -51,6 +51,7 @@ impl Core {
             Query::History { .. } | Query::WhatIf { .. } => {
                 Reply::Error(ErrorKind::Failed, "no history is kept yet".into())
             }
+            Query::Transfers(service) => self.transfers_query(caller, service, now),
             Query::Report => match self.privileged(caller, Privilege::Read) {
                 Ok(()) => return self.begin_report(call, caller, now),
                 Err(reply) => reply,
@@ -67,7 +68,7 @@ impl Core {
     }
 
     /// An app may read about itself, whoever has the privilege about any.
-    fn for_app(
+    pub(super) fn for_app(
         &self,
         caller: &Caller,
         service: Arc<str>,

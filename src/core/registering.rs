@@ -410,6 +410,7 @@ impl Core {
         self.ledger.remove(app);
         self.pressure.forget(app);
         self.states.forget(app);
+        self.transfers.forget(app, now);
         self.forget_shown(app);
         self.actions.push_back(Action::Unwatch(app.clone()));
         self.store(StoreOp::DeleteApp(app.clone()), None);

@@ -214,6 +214,7 @@ mod tests {
                 pid: 2,
                 app_id: Some(Arc::clone(&app.service)),
                 sandboxed: true,
+                networked: true,
                 owns_service: true,
                 authorization: Authorization::NotAsked,
             };

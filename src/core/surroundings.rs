@@ -37,7 +37,9 @@ impl Core {
         self.delivery.set_fetching(!network.roaming, now);
         self.delivery.set_minimum(minimum.urgency, now);
         self.brief_sessions(now);
-        if old.is_some_and(|old| is_worth_a_try(&old.network, &network)) {
+        let worth = old.is_some_and(|old| is_worth_a_try(&old.network, &network));
+        self.brief_transfers(worth, now);
+        if worth {
             for upstream in &mut self.upstreams {
                 upstream.session.handle_network(now);
             }
@@ -89,7 +91,7 @@ impl Core {
     /// Lets the machine sleep, or keeps it awake.
     pub(super) fn mind_sleep(&mut self, now: Now) {
         if self.sleep.cares() {
-            let busy = self.delivery.is_busy() || self.unsaved.holds_messages();
+            let busy = self.delivery.is_busy() || self.transfers.is_busy() || self.unsaved.holds_messages();
             let actions: Vec<Action> = std::iter::from_fn(|| self.sleep.next(busy, now.boot)).collect();
             self.actions.extend(actions);
         }
@@ -232,6 +234,7 @@ mod tests {
                 pid: 1,
                 app_id: None,
                 sandboxed,
+                networked: true,
                 owns_service: false,
                 authorization: Authorization::NotAsked,
             };

@@ -48,12 +48,7 @@ impl Core {
 
     /// Delivery has the app asked for, or not. While it waits for its turn it is left as it is.
     pub(super) fn pending(&mut self, app: &AppKey, pending: bool, now: Now) {
-        if !pending {
-            self.wakes.done(app);
-        }
-        if !self.wakes.is_waiting(app) {
-            self.lifecycle.set_pending(app, pending, now);
-        }
+        self.pending_because(app, pending, now);
     }
 
     /// Wakes the next app whose turn it is. True when there is one.
@@ -67,8 +62,10 @@ impl Core {
             None => self.wakes.next(now.boot),
         };
         let Some(app) = next else { return false };
-        if self.delivery.turn_has_come(&app, now) {
-            self.lifecycle.set_pending(&app, true, now);
+        let message = self.delivery.turn_has_come(&app, now);
+        if message || self.transfers.is_asked(&app) {
+            let cause = self.cause_of_wake(&app);
+            self.lifecycle.set_pending_because(&app, true, cause, now);
             self.wake(&app, now);
         } else {
             self.wakes.done(&app);
@@ -79,7 +76,8 @@ impl Core {
     /// The app can be called.
     pub(super) fn ready(&mut self, app: &AppKey, owner: Owner, now: Now) {
         self.wakes.done(app);
-        self.delivery.ready(app, owner, now);
+        self.delivery.ready(app, owner.clone(), now);
+        self.transfers.ready(app, owner, now);
     }
 
     /// The app took a message or an endpoint.
@@ -194,8 +192,9 @@ impl Core {
 
     /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
     fn wake(&mut self, app: &AppKey, now: Now) {
+        let cause = self.cause_of_wake(app);
         let Some(presence) = self.apps.get_mut(app) else { return };
-        let readiness = self.lifecycle.wanted(app, now);
+        let readiness = self.lifecycle.wanted_because(app, cause, now);
         if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {
             self.pressure.woken(app, now.boot);
         }
@@ -206,7 +205,7 @@ impl Core {
             (None, Readiness::Ready | Readiness::NotRunning | Readiness::Thawing) => {
                 if presence.starting.is_none() && self.ending.is_none() {
                     presence.starting = Some(now.boot + START_TIME);
-                    self.lifecycle.note(app, "start", "a message is waiting for it", now);
+                    self.lifecycle.note(app, "start", cause.unwrap_or("a message is waiting for it"), now);
                     self.actions.push_back(Action::Start(app.clone()));
                 }
             }

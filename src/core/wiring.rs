@@ -35,9 +35,12 @@ impl Core {
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
+            } else if let Some(output) = self.transfers.poll_output() {
+                self.on_transfers(output, now);
             } else if !self.settle_moves(now)
                 && !self.brief_sessions(now)
                 && !self.hand_over_held(now)
+                && !self.tell_of_transfers(now)
                 && !self.wake_next(now)
             {
                 self.observe_leased(now);
@@ -263,6 +266,7 @@ impl Core {
     fn call_off(&mut self, target: TargetId, now: Now) {
         if let Some(app) = self.lifecycle.app_of(target).cloned() {
             self.delivery.unready(&app, now);
+            self.transfers.unready(&app, now);
         }
     }
 }

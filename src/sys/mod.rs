@@ -22,5 +22,6 @@ pub mod store;
 pub mod surroundings;
 pub mod timer;
 pub mod tls;
+pub mod transfers;
 pub mod users;
 pub mod windows;

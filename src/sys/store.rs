@@ -9,6 +9,7 @@ mod holdback;
 mod routes;
 mod rows;
 mod states;
+mod transfers;
 
 use std::{
     io,
@@ -145,7 +146,9 @@ impl Store {
         // The channel itself has no bound because the loop must not block; this is its bound.
         let refused = match &work {
             Work::Op(StoreOp::PutMessage(_)) => queued >= MESSAGES_QUEUED,
-            Work::Op(StoreOp::PutUpstream { .. } | StoreOp::PutApp(_)) | Work::Ended(..) => queued >= LAZY_QUEUED,
+            Work::Op(StoreOp::PutUpstream { .. } | StoreOp::PutApp(_) | StoreOp::NoteTransfer(_)) | Work::Ended(..) => {
+                queued >= LAZY_QUEUED
+            }
             Work::Op(_) | Work::Refused => false,
         };
         if refused && !self.shared.refusing.swap(true, Ordering::Relaxed) {
@@ -197,7 +200,15 @@ impl Entry {
 
     /// Whether it makes room in the database. These get a second chance on a full disk.
     const fn gives_space(&self) -> bool {
-        matches!(self.work, Work::Op(StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_)))
+        matches!(
+            self.work,
+            Work::Op(
+                StoreOp::EndMessage(..)
+                    | StoreOp::DeleteRegistration(_)
+                    | StoreOp::DeleteApp(_)
+                    | StoreOp::DeleteTransfer(_)
+            )
+        )
     }
 }
 

@@ -253,6 +253,7 @@ impl World {
         if !owner_first {
             self.owner_changed(instance.app);
         }
+        self.transfers_of_dead(n);
         self.targets_of_dead(n);
     }
 
@@ -431,6 +432,7 @@ impl World {
             pid: u32::try_from(n).unwrap_or(1),
             app_id: None,
             sandboxed: false,
+            networked: true,
             owns_service: true,
             authorization: Authorization::NotAsked,
         })
@@ -584,6 +586,7 @@ impl World {
         self.note(|| "the bus goes".to_owned());
         self.count("bus losses");
         self.forget_calls();
+        self.transfer_flights_end();
         self.bus_up = false;
         self.bus_age += 1;
         self.watched.clear();

@@ -165,7 +165,8 @@ impl World {
                 }
             }),
             600..740 => self.any_instance(Self::app_declares),
-            740..780 => self.user_acts(),
+            740..765 => self.user_acts(),
+            765..780 => self.any_instance(Self::app_transfers),
             780..800 => self.lease_comes_or_goes(),
             800..815 => self.bus_goes(),
             815..850 => {

@@ -25,6 +25,7 @@ mod reference;
 mod run;
 mod server;
 mod store;
+mod transfers;
 mod world;
 
 const RUNS: u64 = 2000;

@@ -81,6 +81,13 @@ impl World {
         self.tell_surroundings();
     }
 
+    /// Nothing stands against a transfer any more.
+    pub(crate) fn is_well(&mut self) {
+        let around = &mut self.phone.around;
+        (around.network.reach, around.network.metered, around.on_mains) = (Reach::Full, false, Some(true));
+        self.tell_surroundings();
+    }
+
     pub(crate) fn tell_surroundings(&mut self) {
         if self.plan.phone {
             self.tell(Event::Surroundings(self.phone.around.clone()));
@@ -122,7 +129,7 @@ impl World {
         let endpoint = self.reference.endpoint_is_owed(app) || self.wish_is_owed(app);
         let leaving = self.deleted.contains(app);
         assert!(
-            may || endpoint || leaving || waiting.len() >= half,
+            may || endpoint || leaving || waiting.len() >= half || self.has_ended_transfer(app),
             "{app} was woken ({how}) for {} messages that are to be held below {least:?}",
             waiting.len()
         );

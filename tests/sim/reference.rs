@@ -193,6 +193,9 @@ impl Reference {
             | StoreOp::PutApp(_)
             | StoreOp::DeleteApp(_)
             | StoreOp::PutState(..)
+            | StoreOp::PutTransfer(_)
+            | StoreOp::NoteTransfer(_)
+            | StoreOp::DeleteTransfer(_)
             | StoreOp::LoadState(_)
             | StoreOp::PutHistory(_)
             | StoreOp::LoadHistory(_) => {}

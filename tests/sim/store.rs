@@ -13,6 +13,7 @@ use nightporter::{
         AppKey, AppRecord, Bus, FormerRoute, Message, MessageSeq, Preference, Registration, RegistrationId, Snapshot,
         StoredMessage,
     },
+    transfer::{Transfer, TransferId},
 };
 
 use crate::clock::{At, MS, Rng, SEC};
@@ -31,6 +32,8 @@ pub(crate) struct Store {
     former: BTreeMap<(RegistrationId, Arc<str>), FormerRoute>,
     preferences: BTreeMap<(Bus, Option<Arc<str>>), Preference>,
     states: BTreeMap<AppKey, Arc<[u8]>>,
+    pub(crate) transfers: BTreeMap<TransferId, Transfer>,
+    next_transfer: u64,
     next_registration: u64,
     next_message: u64,
     next_ended: u64,
@@ -75,8 +78,13 @@ impl Store {
         let (mut events, mut written) = (Vec::new(), Vec::new());
         let mut helping = true;
         for (op, ticket) in std::mem::take(&mut self.queue) {
-            let gives_space =
-                matches!(op, StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_));
+            let gives_space = matches!(
+                op,
+                StoreOp::EndMessage(..)
+                    | StoreOp::DeleteRegistration(_)
+                    | StoreOp::DeleteApp(_)
+                    | StoreOp::DeleteTransfer(_)
+            );
             if let StoreOp::LoadBody(seq) = op {
                 events.push(Event::Body(seq, self.body(seq)));
             }
@@ -116,8 +124,11 @@ impl Store {
         self.rows.retain(|_, row| self.registrations.contains_key(&row.message.registration.0));
         self.by_id.retain(|(registration, _), _| self.registrations.contains_key(registration));
         let registered = |app: &AppKey| self.registrations.values().any(|registration| registration.app == *app);
+        let gone: Vec<TransferId> =
+            self.transfers.values().filter(|transfer| !registered(&transfer.app)).map(|transfer| transfer.id).collect();
         let orphans: Vec<AppKey> = self.states.keys().filter(|app| !registered(app)).cloned().collect();
         orphans.iter().for_each(|app| drop(self.states.remove(app)));
+        gone.iter().for_each(|id| drop(self.transfers.remove(id)));
         let mut ended: Vec<&Row> = self.rows.values().filter(|row| row.ended.is_some()).collect();
         ended.sort_by_key(|row| row.ended);
         let mut count: BTreeMap<RegistrationId, usize> = BTreeMap::new();
@@ -139,6 +150,8 @@ impl Store {
             former: self.former.values().cloned().collect(),
             preferences: self.preferences.values().cloned().collect(),
             states: self.states.iter().map(|(app, state)| (app.clone(), state.len() as u32)).collect(),
+            transfers: self.transfers.values().cloned().collect(),
+            next_transfer: self.next_transfer,
             next_registration: self.next_registration,
             next_message: self.next_message,
             damaged: None,
@@ -208,7 +221,15 @@ impl Store {
             StoreOp::PutApp(record) => {
                 self.apps.insert(record.app.clone(), record.clone());
             }
+            StoreOp::PutTransfer(transfer) | StoreOp::NoteTransfer(transfer) => {
+                self.next_transfer = self.next_transfer.max(transfer.id.0 + 1);
+                self.transfers.insert(transfer.id, (**transfer).clone());
+            }
+            StoreOp::DeleteTransfer(id) => {
+                self.transfers.remove(id);
+            }
             StoreOp::DeleteApp(app) => {
+                self.transfers.retain(|_, transfer| transfer.app != *app);
                 self.apps.remove(app);
                 self.states.remove(app);
             }

@@ -16,6 +16,7 @@ use nightporter::{
         Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
     },
     model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, SelfSample, TargetId, Zram},
+    transfer::TransferId,
     view,
 };
 
@@ -29,6 +30,7 @@ use crate::{
     reference::{MessageNumber, Processed, Reference, Rules},
     server::{Autopush, Deed},
     store::Store,
+    transfers::{Told, Transfers},
 };
 
 pub(crate) const BUS: Bus = Bus::Session(1000);
@@ -67,6 +69,10 @@ pub(crate) enum Due {
     Declare(u64),
     /// An app answers the notice before a freeze.
     Prepared(u64, crate::client::Noticed),
+    /// An attempt at a transfer ends; whether it was stopped.
+    Attempt(u32, TransferId, u64, bool),
+    /// An app answers the news of a transfer.
+    Told(u64, Told),
     Exit(u64),
     BusUp,
     Publish,
@@ -130,6 +136,7 @@ pub(crate) enum What {
     Listen { instance: u64, listens: bool },
     Save { app: usize, number: u64, forgotten: u64 },
     Restore { app: usize, at_least: u64, forgotten: u64 },
+    Transfer { app: usize },
     Other,
     Json,
 }
@@ -167,6 +174,7 @@ pub(crate) struct World {
     pub(crate) record: BTreeSet<u64>,
     pub(crate) phone: Phone,
     pub(crate) shortage: Shortage,
+    pub(crate) transfers: Transfers,
     /// Apps of registrations deleted with this event.
     pub(crate) deleted: BTreeSet<AppKey>,
     /// Which app is told of its endpoint with which call.
@@ -223,6 +231,7 @@ impl World {
             record: BTreeSet::new(),
             phone: Phone::default(),
             shortage: Shortage::default(),
+            transfers: Transfers::default(),
             deleted: BTreeSet::new(),
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -399,6 +408,7 @@ impl World {
             Action::SendBytes(..) | Action::Http { .. } | Action::Configure(_) => {
                 panic!("no server here needs {action:?}")
             }
+            Action::Transfer(order) => self.transfer_order(order),
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
             Action::PanelChanged(_) | Action::LeaseEnding { .. } | Action::WatchNotifications(..) => {}
@@ -413,10 +423,12 @@ impl World {
                     StoreOp::DeleteRegistration(id) => {
                         if let Some(app) = self.reference.app_of(*id).cloned() {
                             self.state_may_go(&app);
+                            self.transfers_may_go(&app);
                         }
                     }
                     StoreOp::DeleteApp(app) => {
                         self.state_may_go(app);
+                        self.transfers_may_go(app);
                         self.listens_no_more(app);
                     }
                     _ => {}
@@ -514,6 +526,7 @@ impl World {
     fn fall(&mut self) {
         self.verdicts.clear();
         self.inhibits_no_more();
+        self.attempts_end();
         self.endpoint_calls.clear();
         self.apps.iter_mut().flat_map(|app| &mut app.wishes).for_each(|wish| wish.owed = false);
         self.reference.cancel_owed(self.plan.rules);
@@ -630,6 +643,8 @@ impl World {
             Due::Register(app, n, registration) => self.app_registers(app, n, registration),
             Due::Declare(n) => self.app_declares(n),
             Due::Prepared(n, noticed) => self.prepared(n, noticed),
+            Due::Attempt(life, id, number, stopped) => self.attempt_ends(life, id, number, stopped),
+            Due::Told(n, told) => self.transfer_told(n, told),
             Due::Exit(n) => self.die(n, "exits"),
             Due::BusUp => self.bus_returns(),
             Due::Publish => self.publish(),
@@ -953,8 +968,16 @@ impl World {
             }
             (What::Json, Reply::Json(text)) => self.check_json(text),
             (What::Listen { .. } | What::Save { .. } | What::Restore { .. }, reply) => self.saved(asked.what, reply),
-            (What::Json | What::Other, _) => {}
+            (What::Transfer { app }, Reply::Transfer(id)) => self.transfer_accepted(app, *id),
+            (What::Json | What::Other | What::Transfer { .. }, _) => {}
         }
+    }
+
+    /// A call whose answer is a file. What it was, if its caller still is.
+    pub(crate) fn answered_otherwise(&mut self, call: CallId) -> Option<What> {
+        let asked = self.calls.remove(&call);
+        let asked = asked.unwrap_or_else(|| panic!("call {} was answered twice, or was none", call.0));
+        (asked.bus == self.bus_age).then_some(asked.what)
     }
 
     fn check_json(&mut self, text: &str) {
@@ -1016,6 +1039,7 @@ pub(crate) fn tool() -> Caller {
         pid: 77,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }

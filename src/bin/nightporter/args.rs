@@ -68,6 +68,23 @@ pub(crate) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// List what is downloaded and uploaded for apps, and how far it has come
+    ///
+    /// An app hands a transfer over through D-Bus (org.nightporter1.Transfers). It goes on while the app is frozen or ended,
+    /// and wakes the app when it is done. `[transfers]` in nightporter.toml(5) says how much of that there may be.
+    Transfers {
+        /// The app's bus name, or the end of it; all apps without it
+        app: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// End a transfer; the app is told that it was cancelled
+    CancelTransfer {
+        /// The transfer's number, as `nightporter transfers` lists it
+        id: u64,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Have an app, or all apps, reached through another push server from now on
     ///
     /// The app is told its new endpoint, and what is on its way along the old one still arrives. `nightporter status`

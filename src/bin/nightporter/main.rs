@@ -13,6 +13,7 @@ mod measure;
 mod push;
 mod render;
 mod resolve;
+mod transfers;
 
 use std::{
     io::{self, Write},
@@ -92,6 +93,22 @@ fn run(cli: Cli) -> Result<String, Failure> {
             Ok(match output.json {
                 true => line(serde_json::json!({ "lease": id, "done": true }).to_string()),
                 false => format!("Lease {id}: taken away\n"),
+            })
+        }
+        Command::Transfers { app, output } => {
+            let daemon = daemon()?;
+            let app = app.map(|app| resolve::app(&daemon, &app)).transpose()?;
+            let text = daemon.ask("Transfers", Some(app.as_deref().unwrap_or_default()))?;
+            match output.json {
+                true => Ok(line(text)),
+                false => Ok(transfers::list(&client::decode::<Vec<view::Transfer>>(&text)?, style)),
+            }
+        }
+        Command::CancelTransfer { id, output } => {
+            daemon()?.cancel_transfer(id)?;
+            Ok(match output.json {
+                true => line(serde_json::json!({ "transfer": id, "done": true }).to_string()),
+                false => format!("Transfer {id}: cancelled\n"),
             })
         }
         Command::Move(args) => relocate(&daemon()?, &args),

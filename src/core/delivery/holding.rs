@@ -126,6 +126,11 @@ impl Delivery {
         !self.fetches.is_empty() || self.apps.values().any(|app| app.pending_told)
     }
 
+    /// Whether something is on its way to this app.
+    pub fn is_pending(&self, app: &AppKey) -> bool {
+        self.apps.get(app).is_some_and(|app| app.pending_told)
+    }
+
     /// Whether something waits that is worth waking the app for.
     pub(super) fn is_wanted(&self, key: &AppKey, now: Now) -> bool {
         let Some(app) = self.apps.get(key) else { return false };

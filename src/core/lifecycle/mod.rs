@@ -397,12 +397,22 @@ impl Lifecycle {
 
     /// A delivery waits for the app: a frozen one is thawed.
     pub fn wanted(&mut self, app: &AppKey, now: Now) -> Readiness {
-        self.with(app, now, |app, env| app.wanted(env)).unwrap_or(Readiness::NotRunning)
+        self.wanted_because(app, None, now)
+    }
+
+    /// [`Lifecycle::wanted`] for something that is no message: what, as a sentence.
+    pub fn wanted_because(&mut self, app: &AppKey, cause: Option<&str>, now: Now) -> Readiness {
+        self.with(app, now, |app, env| app.wanted(cause, env)).unwrap_or(Readiness::NotRunning)
     }
 
     /// Whether a delivery is pending: vetoes freeze, page-out and kill, and thaws. Whoever sets it bounds how long.
     pub fn set_pending(&mut self, app: &AppKey, pending: bool, now: Now) {
-        self.with(app, now, |app, env| app.set_pending(pending, env));
+        self.set_pending_because(app, pending, None, now);
+    }
+
+    /// [`Lifecycle::set_pending`] for something that is no message: what, as a sentence.
+    pub fn set_pending_because(&mut self, app: &AppKey, pending: bool, cause: Option<&str>, now: Now) {
+        self.with(app, now, |app, env| app.set_pending(pending, cause, env));
     }
 
     /// The app took a message: in the background it may run for a window, three times as long after one of high priority

@@ -7,6 +7,7 @@
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `clients`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `leases`: the ends of the leases apps hold.
+//! - `transfers`: what apps have downloaded and uploaded for them, and the files that go to them.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `notified`: who notifies the user, while that is wanted.
 //! - `wire`: what waits to be written and what waits for a reply.
@@ -27,6 +28,7 @@ mod request;
 mod sandbox;
 mod session;
 mod start;
+mod transfers;
 mod unit;
 mod watch;
 mod wire;
@@ -47,6 +49,7 @@ use async_channel::Receiver;
 use futures_core::Stream;
 use zruntime::{Shared, Task};
 
+pub use self::transfers::Handed;
 use self::{manager::UnitOrder, polkit::Authority, session::Way};
 use super::{
     inbox::{Incoming, Sender},
@@ -153,6 +156,11 @@ impl BusThread {
         self.send(Order::Unit(UnitOrder::Look { app, pid }));
     }
 
+    /// Answers a call with a file. Never blocks.
+    pub fn hand(&self, handed: Handed) {
+        self.send(Order::File(handed));
+    }
+
     fn send(&self, order: Order) {
         if self.orders.try_send(order).is_err() {
             log::error!("the bus thread is gone");
@@ -172,6 +180,7 @@ impl BusThread {
 enum Order {
     Act(Action),
     Unit(UnitOrder),
+    File(Handed),
 }
 
 enum Input {
@@ -329,7 +338,7 @@ impl Routes {
         }
         let of = |bus: Bus| self.open.values().find(|route| route.bus == bus);
         let route = match &order {
-            Order::Act(Action::Reply(CallId(call), _)) => {
+            Order::Act(Action::Reply(CallId(call), _)) | Order::File(Handed { call: CallId(call), .. }) => {
                 u16::try_from(call >> INDEX_SHIFT).ok().and_then(|index| self.open.get(&index))
             }
             Order::Act(

@@ -8,14 +8,16 @@ use zbus::{Message, Variant, message::Body, names::BusName};
 
 use super::{
     interfaces::{
-        APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGEMENT, MANAGER, PEER, PROPERTIES, VERSION, interfaces,
-        introspection, members,
+        APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGEMENT, MANAGER, PEER, PROPERTIES, TRANSFERS, VERSION,
+        interfaces, introspection, members,
     },
     panel::{self, Shown},
+    transfers,
 };
 use crate::{
     event::{Claim, Command, Query, Request, STATE_MAX},
     model::{ConnectorVersion, LeaseId, LeaseKind},
+    transfer::{TransferId, TransferRequest},
 };
 
 /// What to do with a call.
@@ -70,6 +72,10 @@ pub(super) enum Wording {
     Panel(Shown),
     /// `(hu)`: the lease and its number.
     Lease,
+    /// `t`: the number of a transfer.
+    Transfer,
+    /// `(ht)`: a file, with a number.
+    File,
 }
 
 /// Whose service name a request is about.
@@ -133,6 +139,7 @@ pub(super) fn read(message: &Message, panel: bool) -> Result<Call, Fault> {
         DISTRIBUTOR1 => distributor1(member, &body),
         DISTRIBUTOR2 => distributor2(member, &body),
         APP => app(member, &body),
+        TRANSFERS => transfers::read(member, &body),
         MANAGER => manager(member, &body),
         MANAGEMENT => panel::read(member, &body),
         _ => Err(fault("org.freedesktop.DBus.Error.UnknownInterface", format!("no interface {interface}"))),
@@ -338,6 +345,17 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
                 check_service(service)?;
             }
             (Request::Query(Query::Leases((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "Transfers" => {
+            let service = arguments::<&str>(body)?;
+            if !service.is_empty() {
+                check_service(service)?;
+            }
+            (Request::Query(Query::Transfers((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "CancelTransfer" => {
+            let id = TransferId(arguments::<u64>(body)?);
+            (Request::Transfer(TransferRequest::Cancel(id)), Wording::Empty)
         }
         "EndLease" => (Request::EndLease(LeaseId(arguments::<u32>(body)?)), Wording::Empty),
         "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),

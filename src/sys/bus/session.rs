@@ -27,6 +27,7 @@ use super::{
     polkit::Authority,
     process::{self, Purpose},
     start,
+    transfers::Handed,
     watch::{self, Watches},
     wire::{BUS_NAME, Pending, Response, Wire},
 };
@@ -226,6 +227,15 @@ pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
             }
             return;
         }
+        Order::Act(Action::CallClient { call: ClientCall::TransferDone { ticket, .. }, .. }) => {
+            BusEvent::TransferTold(ticket, CallOutcome::NotSent("the bus is not there".into()))
+        }
+        Order::File(handed) => {
+            if let Some(outcome) = Handed::outcome(handed.id, handed.collected, false) {
+                tell(outcome);
+            }
+            return;
+        }
         // A reply to somebody who is gone.
         Order::Act(_) => return,
     };
@@ -323,6 +333,9 @@ impl<'a> Session<'a> {
         let mut orders_first = false;
         loop {
             self.tell_panel();
+            if let Err(error) = self.hand_out_files().await {
+                return self.lost(format!("the connection broke: {error}"));
+            }
             if let Err(error) = self.hand_out_leases().await {
                 return self.lost(format!("the connection broke: {error}"));
             }
@@ -387,6 +400,29 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    async fn hand_out_files(&mut self) -> zbus::Result<()> {
+        for (call, Handed { id, file, collected, .. }) in self.wire.drain_files() {
+            let answer = file.and_then(|(file, number)| match calls::wants_reply(&call) {
+                true => Handed::answer(file, number, &call),
+                false => Err("nobody takes it".into()),
+            });
+            let failed = match answer {
+                Ok(answer) => match self.connection.send(&answer).await {
+                    Ok(()) => None,
+                    Err(zbus::Error::Unsupported) => Some("this bus does not pass file descriptors".into()),
+                    Err(error) => return Err(error),
+                },
+                Err(text) => Some(text),
+            };
+            Handed::outcome(id, collected, failed.is_none()).into_iter().for_each(|incoming| self.wire.tell(incoming));
+            if let Some(failed) = failed {
+                let text = format!("no file can be given: {failed}");
+                calls::reply_error(&mut self.wire, &call, "org.freedesktop.DBus.Error.Failed", &text);
+            }
+        }
+        Ok(())
+    }
+
     async fn say_last_words(&mut self) {
         let out = self.wire.drain();
         let sent = self.connection.send_all(&out);
@@ -420,6 +456,7 @@ impl<'a> Session<'a> {
         let action = match order {
             Order::Act(action) => action,
             Order::Unit(order) => return self.manager.order(&mut self.wire, order),
+            Order::File(handed) => return self.calls.hand(&mut self.wire, handed),
         };
         match action {
             Action::Reply(call, reply) => {
@@ -548,6 +585,7 @@ impl<'a> Session<'a> {
             }
             Pending::Delivery(number) => self.deliveries.answered(&mut self.wire, number, response),
             Pending::Ping(number) => self.deliveries.pinged(&mut self.wire, number, response),
+            Pending::Transfer(ticket) => self.clients.told(&self.wire, ticket, response),
             Pending::Notice(app, ticket) => self.clients.answered(&self.wire, app, ticket, response),
             Pending::Manager(asked) => self.manager.answered(&mut self.wire, asked, response),
         }

@@ -19,7 +19,7 @@ use rusqlite::{Connection, Error, ErrorCode, OpenFlags, Transaction, Transaction
 use super::{
     StoreOpenError, Work, routes,
     rows::{self, Numbers},
-    states, unusable,
+    states, transfers, unusable,
 };
 use crate::{
     action::StoreOp,
@@ -35,7 +35,7 @@ const APPLICATION_ID: i64 = 0x4e50_7274;
 /// The newest format we know: the number of [`MIGRATIONS`].
 const FORMAT: i64 = MIGRATIONS.len() as i64;
 /// What makes format n+1 of format n.
-const MIGRATIONS: [&str; 3] = [rows::FORMAT_1, routes::FORMAT_2, states::FORMAT_3];
+const MIGRATIONS: [&str; 4] = [rows::FORMAT_1, routes::FORMAT_2, states::FORMAT_3, transfers::FORMAT_4];
 /// Checking a file this large takes about 0.1 s on eMMC. A larger one is only checked where it is read anyway.
 const CHECKED_SIZE: u64 = 8 * 1024 * 1024;
 /// Free pages (4 KiB) above which the file is shortened after a burst.

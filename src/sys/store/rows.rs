@@ -7,7 +7,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, Result, Row, params};
 
-use super::{routes, states};
+use super::{routes, states, transfers};
 use crate::{
     action::StoreOp,
     model::{
@@ -106,9 +106,12 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
         StoreOp::DeleteApp(app) => {
             db.prepare_cached("DELETE FROM apps WHERE bus = ?1 AND service = ?2")?
                 .execute(params![app.bus.to_number(), app.service])?;
+            transfers::delete_all(db, app)?;
             states::put(db, app, &[])
         }
         StoreOp::PutState(app, state) => states::put(db, app, state),
+        StoreOp::PutTransfer(transfer) | StoreOp::NoteTransfer(transfer) => transfers::put(db, transfer),
+        StoreOp::DeleteTransfer(id) => transfers::delete(db, *id),
     }
 }
 
@@ -178,6 +181,8 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
     numbers.message = numbers.message.max(1);
     drop_orphans(db, &mut numbers)?;
     states::drop_orphans(db)?;
+    transfers::drop_orphans(db)?;
+    let (transfers, next_transfer) = transfers::read(db)?;
     let snapshot = Snapshot {
         registrations: rows(
             db,
@@ -199,6 +204,8 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
         former: routes::former(db)?,
         preferences: routes::preferences(db)?,
         states: states::sizes(db)?,
+        transfers,
+        next_transfer,
         next_registration: numbers.registration.unsigned_abs(),
         next_message: numbers.message.unsigned_abs(),
         damaged: None,

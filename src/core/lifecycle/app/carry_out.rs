@@ -39,7 +39,10 @@ impl App {
                 self.next = None;
                 break;
             };
-            let verdict = policy::decide(&instance.snapshot(self.pending, self.startable, env), env.now.boot);
+            let verdict = policy::decide(
+                &instance.snapshot(self.pending, self.cause.as_deref(), self.startable, env),
+                env.now.boot,
+            );
             match verdict.act {
                 Act::Wait { until } => {
                     self.next = until;

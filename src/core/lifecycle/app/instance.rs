@@ -159,7 +159,13 @@ impl Instance {
         }
     }
 
-    pub(super) fn snapshot<'a>(&'a self, pending: bool, startable: Option<bool>, env: &'a Env<'_>) -> Snapshot<'a> {
+    pub(super) fn snapshot<'a>(
+        &'a self,
+        pending: bool,
+        cause: Option<&'a str>,
+        startable: Option<bool>,
+        env: &'a Env<'_>,
+    ) -> Snapshot<'a> {
         Snapshot {
             profile: env.rules.profile,
             times: env.rules.times,
@@ -174,6 +180,7 @@ impl Instance {
             awake_until: self.awake.map(|awake| awake.until),
             awake_after: self.awake.map(|awake| awake.after),
             pending: pending || self.wanted,
+            cause,
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
             notice: self.notice,
