@@ -8,6 +8,7 @@ use crate::{
         AppKey, Bus, ConnectorVersion, LeaseId, LeaseKind, Memory, MessageSeq, Owner, Pressure, ProcessFacts, Secret,
         Surroundings, TargetId, Veto, Window,
     },
+    notification::{HelperAnswer, NotifyNews, NotifyWhen},
 };
 
 /// One thing that happened.
@@ -58,6 +59,8 @@ pub enum Event {
         /// As which process.
         target: Option<TargetId>,
     },
+    /// The answer to `Action::Help`; on error nothing came of it, with why as a sentence part.
+    Helped(MessageSeq, Result<HelperAnswer, Arc<str>>),
     /// An app's memory, as asked with `Action::Sample`.
     Sampled(TargetId, Result<Memory, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.
@@ -281,6 +284,8 @@ pub enum BusEvent {
     Started(AppKey, StartOutcome),
     /// The holder of a lease closed its end, or died.
     LeaseClosed(LeaseId),
+    /// Something has become of a notification in an app's stead, by its tag.
+    Notified(AppKey, Arc<str>, NotifyNews),
 }
 
 /// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.
@@ -358,6 +363,8 @@ pub enum Request {
         version: ConnectorVersion,
         /// The upstream the app wants, by name (our key `org.nightporter.upstream` in version 2's dictionary).
         upstream: Option<Arc<str>>,
+        /// When the user is to be notified in the app's stead (our key `org.nightporter.notify`).
+        notify: Option<NotifyWhen>,
     },
     /// `org.unifiedpush.Distributor{1,2}.Unregister`.
     Unregister {

@@ -80,10 +80,14 @@ impl Core {
     pub(super) fn ready(&mut self, app: &AppKey, owner: Owner, now: Now) {
         self.wakes.done(app);
         self.delivery.ready(app, owner, now);
+        self.show_if_touched(app);
     }
 
     /// The app took a message or an endpoint.
     pub(super) fn delivered(&mut self, app: &AppKey, urgency: Option<Urgency>, now: Now) {
+        if urgency.is_some() {
+            self.stand_in.spoke(app);
+        }
         let urgency = urgency.unwrap_or_default();
         if urgency >= Urgency::High {
             self.demotion.taken(app, now);
@@ -110,6 +114,7 @@ impl Core {
         let apps: Vec<AppKey> = self.apps.keys().filter(by).cloned().collect();
         for app in apps {
             self.demotion.shown(&app, now);
+            self.stand_in.spoke(&app);
         }
         self.mind_demotion(now);
     }
@@ -136,6 +141,7 @@ impl Core {
     /// The app is seen in front: it shows itself.
     pub(super) fn seen_in_front(&mut self, app: &AppKey, now: Now) {
         self.demotion.shown(app, now);
+        self.stand_in.spoke(app);
         self.mind_demotion(now);
     }
 
@@ -169,8 +175,13 @@ impl Core {
                 }
             }
         }
+        self.mind_watching();
+    }
+
+    /// Watches for notifications where that is of use: to judge by them, or to see that an app speaks for itself.
+    pub(super) fn mind_watching(&mut self) {
         for bus in self.buses.iter().copied().filter(|bus| matches!(bus, Bus::Session(_))) {
-            match (self.demotion.wants(bus), self.watched.contains_key(&bus)) {
+            match (self.demotion.wants(bus) || self.stand_in.wants(bus), self.watched.contains_key(&bus)) {
                 (true, false) => {
                     self.watched.insert(bus, Watched::Asked);
                     self.actions.push_back(Action::WatchNotifications(bus, true));
@@ -186,14 +197,14 @@ impl Core {
     }
 
     /// Whether the app can be called without waking it.
-    fn runs(&self, app: &AppKey, now: Now) -> bool {
+    pub(super) fn runs(&self, app: &AppKey, now: Now) -> bool {
         let state = self.lifecycle.show(app, now).map(|shown| shown.state);
         self.apps.get(app).is_some_and(|presence| presence.owner.is_some())
             && matches!(state, Some(State::Foreground | State::Background | State::Awake))
     }
 
     /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
-    fn wake(&mut self, app: &AppKey, now: Now) {
+    pub(super) fn wake(&mut self, app: &AppKey, now: Now) {
         let Some(presence) = self.apps.get_mut(app) else { return };
         let readiness = self.lifecycle.wanted(app, now);
         if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {

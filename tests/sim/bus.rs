@@ -458,6 +458,7 @@ impl World {
             vapid: state.wishes[index].vapid.clone(),
             version: state.version,
             upstream: None,
+            notify: None,
         };
         if !self.call(caller, request, what) {
             self.retry_register(what);

@@ -9,6 +9,7 @@
 //! - `leases`: the ends of the leases apps hold.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `notified`: who notifies the user, while that is wanted.
+//! - `notifications`, `desktop`: notifying the user in an app's stead, and by what name users know an app.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -16,9 +17,11 @@ mod calls;
 mod checks;
 mod clients;
 mod deliver;
+mod desktop;
 mod interfaces;
 mod leases;
 mod manager;
+mod notifications;
 mod notified;
 mod panel;
 mod polkit;
@@ -136,7 +139,7 @@ impl BusThread {
     }
 
     /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`, `PanelChanged`,
-    /// `EndLease`, `LeaseEnding`, `WatchNotifications`. Never blocks.
+    /// `EndLease`, `LeaseEnding`, `WatchNotifications`, `Activate`, `Notify`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -338,6 +341,8 @@ impl Routes {
                 | Action::Call { app: AppKey { bus, .. }, .. }
                 | Action::CallClient { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
+                | Action::Activate { app: AppKey { bus, .. }, .. }
+                | Action::Notify(AppKey { bus, .. }, _)
                 | Action::PanelChanged(bus)
                 | Action::EndLease(bus, _)
                 | Action::LeaseEnding { bus, .. },
