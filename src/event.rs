@@ -284,8 +284,17 @@ pub enum BusEvent {
     Started(AppKey, StartOutcome),
     /// The holder of a lease closed its end, or died.
     LeaseClosed(LeaseId),
-    /// Something has become of a notification in an app's stead, by its tag.
-    Notified(AppKey, Arc<str>, NotifyNews),
+    /// Something has become of a notification in an app's stead.
+    Notified {
+        /// Which app's.
+        app: AppKey,
+        /// Which of them.
+        tag: Arc<str>,
+        /// As it was when that happened.
+        number: u64,
+        /// What.
+        news: NotifyNews,
+    },
 }
 
 /// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.

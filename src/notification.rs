@@ -40,6 +40,8 @@ impl NotifyWhen {
 pub struct Notification {
     /// Which of the app's notifications: [`GENERIC`], or what its helper says.
     pub tag: Arc<str>,
+    /// Never used twice: what is told of one that was replaced meanwhile is known by it.
+    pub number: u64,
     /// What it says.
     pub text: Text,
     /// Hint `urgency`: 0 for low, 1 for normal, 2 for anything more.

@@ -377,7 +377,9 @@ impl Core {
             BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Prepared(app, ticket) => self.prepared(&app, ticket, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
-            BusEvent::Notified(app, tag, news) => self.notification_news(&app, &tag, news, now),
+            BusEvent::Notified { app, tag, number, news } => {
+                self.notification_news(&app, &tag, number, news, now);
+            }
             BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }

@@ -73,6 +73,8 @@ pub(super) enum Output {
 #[derive(Debug, Default)]
 pub(super) struct Notifying {
     apps: BTreeMap<AppKey, App>,
+    /// Of the latest order to show something.
+    number: u64,
     outputs: VecDeque<Output>,
 }
 
@@ -86,8 +88,9 @@ struct App {
     due: Option<Instant>,
     /// Something has happened that the user does not know of.
     news: bool,
-    /// The generic one, while it stands: how it was shown last.
+    /// The generic one, while it stands: how it was shown last, and its number then.
     generic: Option<(usize, Priority)>,
+    number: u64,
     /// When an order for the generic one was given last.
     ordered: Option<Instant>,
     tags: Vec<Tag>,
@@ -174,6 +177,14 @@ impl Notifying {
         }
     }
 
+    /// Whether this is how the notification was shown last.
+    pub(super) fn is_current(&self, app: &AppKey, tag: &str, number: u64) -> bool {
+        self.apps.get(app).is_some_and(|state| match tag {
+            GENERIC => state.generic.is_some() && state.number == number,
+            tag => state.tags.iter().any(|other| *other.shown.tag == *tag && other.shown.number == number),
+        })
+    }
+
     /// The bus is gone, and with it what stood there: all of it comes again.
     pub(super) fn bus_down(&mut self, bus: Bus) {
         for (_, state) in self.apps.iter_mut().filter(|(app, _)| app.bus == bus) {
@@ -208,6 +219,8 @@ impl Notifying {
                 continue;
             }
             (tag.news, tag.ordered) = (false, Some(now));
+            self.number += 1;
+            tag.shown.number = self.number;
             self.outputs.push_back(Output::Order(app.clone(), NotifyOrder::Show(tag.shown.clone())));
         }
         let count = facts.waiting.saturating_add(state.given_up);
@@ -223,7 +236,9 @@ impl Notifying {
                     (state.news, state.ordered, state.generic) = (false, Some(now), Some((count, priority)));
                     let category = (priority == Priority::Call).then(|| "call.incoming".into());
                     let (tag, text) = (GENERIC.into(), Text::Messages(count));
-                    let notification = Notification { tag, text, priority, category };
+                    self.number += 1;
+                    state.number = self.number;
+                    let notification = Notification { tag, number: state.number, text, priority, category };
                     self.outputs.push_back(Output::Order(app.clone(), NotifyOrder::Show(notification)));
                     self.outputs.extend(first.then(|| Output::Spoken(app.clone(), why)));
                 }
@@ -346,7 +361,7 @@ mod tests {
 
     fn made(tag: &str, summary: &str) -> Notification {
         let text = Text::Own { summary: summary.into(), body: "".into(), icon: None };
-        Notification { tag: tag.into(), text, priority: Priority::Normal, category: None }
+        Notification { tag: tag.into(), number: 0, text, priority: Priority::Normal, category: None }
     }
 
     #[test]

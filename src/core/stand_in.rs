@@ -13,6 +13,7 @@ use super::{
 use crate::{
     action::{Action, StoreOp},
     config::AppSettings,
+    event::Command,
     model::{AppKey, Bus, MessageSeq, Priority, RegistrationId, StoredMessage, Urgency},
     notification::{GENERIC, HelperAnswer, HelperJob, Notification, NotifyNews, NotifyWhen},
     time::{Instant, Now, earliest},
@@ -149,7 +150,8 @@ impl Core {
         match answer {
             Ok(HelperAnswer::Show { tag, text, category }) => {
                 let calls = self.app_settings(&app).is_some_and(|app| app.calls);
-                let notification = Notification { tag, text, priority: Priority::of(urgency, calls), category };
+                let notification =
+                    Notification { tag, number: 0, text, priority: Priority::of(urgency, calls), category };
                 if !self.stand_in.notifying.helped(&app, notification) {
                     let reason = "too many notifications are shown for apps: it is woken for this message";
                     return self.wake_instead(&app, seq, reason.to_owned(), now);
@@ -184,7 +186,7 @@ impl Core {
 
     /// Starts helpers whose turn it is, and orders what is to be shown or closed. True when there was anything.
     pub(super) fn mind_stand_ins(&mut self, now: Now) -> bool {
-        let mut any = false;
+        let mut any = self.show_the_touched(now);
         while self.ending.is_none()
             && let Some(job) = self.stand_in.helping.next(now.boot)
         {
@@ -220,8 +222,17 @@ impl Core {
     }
 
     /// Something has become of a notification.
-    pub(super) fn notification_news(&mut self, app: &AppKey, tag: &str, news: NotifyNews, now: Now) {
+    pub(super) fn notification_news(&mut self, app: &AppKey, tag: &str, number: u64, news: NotifyNews, now: Now) {
+        // Another stands in its place by now: what was said of the old one is of no matter, but that the user wants the app.
+        let current = self.stand_in.notifying.is_current(app, tag, number);
         match news {
+            NotifyNews::Clicked(token) => {
+                if current {
+                    self.stand_in.notifying.gone(app, tag);
+                }
+                self.show_to_user(app, token, now);
+            }
+            _ if !current => {}
             NotifyNews::NotShown(why) if tag == GENERIC => {
                 let reason = format!("the notification in its stead is not seen yet: {why}");
                 self.lifecycle.note(app, "notify", reason, now);
@@ -236,10 +247,6 @@ impl Core {
                 self.delivery.untold(app, now);
             }
             NotifyNews::Gone => self.stand_in.notifying.gone(app, tag),
-            NotifyNews::Clicked(token) => {
-                self.stand_in.notifying.gone(app, tag);
-                self.show_to_user(app, token, now);
-            }
         }
     }
 
@@ -257,21 +264,25 @@ impl Core {
                 self.actions.push_back(Action::Activate { app: app.clone(), owner: Some(owner), token });
             }
             Some(_) => {
-                self.lifecycle.note(app, "thaw", "the user touched the notification in its stead", now);
-                self.stand_in.clicked.insert(app.clone(), token);
-                self.wake(app, now);
+                let by = "the user, who touched the notification in its stead,";
+                match self.lifecycle.command(app, Command::Thaw, by, now) {
+                    Ok(()) => drop(self.stand_in.clicked.insert(app.clone(), token)),
+                    Err(refusal) => self.lifecycle.note(app, "wait", refusal.text, now),
+                }
             }
         }
     }
 
-    /// The app can be called: also because the user wants to see it.
-    pub(super) fn show_if_touched(&mut self, app: &AppKey) {
-        let owner = self.apps.get(app).and_then(|presence| presence.owner.clone());
-        if let Some(token) = self.stand_in.clicked.remove(app)
-            && owner.is_some()
-        {
+    /// Apps that were thawed because the user wants to see them are asked to come to the front. True when there was any.
+    fn show_the_touched(&mut self, now: Now) -> bool {
+        let runs = |app: &&AppKey| self.runs(app, now);
+        let ready: Vec<AppKey> = self.stand_in.clicked.keys().filter(runs).cloned().collect();
+        for app in &ready {
+            let owner = self.apps.get(app).and_then(|presence| presence.owner.clone());
+            let token = self.stand_in.clicked.remove(app).flatten();
             self.actions.push_back(Action::Activate { app: app.clone(), owner, token });
         }
+        !ready.is_empty()
     }
 
     fn wake_instead(&mut self, app: &AppKey, seq: MessageSeq, reason: String, now: Now) {

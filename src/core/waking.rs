@@ -80,7 +80,6 @@ impl Core {
     pub(super) fn ready(&mut self, app: &AppKey, owner: Owner, now: Now) {
         self.wakes.done(app);
         self.delivery.ready(app, owner, now);
-        self.show_if_touched(app);
     }
 
     /// The app took a message or an endpoint.
@@ -204,7 +203,7 @@ impl Core {
     }
 
     /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
-    pub(super) fn wake(&mut self, app: &AppKey, now: Now) {
+    fn wake(&mut self, app: &AppKey, now: Now) {
         let Some(presence) = self.apps.get_mut(app) else { return };
         let readiness = self.lifecycle.wanted(app, now);
         if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {

@@ -296,7 +296,8 @@ impl Desk {
                 if let Some(slot) = self.slots.get_mut(&key)
                     && !std::mem::replace(&mut slot.told, true)
                 {
-                    self.tell(key, NotifyNews::NotShown(text.into()));
+                    let number = slot.notification.number;
+                    self.tell(key, number, NotifyNews::NotShown(text.into()));
                 }
             }
         }
@@ -340,18 +341,19 @@ impl Desk {
                 if let Ok((id, "default")) = body.deserialize::<(u32, &str)>()
                     && let Some((key, slot)) = self.by_id(id)
                 {
-                    let token = slot.token.take();
+                    let (token, number) = (slot.token.take(), slot.notification.number);
                     self.slots.remove(&key);
-                    self.tell(key, NotifyNews::Clicked(token));
+                    self.tell(key, number, NotifyNews::Clicked(token));
                     return Some(id);
                 }
             }
             Some("NotificationClosed") => {
                 if let Ok((id, _)) = body.deserialize::<(u32, u32)>()
-                    && let Some((key, _)) = self.by_id(id)
+                    && let Some((key, slot)) = self.by_id(id)
                 {
+                    let number = slot.notification.number;
                     self.slots.remove(&key);
-                    self.tell(key, NotifyNews::Gone);
+                    self.tell(key, number, NotifyNews::Gone);
                 }
             }
             _ => {}
@@ -363,8 +365,9 @@ impl Desk {
         self.slots.iter_mut().find(|(_, slot)| slot.id == Some(id)).map(|(key, slot)| (key.clone(), slot))
     }
 
-    fn tell(&self, (app, tag): Key, news: NotifyNews) {
-        let _ = self.inbox.send(Incoming::Event(Event::Bus(BusEvent::Notified(app, tag, news))));
+    fn tell(&self, (app, tag): Key, number: u64, news: NotifyNews) {
+        let event = BusEvent::Notified { app, tag, number, news };
+        let _ = self.inbox.send(Incoming::Event(Event::Bus(event)));
     }
 
     /// The language of the session: its systemd knows, or this daemon's own environment.
