@@ -460,6 +460,10 @@ impl Core {
 
     fn handle_stored(&mut self, ticket: StoreTicket, result: Result<(), StoreError>, now: Now) {
         self.note_store(result.as_ref().err());
+        if result.is_ok() && self.unsaved.deadline().is_some() {
+            // The disk takes something again: what it refused was said first.
+            self.save_again();
+        }
         match self.stores.remove(&ticket) {
             Some(Stored::Message(seq)) => {
                 let was_failing = self.delivery.store_is_failing();

@@ -275,6 +275,8 @@ impl World {
         self.count("calls to apps");
         if let ConnectorCall::Message { .. } = &what {
             self.stand_ins.called.insert(ticket, key.clone());
+            // What an app that ran did not take is for itself all the same.
+            self.stand_ins.declined.insert(key.clone());
         }
         let life = self.life;
         if let ConnectorCall::NewEndpoint { token, .. } = &what {

@@ -181,7 +181,13 @@ impl World {
 
     /// Who takes a message speaks for itself.
     pub(crate) fn check_notifications(&mut self) {
-        let Some(app) = self.stand_ins.took.take().filter(|app| !self.stand_ins.given_up.contains(app)) else { return };
+        let Some(app) = self.stand_ins.took.take() else { return };
+        if self.reference.waiting_of(&app).next().is_none() {
+            self.stand_ins.declined.remove(&app);
+        }
+        if self.stand_ins.given_up.contains(&app) {
+            return;
+        }
         let shown: Vec<_> = self.stand_ins.shown.keys().filter(|(of, _)| *of == app).collect();
         assert!(shown.is_empty(), "{app} took a message and is still spoken for: {shown:?}");
     }
