@@ -11,6 +11,7 @@ use crate::{
         AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, HistoryRow, LeaseId, Message,
         MessageSeq, Owner, Preference, Registration, RegistrationId, TargetId,
     },
+    notification::{HelperJob, NotifyOrder},
     time::UnixTime,
     transfer::{Transfer, TransferId, TransferOrder},
 };
@@ -98,6 +99,20 @@ pub enum Action {
     },
     /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
     Start(AppKey),
+    /// The user wants to see the app: start it with a window if it does not run (ends with `BusEvent::Started`), else have
+    /// this instance come to the front. The token is the one its compositor lets it do so with.
+    Activate {
+        /// Which app.
+        app: AppKey,
+        /// Which instance, which is not held still; none: it does not run.
+        owner: Option<Owner>,
+        /// XDG activation token.
+        token: Option<Arc<str>>,
+    },
+    /// Notify the user in an app's stead, or no more. `BusEvent::Notified` says what comes of it.
+    Notify(AppKey, NotifyOrder),
+    /// Have an app's payload helper make something of a message. Ends with `Event::Helped`.
+    Help(Box<HelperJob>),
     /// Watch for notifications to the user on this session bus, or no more. `Event::NotificationsSeen` says when they are seen.
     WatchNotifications(Bus, bool),
     /// Look whether something speaks against holding an app still, or on: locks, devices, file systems, its unit. Ends with

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Deserialize;
 
 pub use self::{
-    app::{AppSettings, UrgencySettings},
+    app::{AppSettings, PayloadHelper, UrgencySettings},
     network::{NetworkSettings, Proxy, Roaming},
     pressure::PressureSettings,
     rules::Role,
@@ -268,7 +268,7 @@ fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Urgency;
+    use crate::{model::Urgency, notification::NotifyWhen};
 
     fn rules_of(text: &str) -> Rules {
         Settings::parse(text).unwrap().apps[0].rules.clone().unwrap()
@@ -373,6 +373,9 @@ mod tests {
             urgency = "high"
             calls = true
             min-urgency = "very-low"
+            notify = "always"
+            payload-helper = ["/usr/libexec/dino-push", "--terse"]
+            payload-helper-network = true
             [kde]
             panel = true
             "#,
@@ -426,6 +429,11 @@ mod tests {
                 urgency: Urgency::High,
                 calls: true,
                 min_urgency: Some(Urgency::VeryLow),
+                notify: Some(NotifyWhen::Always),
+                payload_helper: Some(PayloadHelper {
+                    command: ["/usr/libexec/dino-push", "--terse"].map(Arc::from).into(),
+                    network: true
+                }),
                 ..AppSettings::new("im.dino.Dino")
             }]
         );
@@ -459,6 +467,10 @@ mod tests {
             ("[network]\nproxy = \"socks5://x\"", "network.proxy"),
             ("[network]\nheartbeat-min = \"5min\"\nheartbeat-max = \"4min\"", "network.heartbeat-max"),
             ("[[app]]\nname = \"a.b\"\nupstream = \"nowhere\"", "app[0].upstream"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper = [\"helper\"]", "app[0].payload-helper"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper = []", "app[0].payload-helper"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper-network = true", "app[0].payload-helper-network"),
+            ("[[app]]\nname = \"a.b\"\nnotify = \"sometimes\"", "sometimes"),
             ("[[app]]\nname = \"a.b\"\n[[app]]\nname = \"a.b\"", "app[1].name"),
             ("[[upstream]]\nname = \"a\"\nkind = \"mqtt\"\nurl = \"https://x\"", "upstream[0].url"),
             ("[[upstream]]\nname = \"panel-1\"\nkind = \"ntfy\"\nurl = \"https://x\"", "upstream[0].name"),

@@ -8,6 +8,7 @@ use crate::{
         AppKey, Bus, ConnectorVersion, HistoryRow, LeaseId, LeaseKind, MessageSeq, Owner, Pressure, ProcessFacts,
         Sample, Secret, SelfSample, Surroundings, TargetId, Veto, Window, Zram, ZramSource,
     },
+    notification::{HelperAnswer, NotifyNews, NotifyWhen},
     transfer::{TransferEvent, TransferId, TransferRequest},
 };
 
@@ -59,6 +60,8 @@ pub enum Event {
         /// As which process.
         target: Option<TargetId>,
     },
+    /// The answer to `Action::Help`; on error nothing came of it, with why as a sentence part.
+    Helped(MessageSeq, Result<HelperAnswer, Arc<str>>),
     /// An app's memory, as asked with `Action::Sample`.
     Sampled(TargetId, Result<Sample, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.
@@ -290,6 +293,17 @@ pub enum BusEvent {
     TransferTold(TransferTicket, CallOutcome),
     /// The holder of a lease closed its end, or died.
     LeaseClosed(LeaseId),
+    /// Something has become of a notification in an app's stead.
+    Notified {
+        /// Which app's.
+        app: AppKey,
+        /// Which of them.
+        tag: Arc<str>,
+        /// As it was when that happened.
+        number: u64,
+        /// What.
+        news: NotifyNews,
+    },
 }
 
 /// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.
@@ -369,6 +383,8 @@ pub enum Request {
         version: ConnectorVersion,
         /// The upstream the app wants, by name (our key `org.nightporter.upstream` in version 2's dictionary).
         upstream: Option<Arc<str>>,
+        /// When the user is to be notified in the app's stead (our key `org.nightporter.notify`).
+        notify: Option<NotifyWhen>,
     },
     /// `org.unifiedpush.Distributor{1,2}.Unregister`.
     Unregister {

@@ -24,6 +24,7 @@ use super::{
     registry::Registry,
     routes::Routes,
     sleep::Sleep,
+    stand_in::StandIn,
     states::States,
     surroundings::Told,
     transfers::Transfers,
@@ -99,6 +100,7 @@ impl Core {
             recent: Recent::default(),
             wakes: Wakes::default(),
             demotion: Demotion::default(),
+            stand_in: StandIn::default(),
             watched: BTreeMap::new(),
             swept: now.boot,
             ending: None,
@@ -149,6 +151,7 @@ impl Core {
         for (registration, id) in seen {
             self.delivery.restore_seen(*registration, id);
         }
+        self.restore_stand_in(remembered, &messages, now);
         for message in messages {
             self.delivery.restore(message, now);
         }

@@ -13,12 +13,14 @@ mod control;
 pub mod delivery;
 mod demotion;
 pub mod foreground;
+mod helping;
 pub mod leases;
 mod leasing;
 pub mod ledger;
 pub mod lifecycle;
 mod looking;
 mod notice;
+mod notifying;
 mod panel;
 pub mod pressure;
 mod queries;
@@ -28,6 +30,7 @@ mod registry;
 mod routes;
 mod shortage;
 mod sleep;
+mod stand_in;
 mod states;
 mod surroundings;
 mod transferring;
@@ -62,6 +65,7 @@ use self::{
     registry::Registry,
     routes::Routes,
     sleep::Sleep,
+    stand_in::StandIn,
     states::States,
     surroundings::Told,
     transfers::Transfers,
@@ -126,6 +130,7 @@ pub struct Core {
     windows: BTreeMap<Bus, Windows>,
     wakes: Wakes,
     demotion: Demotion,
+    stand_in: StandIn,
     /// Buses on which notifications are watched for.
     watched: BTreeMap<Bus, Watched>,
     swept: Instant,
@@ -153,6 +158,8 @@ struct Presence {
     owner: Option<Owner>,
     /// Set while it is being started: when that has failed.
     starting: Option<Instant>,
+    /// It is started because the user wants to see it.
+    touched: bool,
     declares: bool,
     /// Whether this instance was ever seen with a window.
     had_window: bool,
@@ -226,6 +233,7 @@ impl Core {
             Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
             Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
             Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
+            Event::Helped(seq, answer) => self.helped(seq, answer, now),
             Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
             Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
             Event::Sampled(target, sample) => self.handle_sampled(target, sample, now),
@@ -283,6 +291,7 @@ impl Core {
         let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
         let own = earliest(own, earliest(self.leases.poll_timeout(), self.waking_timeout()));
         let own = earliest(own, self.transfers.poll_timeout());
+        let own = earliest(own, self.stand_in.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -318,6 +327,7 @@ impl Core {
         if due(self.demotion.poll_timeout()) {
             self.handle_waking_timeout(now);
         }
+        self.handle_helpers_timeout(now);
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
         }
@@ -361,8 +371,8 @@ impl Core {
             }
             BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
             BusEvent::Call { call, caller, request } => match request {
-                Request::Register { service, token, description, vapid, version, upstream } => {
-                    let wish = registering::Wish { service, token, description, vapid, version, upstream };
+                Request::Register { service, token, description, vapid, version, upstream, notify } => {
+                    let wish = registering::Wish { service, token, description, vapid, version, upstream, notify };
                     self.register(call, &caller, wish, now);
                 }
                 Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
@@ -389,6 +399,9 @@ impl Core {
             BusEvent::Prepared(app, ticket) => self.prepared(&app, ticket, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
             BusEvent::TransferTold(ticket, outcome) => self.transfers.told(ticket, &outcome, now),
+            BusEvent::Notified { app, tag, number, news } => {
+                self.notification_news(&app, &tag, number, news, now);
+            }
             BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }
@@ -404,6 +417,7 @@ impl Core {
         }
         self.leases.bus_down(bus, now.boot);
         self.unwatched(bus);
+        self.stand_in.bus_down(bus);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
         self.transfers.bus_down(bus, now);
@@ -423,7 +437,9 @@ impl Core {
                 }
                 presence.owner = Some(owner.clone());
                 presence.had_window = false;
-                let started_by_us = presence.starting.take().is_some();
+                let touched = std::mem::take(&mut presence.touched);
+                let started_by_us = presence.starting.take().is_some() && !touched;
+                self.stand_in.appeared(app);
                 self.pressure.appeared(app, now.boot);
                 self.leases.vanished(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
@@ -435,6 +451,7 @@ impl Core {
             }
             None => {
                 presence.owner = None;
+                self.stand_in.vanished(app);
                 self.leases.vanished(app, now.boot);
                 (presence.listener, presence.notice) = (None, None);
                 self.lifecycle.vanished(app, now);
@@ -454,7 +471,14 @@ impl Core {
             return;
         }
         presence.starting = None;
+        let touched = std::mem::take(&mut presence.touched);
         if presence.owner.is_none() {
+            if touched && let StartOutcome::Failed(text) = outcome {
+                self.lifecycle.note(app, "start", format!("it could not be started for the user: {text}"), now);
+            }
+            if matches!(outcome, StartOutcome::Failed(_)) && self.buses.contains(&app.bus) {
+                self.stand_in.start_failed(app);
+            }
             self.delivery.start_failed(app, outcome, now);
             self.transfers.start_failed(app, outcome, now);
         }
@@ -462,6 +486,10 @@ impl Core {
 
     fn handle_stored(&mut self, ticket: StoreTicket, result: Result<(), StoreError>, now: Now) {
         self.note_store(result.as_ref().err());
+        if result.is_ok() && self.unsaved.deadline().is_some() {
+            // The disk takes something again: what it refused was said first.
+            self.save_again();
+        }
         match self.stores.remove(&ticket) {
             Some(Stored::Message(seq)) => {
                 let was_failing = self.delivery.store_is_failing();

@@ -92,6 +92,7 @@ impl Core {
     pub(super) fn mind_sleep(&mut self, now: Now) {
         if self.sleep.cares() {
             let busy = self.delivery.is_busy() || self.transfers.is_busy() || self.unsaved.holds_messages();
+            let busy = busy || self.stand_in.helping.is_busy();
             let actions: Vec<Action> = std::iter::from_fn(|| self.sleep.next(busy, now.boot)).collect();
             self.actions.extend(actions);
         }

@@ -82,6 +82,9 @@ impl Core {
 
     /// The app took a message or an endpoint.
     pub(super) fn delivered(&mut self, app: &AppKey, urgency: Option<Urgency>, now: Now) {
+        if urgency.is_some() {
+            self.stand_in.spoke(app);
+        }
         let urgency = urgency.unwrap_or_default();
         if urgency >= Urgency::High {
             self.demotion.taken(app, now);
@@ -108,6 +111,7 @@ impl Core {
         let apps: Vec<AppKey> = self.apps.keys().filter(by).cloned().collect();
         for app in apps {
             self.demotion.shown(&app, now);
+            self.stand_in.spoke(&app);
         }
         self.mind_demotion(now);
     }
@@ -134,6 +138,7 @@ impl Core {
     /// The app is seen in front: it shows itself.
     pub(super) fn seen_in_front(&mut self, app: &AppKey, now: Now) {
         self.demotion.shown(app, now);
+        self.stand_in.spoke(app);
         self.mind_demotion(now);
     }
 
@@ -167,8 +172,13 @@ impl Core {
                 }
             }
         }
+        self.mind_watching();
+    }
+
+    /// Watches for notifications where that is of use: to judge by them, or to see that an app speaks for itself.
+    pub(super) fn mind_watching(&mut self) {
         for bus in self.buses.iter().copied().filter(|bus| matches!(bus, Bus::Session(_))) {
-            match (self.demotion.wants(bus), self.watched.contains_key(&bus)) {
+            match (self.demotion.wants(bus) || self.stand_in.wants(bus), self.watched.contains_key(&bus)) {
                 (true, false) => {
                     self.watched.insert(bus, Watched::Asked);
                     self.actions.push_back(Action::WatchNotifications(bus, true));
@@ -184,7 +194,7 @@ impl Core {
     }
 
     /// Whether the app can be called without waking it.
-    fn runs(&self, app: &AppKey, now: Now) -> bool {
+    pub(super) fn runs(&self, app: &AppKey, now: Now) -> bool {
         let state = self.lifecycle.show(app, now).map(|shown| shown.state);
         self.apps.get(app).is_some_and(|presence| presence.owner.is_some())
             && matches!(state, Some(State::Foreground | State::Background | State::Awake))

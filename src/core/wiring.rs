@@ -13,6 +13,7 @@ use super::{
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
     model::{Bus, Ending, RegistrationId, TargetId, Urgency},
+    notification::HelperJob,
     time::Now,
     view::{LinkState, Messages},
 };
@@ -42,6 +43,7 @@ impl Core {
                 && !self.hand_over_held(now)
                 && !self.tell_of_transfers(now)
                 && !self.wake_next(now)
+                && !self.mind_stand_ins(now)
             {
                 self.observe_leased(now);
                 if !self.leases.has_output() {
@@ -125,6 +127,7 @@ impl Core {
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => {
                 self.count(registration).received += 1;
+                self.message_waits(registration, urgency, now);
                 if by_policy {
                     self.note_policy(registration, urgency, now);
                 }
@@ -150,8 +153,11 @@ impl Core {
                 let seq = message.seq;
                 self.store(StoreOp::PutMessage(message), Some(Stored::Message(seq)));
             }
-            delivery::Output::End(bus, seq, ending) => {
-                self.messages.entry(bus).or_default().ended(ending);
+            delivery::Output::End(app, seq, ending) => {
+                if ending == Ending::GivenUp {
+                    self.stand_in.given_up(&app);
+                }
+                self.messages.entry(app.bus).or_default().ended(ending);
                 if ending != Ending::Unregistered {
                     self.store(StoreOp::EndMessage(seq, ending), None);
                 }
@@ -172,6 +178,10 @@ impl Core {
                 }
             }
             delivery::Output::Wake(app, urgency) => self.want(&app, urgency, now),
+            delivery::Output::Help { seq, app, token, id, urgency, body } => {
+                let command = Arc::default();
+                self.ask_helper(HelperJob { seq, app, command, network: false, token, id, urgency, body }, now);
+            }
             delivery::Output::Call { ticket, app, owner, version, call, urgency } => {
                 if urgency == Some(Urgency::High) {
                     self.judge_from_now(&app, now);
@@ -199,6 +209,7 @@ impl Core {
             delivery::Output::Held { app, urgency, why: delivery::Why::Budget, .. } => {
                 self.lifecycle.note(&app, "hold", Minimum::hold_for_budget(urgency), now);
             }
+            delivery::Output::Held { why: delivery::Why::Helper, .. } => {}
             delivery::Output::Held { app, urgency, by_policy, why: delivery::Why::Surroundings } => {
                 let own = self.delivery.has_own_minimum(&app).then(|| self.delivery.minimum_for(&app));
                 let reason = self.minimum().hold(urgency, by_policy, own, self.settings.urgency.hold_at_most);

@@ -19,7 +19,7 @@ use crate::{
     model::{Bus, Profile, Snapshot, Stall, TargetId},
     sys::{
         bus::{BusAddress, BusThread, Handed},
-        clock, fetch, http,
+        clock, fetch, helper, http,
         inbox::{self, Inbox, Incoming},
         jobs::Jobs,
         link::Links,
@@ -70,6 +70,8 @@ pub(super) struct Shell {
     transfers: Transfers,
     /// Of their own: an answer must not wait for an attachment.
     requests: Jobs,
+    /// Payload helpers, as many as the core has run at a time.
+    helpers: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -185,6 +187,7 @@ impl Shell {
             downloads: Jobs::new(1),
             transfers,
             requests: Jobs::default(),
+            helpers: Jobs::default(),
             links,
             targets,
             bus,
@@ -311,9 +314,12 @@ impl Shell {
             | Action::PanelChanged(_)
             | Action::EndLease(..)
             | Action::LeaseEnding { .. }
-            | Action::WatchNotifications(..) => {
+            | Action::WatchNotifications(..)
+            | Action::Activate { .. }
+            | Action::Notify(..) => {
                 self.bus.perform(action);
             }
+            Action::Help(job) => self.pending.extend(helper::help(&self.helpers, &self.sender, *job)),
             Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),
             Action::AllowSleep => self.surroundings.allow_sleep(),
             Action::Exit => {}

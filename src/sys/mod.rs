@@ -6,6 +6,7 @@ pub mod clock;
 pub mod credentials;
 pub mod doctor;
 pub mod fetch;
+pub mod helper;
 pub mod http;
 pub mod inbox;
 pub mod jobs;

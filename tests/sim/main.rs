@@ -24,6 +24,7 @@ mod pressure;
 mod reference;
 mod run;
 mod server;
+mod stand_in;
 mod store;
 mod transfers;
 mod world;

@@ -295,6 +295,10 @@ impl Reference {
         self.alive.get(&id).map(|registration| &registration.app)
     }
 
+    pub(crate) fn app_of_message(&self, seq: u64) -> Option<&AppKey> {
+        self.seqs.get(&seq).and_then(|(registration, _)| self.app_of(*registration))
+    }
+
     /// The server has thrown the message away.
     pub(crate) fn dropped_by_server(&mut self, number: MessageNumber, store: &Store) {
         let Some(sent) = self.sent.get_mut(number) else { return };

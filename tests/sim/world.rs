@@ -16,6 +16,7 @@ use nightporter::{
         Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
     },
     model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, SelfSample, TargetId, Zram},
+    notification::{HelperJob, NotifyNews},
     transfer::TransferId,
     view,
 };
@@ -29,6 +30,7 @@ use crate::{
     pressure::Shortage,
     reference::{MessageNumber, Processed, Reference, Rules},
     server::{Autopush, Deed},
+    stand_in::{HelperDeed, StandIns},
     store::Store,
     transfers::{Told, Transfers},
 };
@@ -79,6 +81,10 @@ pub(crate) enum Due {
     Chaos,
     /// The daemon of this life is told of its surroundings.
     Around(u32),
+    /// A payload helper answers.
+    Helped(u32, Box<HelperJob>, HelperDeed),
+    /// Something becomes of a notification.
+    Notified(u32, u32, AppKey, Arc<str>, u64, NotifyNews),
     /// The kernel says that tasks wait for memory.
     Stall(u32),
     /// The machine sleeps, if this is the time it was about to.
@@ -175,6 +181,7 @@ pub(crate) struct World {
     pub(crate) phone: Phone,
     pub(crate) shortage: Shortage,
     pub(crate) transfers: Transfers,
+    pub(crate) stand_ins: StandIns,
     /// Apps of registrations deleted with this event.
     pub(crate) deleted: BTreeSet<AppKey>,
     /// Which app is told of its endpoint with which call.
@@ -232,6 +239,7 @@ impl World {
             phone: Phone::default(),
             shortage: Shortage::default(),
             transfers: Transfers::default(),
+            stand_ins: StandIns::default(),
             deleted: BTreeSet::new(),
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -359,6 +367,7 @@ impl World {
             }
         }
         self.reference.check_owed();
+        self.check_notifications();
         self.check_sleep();
         self.check_why();
     }
@@ -411,6 +420,9 @@ impl World {
             Action::Transfer(order) => self.transfer_order(order),
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
+            Action::Help(job) => self.help(*job),
+            Action::Notify(app, order) => self.notify(&app, order),
+            Action::Activate { app, owner, .. } => self.activate(&app, owner),
             Action::PanelChanged(_) | Action::LeaseEnding { .. } | Action::WatchNotifications(..) => {}
             Action::EndLease(_, lease) => {
                 let held = self.leases.remove(&(self.life, lease));
@@ -435,6 +447,9 @@ impl World {
                 }
                 if let StoreOp::DeleteRegistration(id) = &op {
                     self.deleted.extend(self.reference.app_of(*id).cloned());
+                }
+                if let StoreOp::EndMessage(seq, nightporter::model::Ending::GivenUp) = &op {
+                    self.stand_ins.given_up.extend(self.reference.app_of_message(seq.0).cloned());
                 }
                 self.reference.ordered(&op, self.at, rules, &self.store);
                 if let StoreOp::EndMessage(_, ending) = &op {
@@ -564,6 +579,7 @@ impl World {
         }
         let snapshot = self.store.snapshot();
         self.reference.begin(self.life, &self.store);
+        self.stand_ins = StandIns::default();
         let life = self.life;
         self.note(|| format!("daemon starts, life {life}"));
         let core = Core::new(self.settings.clone(), self.rng.seed(), snapshot, both(self.at));
@@ -642,6 +658,10 @@ impl World {
             Due::Continue(n) => self.go_on(n),
             Due::Register(app, n, registration) => self.app_registers(app, n, registration),
             Due::Declare(n) => self.app_declares(n),
+            Due::Helped(life, job, deed) => self.helper_answers(life, &job, deed),
+            Due::Notified(life, bus, app, tag, number, news) => {
+                self.notification_news((life, bus), app, tag, number, news);
+            }
             Due::Prepared(n, noticed) => self.prepared(n, noticed),
             Due::Attempt(life, id, number, stopped) => self.attempt_ends(life, id, number, stopped),
             Due::Told(n, told) => self.transfer_told(n, told),

@@ -198,6 +198,7 @@ impl Delivery {
 
     /// An app that is away is asked for when something is worth waking it.
     fn ask_or_hold(&mut self, key: &AppKey, now: Now) {
+        self.ask_helper(key, now);
         let Some(app) = self.apps.get_mut(key) else { return };
         match app.reach {
             Reach::Away => {}

@@ -49,6 +49,22 @@ pub(super) struct Entry {
     pub(super) unsafe_count: u32,
     /// Tries that failed.
     pub(super) attempts: u32,
+    /// Whether its app's payload helper has had it, where the app has one.
+    pub(super) help: Help,
+}
+
+/// What an app's payload helper has to do with a message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Help {
+    /// Nothing yet.
+    #[default]
+    Untried,
+    /// It has it.
+    Asked,
+    /// The user knows of the message.
+    Spoken,
+    /// The message is for the app itself.
+    Declined,
 }
 
 /// Where a message's bytes are.
@@ -96,6 +112,7 @@ impl Queue {
             persisted: true,
             unsafe_count: 0,
             attempts: 0,
+            help: Help::Untried,
         });
     }
 

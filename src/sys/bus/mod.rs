@@ -10,6 +10,7 @@
 //! - `transfers`: what apps have downloaded and uploaded for them, and the files that go to them.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `notified`: who notifies the user, while that is wanted.
+//! - `notifications`, `desktop`: notifying the user in an app's stead, and by what name users know an app.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -17,9 +18,11 @@ mod calls;
 mod checks;
 mod clients;
 mod deliver;
+mod desktop;
 mod interfaces;
 mod leases;
 mod manager;
+mod notifications;
 mod notified;
 mod panel;
 mod polkit;
@@ -139,7 +142,7 @@ impl BusThread {
     }
 
     /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`, `PanelChanged`,
-    /// `EndLease`, `LeaseEnding`, `WatchNotifications`. Never blocks.
+    /// `EndLease`, `LeaseEnding`, `WatchNotifications`, `Activate`, `Notify`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -347,6 +350,8 @@ impl Routes {
                 | Action::Call { app: AppKey { bus, .. }, .. }
                 | Action::CallClient { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
+                | Action::Activate { app: AppKey { bus, .. }, .. }
+                | Action::Notify(AppKey { bus, .. }, _)
                 | Action::PanelChanged(bus)
                 | Action::EndLease(bus, _)
                 | Action::LeaseEnding { bus, .. },

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     event::{Claim, Command, Query, Request, STATE_MAX},
     model::{ConnectorVersion, LeaseId, LeaseKind},
+    notification::NotifyWhen,
     transfer::{TransferId, TransferRequest},
 };
 
@@ -190,7 +191,7 @@ fn properties(own: &[&str], member: &str, body: &Body) -> Result<Answer, Fault> 
 fn distributor1(member: &str, body: &Body) -> Result<Call, Fault> {
     if member == "Register" {
         let (service, token, description) = arguments::<(&str, &str, &str)>(body)?;
-        return register(service, token, description, None, ConnectorVersion::V1, None);
+        return register(service, token, description, None, ConnectorVersion::V1, (None, None));
     }
     unregister(arguments::<&str>(body)?, ConnectorVersion::V1)
 }
@@ -207,7 +208,8 @@ fn distributor2(member: &str, body: &Body) -> Result<Call, Fault> {
         let (service, token) = (needed("service")?, needed("token")?);
         let description = text("description")?.unwrap_or_default();
         let upstream = text("org.nightporter.upstream")?;
-        return register(service, token, description, text("vapid")?, ConnectorVersion::V2, upstream);
+        let wishes = (upstream, text("org.nightporter.notify")?);
+        return register(service, token, description, text("vapid")?, ConnectorVersion::V2, wishes);
     }
     unregister(needed("token")?, ConnectorVersion::V2)
 }
@@ -218,7 +220,7 @@ fn register(
     description: &str,
     vapid: Option<&str>,
     version: ConnectorVersion,
-    upstream: Option<&str>,
+    (upstream, notify): (Option<&str>, Option<&str>),
 ) -> Result<Call, Fault> {
     check_service(service)?;
     check_token(token)?;
@@ -231,6 +233,14 @@ fn register(
     if let Some(name) = upstream {
         check_upstream(name)?;
     }
+    let notify = match notify.map(|word| (NotifyWhen::parse(word), word)) {
+        None => None,
+        Some((Some(when), _)) => Some(when),
+        Some((None, word)) => {
+            let known = "never, unstartable or always";
+            return Err(invalid(format!("\"org.nightporter.notify\" is {known}, not \"{}\"", start_of(word))));
+        }
+    };
     let service: Arc<str> = service.into();
     Ok(Call::Ask {
         about: About::Service(Arc::clone(&service)),
@@ -245,6 +255,7 @@ fn register(
             vapid: vapid.map(Into::into),
             version,
             upstream: upstream.map(Into::into),
+            notify,
         },
     })
 }

@@ -23,6 +23,7 @@ use super::{
     interfaces::NAMES,
     leases::{self, Ends},
     manager::Manager,
+    notifications::Notifications,
     panel::{self, KDE_NAME},
     polkit::Authority,
     process::{self, Purpose},
@@ -220,7 +221,9 @@ pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
         Order::Act(Action::CallClient { app, call: ClientCall::WillSuspend { ticket, .. }, .. }) => {
             BusEvent::Prepared(app, ticket)
         }
-        Order::Act(Action::Start(app)) => BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into())),
+        Order::Act(Action::Start(app) | Action::Activate { app, owner: None, .. }) => {
+            BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))
+        }
         Order::Unit(order) => {
             if let Some(refusal) = order.refusal() {
                 tell(refusal);
@@ -261,6 +264,7 @@ struct Session<'a> {
     clients: Clients,
     manager: Manager,
     leases: Ends,
+    notifications: Notifications,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     startable: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
@@ -314,6 +318,7 @@ impl<'a> Session<'a> {
             clients: Clients::default(),
             manager: Manager::default(),
             leases: Ends::default(),
+            notifications: Notifications::default(),
             starts: HashMap::new(),
             _signs,
             startable: HashMap::new(),
@@ -424,6 +429,10 @@ impl<'a> Session<'a> {
     }
 
     async fn say_last_words(&mut self) {
+        if let Ok(runtime) = SharedRuntime::current() {
+            // Nobody could be asked about them any more.
+            let _ = runtime.timeout(LAST_WORDS, self.notifications.close()).await;
+        }
         let out = self.wire.drain();
         let sent = self.connection.send_all(&out);
         let sent = match SharedRuntime::current() {
@@ -475,7 +484,15 @@ impl<'a> Session<'a> {
                 self.deliveries.call(&mut self.wire, ticket, app, owner, version, call);
             }
             Action::CallClient { app, owner, call } => self.clients.call(&mut self.wire, app, owner, call),
-            Action::Start(app) => self.start(app),
+            Action::Start(app) => self.start(app, None),
+            Action::Activate { app, owner: None, token } => self.start(app, Some(token)),
+            Action::Activate { app, owner: Some(owner), token } => {
+                start::present(&mut self.wire, &app, &owner.0, token.as_deref());
+            }
+            Action::Notify(app, order) => {
+                let Lasting { way, inbox, .. } = &*self.lasting;
+                self.notifications.order(app, order, &self.connection, way, inbox);
+            }
             Action::PanelChanged(_) => self.panel.changed = true,
             Action::EndLease(_, lease) => self.leases.close(lease),
             Action::LeaseEnding { .. } => {
@@ -487,7 +504,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn start(&mut self, app: AppKey) {
+    /// With `shown` because the user wants to see it, by the activation token if there is one.
+    fn start(&mut self, app: AppKey, shown: Option<Option<Arc<str>>>) {
         self.starts.retain(|_, task| !task.is_finished());
         if self.starts.contains_key(&app) {
             return;
@@ -495,7 +513,10 @@ impl<'a> Session<'a> {
         let (connection, inbox, starting) = (self.connection.clone(), self.lasting.inbox.clone(), app.clone());
         let way = self.lasting.way.clone();
         let task = zruntime::spawn(async move {
-            let outcome = start::start(connection, way, starting.clone()).await;
+            let outcome = match shown {
+                None => start::start(connection, way, starting.clone()).await,
+                Some(token) => start::start_shown(connection, way, starting.clone(), token).await,
+            };
             let _ = inbox.send(Incoming::Event(Event::Bus(BusEvent::Started(starting, outcome))));
         });
         self.starts.insert(app, task);
