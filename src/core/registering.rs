@@ -365,6 +365,7 @@ impl Core {
         self.delete_registration(id, upstreams);
         self.routes.forget(id);
         self.forget_if_unused(&registration.app, now);
+        self.count_beats(now);
     }
 
     /// Removes a registration that never was durable.
@@ -407,7 +408,7 @@ impl Core {
         }
         self.leases.vanished(app, now.boot);
         self.lifecycle.remove_app(app, now);
-        self.ledger.remove(app);
+        self.forget_books(app);
         self.pressure.forget(app);
         self.states.forget(app);
         self.forget_shown(app);

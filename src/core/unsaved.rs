@@ -114,7 +114,12 @@ impl Core {
     fn writes_registrations_of(&self, index: usize) -> bool {
         let under_way = self.stores.values().filter_map(|waiting| match waiting {
             Stored::Registration(id) => Some(id),
-            Stored::Message(_) | Stored::Deletion(_) | Stored::Value(..) | Stored::Row(_) | Stored::State => None,
+            Stored::Message(_)
+            | Stored::Deletion(_)
+            | Stored::Value(..)
+            | Stored::Row(_)
+            | Stored::State
+            | Stored::History => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }
