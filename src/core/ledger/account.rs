@@ -462,7 +462,7 @@ mod tests {
         let row = account.sampled(&a, &used(1250, 25), true).unwrap();
         assert_eq!(row.at, at(10).wall);
         let History::Wake { cpu, faults, took, from, .. } = row.what else { panic!() };
-        assert_eq!((cpu, faults, took, &*from), (Some(150), Some(11), 30, "frozen"));
+        assert_eq!((cpu, faults, took, &*from), (Some(250), Some(15), 30, "frozen"));
         // Killed, and started for a message: all it has used was for that.
         assert_eq!(account.gone(&a), None);
         account.reached(&a, reached("tombstone", 900), at(20));
@@ -480,14 +480,14 @@ mod tests {
         let stats: Vec<_> = shown.wakes.iter().map(|s| (&*s.from, s.count, s.max_ms, s.cpu_ms, s.faults)).collect();
         let expected = [
             ("running", 1, 2, 0, 0),
-            ("frozen", 3, 40, 150, 11),
+            ("frozen", 3, 40, 250, 15),
             ("reclaimed", 1, 90, 0, 0),
             ("tombstone", 1, 900, 400, 70),
         ];
         assert_eq!(stats, expected);
         let mut row = crate::core::ledger::Ledger::default().row(&a, "gone");
         account.fill(&a, &mut row, at(50).boot);
-        assert_eq!((row.wakes, row.wake_cpu_ms, row.wake_faults), (3, 550, 81));
+        assert_eq!((row.wakes, row.wake_cpu_ms, row.wake_faults), (3, 650, 85));
         // Another user sees none of it.
         let other = account.view(|bus| bus == Bus::Session(1001), |_| true, at(50));
         assert!(other.wakes.iter().all(|stats| stats.count == 0));
