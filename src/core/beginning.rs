@@ -16,7 +16,7 @@ use super::{
     delivery::Delivery,
     demotion::Demotion,
     leases::Leases,
-    ledger::Ledger,
+    ledger::{Account, Journal, Ledger, Shadows},
     lifecycle::Lifecycle,
     panel,
     pressure::Pressure,
@@ -78,6 +78,11 @@ impl Core {
                 now,
             ),
             ledger: Ledger::new(&snapshot.apps),
+            account: Account::new(now),
+            journal: Journal::new(now.boot),
+            shadows: Shadows::default(),
+            readers: BTreeMap::new(),
+            totals_asked: false,
             apps: BTreeMap::new(),
             buses: Vec::new(),
             commands: Commands::default(),
@@ -148,6 +153,7 @@ impl Core {
             }
         }
         self.restore_shown(remembered, now);
+        self.restore_parts(remembered);
         for (registration, id) in seen {
             self.delivery.restore_seen(*registration, id);
         }

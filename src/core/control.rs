@@ -106,6 +106,7 @@ impl Core {
         }
         self.forget_preferences(bus);
         self.messages.remove(&bus);
+        self.forget_books_of(bus);
         self.reply(call, Reply::Done);
     }
 

@@ -27,6 +27,7 @@ mod queries;
 mod recent;
 mod registering;
 mod registry;
+mod reporting;
 mod routes;
 mod shortage;
 mod sleep;
@@ -56,13 +57,13 @@ use self::{
     demotion::Demotion,
     foreground::Windows,
     leases::{Leases, Wish},
-    ledger::{Ledger, Phase},
-    lifecycle::{Lifecycle, SampleKind},
+    ledger::{Account, Journal, Ledger, Shadows},
+    lifecycle::Lifecycle,
     pressure::Pressure,
-    queries::ReportRun,
     recent::Recent,
     registering::Farewell,
     registry::Registry,
+    reporting::{Reader, ReportRun},
     routes::Routes,
     sleep::Sleep,
     stand_in::StandIn,
@@ -78,7 +79,7 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, NoticeTicket, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, MessageSeq, Owner, RegistrationId, Sample, Surroundings, TargetId},
+    model::{AppKey, Bus, MessageSeq, Owner, RegistrationId, Surroundings, TargetId},
     time::{Instant, Now, earliest},
     transfer::TransferId,
     view::Messages,
@@ -105,6 +106,12 @@ pub struct Core {
     leases: Leases,
     transfers: Transfers,
     ledger: Ledger,
+    account: Account,
+    journal: Journal,
+    shadows: Shadows,
+    readers: BTreeMap<StoreTicket, Reader>,
+    /// The daemon measures itself for the history's totals.
+    totals_asked: bool,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
     commands: Commands,
@@ -188,6 +195,8 @@ enum Stored {
     /// An app's state, on its way in or out.
     State,
     Transfer(TransferId),
+    /// The history, on its way out.
+    History,
 }
 
 impl Core {
@@ -221,7 +230,7 @@ impl Core {
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
-            Event::History(..) => {}
+            Event::History(ticket, rows) => self.history_loaded(ticket, rows, now),
             Event::State(ticket, state) => self.state_loaded(ticket, state),
             Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
             Event::Identified { app, owner, process } => {
@@ -237,10 +246,7 @@ impl Core {
             Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
             Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
             Event::Sampled(target, sample) => self.handle_sampled(target, sample, now),
-            Event::SampledSelf { daemon, zram } => {
-                self.ledger.daemon(daemon, zram);
-                self.report_daemon_sampled(now);
-            }
+            Event::SampledSelf { daemon, zram } => self.daemon_sampled(daemon, zram, now),
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
                 self.transfers.network_returned(now);
@@ -253,7 +259,10 @@ impl Core {
                     upstream.session.handle_network(now);
                 }
             }
-            Event::Pressure(reading) => self.pressed(&reading, now),
+            Event::Pressure(reading) => {
+                self.ledger.machine(&reading, now.boot);
+                self.pressed(&reading, now);
+            }
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
@@ -262,6 +271,7 @@ impl Core {
                     self.sleep.shutdown();
                     self.transfers.shutdown(now);
                     self.lifecycle.shutdown(now);
+                    self.close_books(now);
                 }
             }
         }
@@ -356,7 +366,7 @@ impl Core {
             self.answers_until = None;
         }
         if due(self.ending) {
-            self.exit();
+            self.exit(now);
         }
     }
 
@@ -368,6 +378,7 @@ impl Core {
                 }
                 let watched = self.apps.keys().filter(|app| app.bus == bus).cloned().map(Action::Watch);
                 self.actions.extend(watched);
+                self.rate_all_on(bus, now);
             }
             BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
             BusEvent::Call { call, caller, request } => match request {
@@ -421,6 +432,7 @@ impl Core {
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
         self.transfers.bus_down(bus, now);
+        self.rate_all_on(bus, now);
     }
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
@@ -506,6 +518,7 @@ impl Core {
             Some(Stored::Row(number)) => self.row_stored(number, result.is_ok(), now),
             Some(Stored::Transfer(id)) => self.transfer_saved(id, result.is_ok(), now),
             Some(Stored::State) => self.state_saved(ticket, result),
+            Some(Stored::History) => self.history_loaded(ticket, result.map(|()| Vec::new()), now),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }
@@ -523,15 +536,7 @@ impl Core {
 
     fn handle_outcome(&mut self, target: TargetId, outcome: &Outcome, now: Now) {
         if let Some(app) = self.lifecycle.app_of(target).cloned() {
-            match outcome {
-                Outcome::PagedOut { freed, zram, .. } => self.ledger.paged_out(&app, *freed, *zram),
-                Outcome::Thawed { .. } => self.ledger.thawed(&app),
-                Outcome::Frozen { .. }
-                | Outcome::FreezeFailed(_)
-                | Outcome::ThawFailed(_)
-                | Outcome::PageOutFailed(_)
-                | Outcome::KillFailed(_) => {}
-            }
+            self.account_for(&app, outcome, now);
         }
         self.lifecycle.outcome(target, outcome, now);
         if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. }) && self.pressure.is_worth_a_look(now.boot)
@@ -546,49 +551,13 @@ impl Core {
         self.lifecycle.target_gone(target, now);
         self.report_target_done(target, now);
         if let Some(app) = app {
-            self.ledger.gone(&app);
+            self.account_for_end(&app, now);
             // A wake that waited for the old instance to end can go on now.
             if self.apps.get(&app).is_some_and(|presence| presence.owner.is_none()) {
                 self.delivery.vanished(&app, now);
                 self.transfers.moved(&app, false, now);
             }
         }
-    }
-
-    fn handle_sampled(&mut self, target: TargetId, sample: Result<Sample, Arc<str>>, now: Now) {
-        let memory = sample.map(|sample| sample.memory);
-        let purpose = self.samples.get_mut(&target).and_then(VecDeque::pop_front);
-        if self.samples.get(&target).is_some_and(VecDeque::is_empty) {
-            self.samples.remove(&target);
-        }
-        let Some(app) = self.lifecycle.app_of(target).cloned() else { return };
-        let phase = match purpose {
-            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, memory.clone(), now).map(|kind| match kind {
-                SampleKind::Resident => Phase::Resident,
-                SampleKind::Frozen => Phase::Frozen,
-                SampleKind::PagedOut => Phase::PagedOut,
-            }),
-            Some(Purpose::Report) => Some(Phase::Now),
-            None => None,
-        };
-        match (phase, memory) {
-            (Some(phase), Ok(memory)) => {
-                self.ledger.sampled(&app, phase, memory, now);
-                if phase == Phase::Resident {
-                    self.put_record(&app);
-                }
-            }
-            (Some(Phase::Now), Err(_)) => self.ledger.unmeasured(&app),
-            (_, _) => {}
-        }
-        if purpose == Some(Purpose::Report) {
-            self.report_target_done(target, now);
-        }
-    }
-
-    fn sample(&mut self, target: TargetId, purpose: Purpose) {
-        self.samples.entry(target).or_default().push_back(purpose);
-        self.actions.push_back(Action::Sample(target));
     }
 
     fn store(&mut self, op: StoreOp, waiting: Option<Stored>) {
@@ -608,13 +577,6 @@ impl Core {
         ticket
     }
 
-    fn put_record(&mut self, app: &AppKey) {
-        let (resident, measured) = self.ledger.record(app).unzip();
-        let declares = self.apps.get(app).is_some_and(|presence| presence.declares);
-        let record = AppRecord { app: app.clone(), declares, resident, measured, conditions: None };
-        self.store(StoreOp::PutApp(record), None);
-    }
-
     fn upstream_of(&self, registration: RegistrationId) -> Option<usize> {
         let name = match self.registry.get(registration) {
             Some(registration) => &registration.upstream,
@@ -627,8 +589,9 @@ impl Core {
         self.actions.push_back(Action::Reply(call, reply));
     }
 
-    fn exit(&mut self) {
+    fn exit(&mut self, now: Now) {
         if !std::mem::replace(&mut self.exited, true) {
+            self.close_books(now);
             (self.ending, self.answers_until) = (None, None);
             self.actions.push_back(Action::Exit);
         }

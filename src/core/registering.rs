@@ -373,6 +373,7 @@ impl Core {
         self.routes.forget(id);
         self.wish_notify(id, None);
         self.forget_if_unused(&registration.app, now);
+        self.count_beats(now);
     }
 
     /// Removes a registration that never was durable.
@@ -417,7 +418,7 @@ impl Core {
         }
         self.leases.vanished(app, now.boot);
         self.lifecycle.remove_app(app, now);
-        self.ledger.remove(app);
+        self.forget_books(app);
         self.pressure.forget(app);
         self.states.forget(app);
         self.transfers.forget(app, now);

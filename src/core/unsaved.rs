@@ -119,7 +119,8 @@ impl Core {
             | Stored::Value(..)
             | Stored::Row(_)
             | Stored::State
-            | Stored::Transfer(_) => None,
+            | Stored::Transfer(_)
+            | Stored::History => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }

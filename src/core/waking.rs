@@ -230,7 +230,8 @@ pub(super) enum Watched {
     Failed,
 }
 
-fn name_of(app: &AppKey) -> String {
+/// An app's name in what is kept by app beside what upstreams remember.
+pub(super) fn name_of(app: &AppKey) -> String {
     format!("{}/{}", app.bus.to_number(), app.service)
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{
-    Core, Purpose, Stored,
+    Core, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
     lifecycle,
     upstream::{self, IncomingBody, IncomingMessage},
@@ -51,12 +51,13 @@ impl Core {
                 }
             }
         }
+        self.keep_books(now);
         self.mind_sleep(now);
         self.release_held();
         self.say_farewells(now);
         let answered = self.answers_until.is_none() || self.delivery.is_quiet();
         if self.ending.is_some() && answered && self.lifecycle.is_quiet() {
-            self.exit();
+            self.exit(now);
         }
     }
 
@@ -76,6 +77,7 @@ impl Core {
             upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
             upstream::Output::Registered { registration, channel, endpoint } => {
                 self.registered(index, registration, channel, endpoint, now);
+                self.count_beats(now);
             }
             upstream::Output::RegisterFailed { registration, reason, text } => {
                 self.register_failed(index, registration, reason, text, now);
@@ -92,6 +94,7 @@ impl Core {
             upstream::Output::RememberBehind { key, value } => self.remember_behind(index, key, value.into()),
             upstream::Output::StateChanged(state) => {
                 self.panels_changed(index);
+                self.count_beats(now);
                 match state {
                     LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
                     LinkState::Connecting => log::debug!("upstream {name}: connecting"),
@@ -109,6 +112,7 @@ impl Core {
     pub(super) fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
         let latest = now.wall + self.settings.limits.max_age;
         let registration = message.registration;
+        let from = self.registry.get(registration).and_then(|registration| self.lifecycle.outward(&registration.app));
         let by_policy = message.urgency.is_none();
         let urgency = message.urgency.unwrap_or_else(|| self.counts_as(registration));
         let arrival = Arrival {
@@ -123,11 +127,15 @@ impl Core {
             topic: message.topic,
             urgency,
             by_policy,
+            from: from.map_or("gone", |outward| outward.state.as_str()),
         };
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => {
                 self.count(registration).received += 1;
                 self.message_waits(registration, urgency, now);
+                if let Some(registration) = self.registry.get(registration) {
+                    self.journal.received(registration.app.bus);
+                }
                 if by_policy {
                     self.note_policy(registration, urgency, now);
                 }
@@ -204,6 +212,7 @@ impl Core {
                     self.former_routes_fade(id, now);
                 }
             }
+            delivery::Output::Reached { app, from, took, urgency } => self.reached(&app, from, took, urgency, now),
             delivery::Output::Delivered(app, urgency) => self.delivered(&app, urgency, now),
             delivery::Output::Pending(app, pending) => self.pending(&app, pending, now),
             delivery::Output::Held { app, urgency, why: delivery::Why::Budget, .. } => {
@@ -253,7 +262,7 @@ impl Core {
                 self.report_target_done(target, now);
                 self.actions.push_back(Action::Forget(target));
             }
-            lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
+            lifecycle::Output::Sample(target, kind) => self.sample_for_lifecycle(target, kind, now),
             lifecycle::Output::Runnable(app) => {
                 if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
                     self.ready(&app, owner, now);

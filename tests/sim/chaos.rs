@@ -183,9 +183,11 @@ impl World {
             870..880 => self.shutdown(),
             880..900 => self.trim_ntfy(),
             900..945 => {
-                let query = match self.rng.below(3) {
+                let query = match self.rng.below(5) {
                     0 => Query::Apps,
                     1 => Query::Status,
+                    2 => Query::History { hours: 1 },
+                    3 => Query::WhatIf { hours: 1 },
                     _ => Query::Report,
                 };
                 self.call(tool(), Request::Query(query), What::Json);

@@ -10,8 +10,8 @@ use nightporter::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
     model::{
-        AppKey, AppRecord, Bus, FormerRoute, Message, MessageSeq, Preference, Registration, RegistrationId, Snapshot,
-        StoredMessage,
+        AppKey, AppRecord, Bus, FormerRoute, History, HistoryRow, Message, MessageSeq, Preference, Registration,
+        RegistrationId, Snapshot, StoredMessage,
     },
     transfer::{Transfer, TransferId},
 };
@@ -34,6 +34,7 @@ pub(crate) struct Store {
     states: BTreeMap<AppKey, Arc<[u8]>>,
     pub(crate) transfers: BTreeMap<TransferId, Transfer>,
     next_transfer: u64,
+    history: Vec<HistoryRow>,
     next_registration: u64,
     next_message: u64,
     next_ended: u64,
@@ -88,6 +89,7 @@ impl Store {
             if let StoreOp::LoadBody(seq) = op {
                 events.push(Event::Body(seq, self.body(seq)));
             }
+            let since = if let StoreOp::LoadHistory(since) = &op { Some(*since) } else { None };
             let loaded = if let StoreOp::LoadState(app) = &op { Some(app.clone()) } else { None };
             let stored = !self.full || (gives_space && helping && rng.chance(7000));
             if stored {
@@ -98,6 +100,10 @@ impl Store {
             }
             if let (Some(app), Some(ticket)) = (loaded, ticket) {
                 events.push(Event::State(ticket, Ok(self.states.get(&app).cloned().unwrap_or_default())));
+            } else if let (Some(since), Some(ticket)) = (since, ticket) {
+                let rows = self.history.iter().filter(|row| row.at >= since).cloned().collect();
+                let failed = self.full && rng.chance(3000);
+                events.push(Event::History(ticket, if failed { Err(StoreError::Full) } else { Ok(rows) }));
             } else if let Some(ticket) = ticket {
                 events.push(Event::Stored(ticket, if stored { Ok(()) } else { Err(StoreError::Full) }));
             }
@@ -193,7 +199,11 @@ impl Store {
                     self.prune(registration);
                 }
             }
-            StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::PutHistory(rows) => {
+                self.history.extend(rows.iter().cloned());
+                self.history.sort_by_key(|row| row.at);
+            }
             StoreOp::PutState(app, state) if state.is_empty() => {
                 self.states.remove(app);
             }
@@ -230,6 +240,12 @@ impl Store {
             }
             StoreOp::DeleteApp(app) => {
                 self.transfers.retain(|_, transfer| transfer.app != *app);
+                self.history.retain(|row| match &row.what {
+                    History::Total { .. } => true,
+                    History::App { app: of, .. } | History::Wake { app: of, .. } | History::Would { app: of, .. } => {
+                        of != app
+                    }
+                });
                 self.apps.remove(app);
                 self.states.remove(app);
             }

@@ -25,6 +25,7 @@ use crate::{
     bus::{AppState, Instance},
     clock::{Agenda, At, MS, Rng, SEC, START, now as both},
     kernel::{KernelOp, Target},
+    ledger::Written,
     ntfy::Ntfy,
     phone::Phone,
     pressure::Shortage,
@@ -182,6 +183,7 @@ pub(crate) struct World {
     pub(crate) shortage: Shortage,
     pub(crate) transfers: Transfers,
     pub(crate) stand_ins: StandIns,
+    pub(crate) ledger: Written,
     /// Apps of registrations deleted with this event.
     pub(crate) deleted: BTreeSet<AppKey>,
     /// Which app is told of its endpoint with which call.
@@ -240,6 +242,7 @@ impl World {
             shortage: Shortage::default(),
             transfers: Transfers::default(),
             stand_ins: StandIns::default(),
+            ledger: Written::default(),
             deleted: BTreeSet::new(),
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -438,7 +441,9 @@ impl World {
                             self.transfers_may_go(&app);
                         }
                     }
+                    StoreOp::PutHistory(rows) => self.check_rows(rows),
                     StoreOp::DeleteApp(app) => {
+                        self.ledger.forget(app);
                         self.state_may_go(app);
                         self.transfers_may_go(app);
                         self.listens_no_more(app);
@@ -492,7 +497,7 @@ impl World {
                 let memory = nightporter::model::Memory { pss: 3000, uss: 2000, swap: 0 };
                 let event = Event::SampledSelf {
                     daemon: SelfSample { memory, ..SelfSample::default() },
-                    zram: Zram { used: 1000, stored: 3000 },
+                    zram: Zram { used: crate::ledger::ZRAM, stored: 3 * crate::ledger::ZRAM },
                 };
                 let at = self.soon(MS, 50 * MS);
                 self.agenda.add(at, Due::Core(self.life, event));
@@ -570,6 +575,7 @@ impl World {
         }
         self.life += 1;
         self.count("daemon starts");
+        self.ledger = Written::default();
         self.thaw_record();
         for (n, instance) in &self.instances {
             assert!(!instance.frozen, "instance {n} is frozen and in no record");
@@ -1001,6 +1007,7 @@ impl World {
     }
 
     fn check_json(&mut self, text: &str) {
+        self.check_books(text);
         if let Ok(apps) = serde_json::from_str::<Vec<view::App>>(text) {
             for app in apps {
                 if app.held > 0 {

@@ -72,6 +72,7 @@ impl Delivery {
             id: arrival.id,
             body,
             received: now.wall,
+            arrived: Some((now.boot, arrival.from)),
             expires: arrival.expires,
             urgency: arrival.urgency,
             by_policy: arrival.by_policy,

@@ -135,6 +135,14 @@ impl Delivery {
                 let urgency = match flight.cargo {
                     Cargo::Message(seq) => {
                         let urgency = lane.queue.entry(seq).map(|entry| entry.urgency);
+                        if let Some((since, from)) = lane.queue.entry(seq).and_then(|entry| entry.arrived) {
+                            self.outputs.push_back(Output::Reached {
+                                app: key.clone(),
+                                from,
+                                took: now.boot.since(since),
+                                urgency: urgency.unwrap_or_default(),
+                            });
+                        }
                         self.end(seq, Ending::Accepted);
                         urgency
                     }

@@ -192,6 +192,7 @@ impl Delivery {
     /// The app is asked for, or runs: nothing is held any more.
     pub(super) fn release(&mut self, key: &AppKey, running: bool, now: Now) {
         let Some(Held { highest, count, why }) = self.apps.get_mut(key).and_then(|app| app.held.take()) else { return };
+        self.count_from_now(key, now.boot);
         let Some(app) = self.apps.get(key) else { return };
         let gate = self.gate(key);
         let too_long = |entry: &Entry| !gate.wakes(entry) && entry.held_until <= now.boot;
@@ -209,6 +210,17 @@ impl Delivery {
             Release::Company
         };
         self.outputs.push_back(Output::Released { app: key.clone(), count, why });
+    }
+
+    /// Held is not late: what has waited was not on its way.
+    fn count_from_now(&mut self, key: &AppKey, now: Instant) {
+        let lanes = self.apps.get(key).map(|app| app.lanes.clone()).unwrap_or_default();
+        for id in lanes {
+            let entries = self.lanes.get_mut(&id).into_iter().flat_map(|lane| lane.queue.iter_mut());
+            for (since, _) in entries.filter_map(|entry| entry.arrived.as_mut()) {
+                *since = now;
+            }
+        }
     }
 
     /// When the first of the held messages will have been held for too long.

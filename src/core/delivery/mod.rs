@@ -114,6 +114,8 @@ pub struct Arrival {
     pub urgency: Urgency,
     /// The urgency is what the app's messages count as, because the upstream's protocol says none.
     pub by_policy: bool,
+    /// What its app is doing, for [`Output::Reached`].
+    pub from: &'static str,
 }
 
 /// The bytes of a message to hand in.
@@ -190,6 +192,17 @@ pub enum Output {
     EndpointTold(RegistrationId, Arc<str>),
     /// The app took something: a message of this urgency, or an endpoint.
     Delivered(AppKey, Option<Urgency>),
+    /// The app took a message that came in this life.
+    Reached {
+        /// Whose.
+        app: AppKey,
+        /// [`Arrival::from`].
+        from: &'static str,
+        /// Since it came, or since it was let go of where it was held.
+        took: Duration,
+        /// Of the message.
+        urgency: Urgency,
+    },
     /// Whether a delivery to the app is under way or asked for, which vetoes freezing and killing it.
     Pending(AppKey, bool),
     /// A message is held, the first since there were none: for the app's `why`.

@@ -33,6 +33,8 @@ pub(super) struct Entry {
     pub(super) body: Body,
     /// When it arrived here.
     pub(super) received: UnixTime,
+    /// Since when its app may have it, and what that was doing when it came; none: it came in an earlier life.
+    pub(super) arrived: Option<(Instant, &'static str)>,
     /// When it is of no use any more.
     pub(super) expires: UnixTime,
     /// RFC 8030 §5.3.
@@ -104,6 +106,7 @@ impl Queue {
             id: stored.id,
             body: Body::Stored,
             received: stored.received,
+            arrived: None,
             expires: stored.expires,
             urgency: stored.urgency,
             by_policy: false,

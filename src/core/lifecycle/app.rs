@@ -10,7 +10,7 @@ use self::{
     instance::{Claimed, Instance, Looked, claimed, finish_all},
 };
 use super::{
-    AppView, Held, Output, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
+    AppView, Held, Output, Outward, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
     decisions::{Decision, Decisions},
     policy::{self, Baseline, Hold, Inspection, Notice, Paged, Process, Retry, Squeeze},
 };
@@ -118,6 +118,25 @@ impl App {
             Hold::Thawing { .. } => instance.thaw_fails > THAW_SOON.len(),
             Hold::Freezing { .. } | Hold::Frozen { .. } => false,
         })
+    }
+
+    pub(super) fn outward(&self) -> Outward {
+        let would_be = self.instance.as_ref().and_then(|instance| match instance.hold {
+            Hold::WouldBeFrozen { paged: Paged::Done, .. } => Some(State::Reclaimed),
+            Hold::WouldBeFrozen { .. } => Some(State::Frozen),
+            Hold::WouldBeKilled => Some(State::Tombstone),
+            Hold::Running
+            | Hold::Freezing { .. }
+            | Hold::Frozen { .. }
+            | Hold::Thawing { .. }
+            | Hold::Killing { .. } => None,
+        });
+        Outward { state: self.shown.0, would_be, left: self.left.clone() }
+    }
+
+    /// Since when nobody looks at it, if that is known.
+    pub(super) fn unseen(&self) -> Option<Instant> {
+        self.instance.as_ref()?.unseen()
     }
 
     pub(super) fn view(&self, now: Now) -> AppView {
@@ -475,7 +494,7 @@ impl App {
         let instance = self.instance.as_mut()?;
         let (kind, _) = instance.sampling.take()?;
         if kind == SampleKind::Resident {
-            instance.baseline = Baseline::Done;
+            (instance.baseline, instance.measured) = (Baseline::Done, Some(env.now.boot));
         }
         match memory {
             Ok(memory) if kind != SampleKind::PagedOut => {

@@ -48,6 +48,8 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
             "Show",
             "Why",
             "Report",
+            "History",
+            "WhatIf",
             "Log",
             "Endpoints",
             "Freeze",
@@ -200,6 +202,14 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="json" type="s" direction="out"/>
   </method>
   <method name="Report"><arg name="json" type="s" direction="out"/></method>
+  <method name="History">
+    <arg name="hours" type="u" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
+  <method name="WhatIf">
+    <arg name="hours" type="u" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
   <method name="Log">
     <arg name="after" type="t" direction="in"/>
     <arg name="json" type="s" direction="out"/>

@@ -350,6 +350,8 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
         "Log" => (Request::Query(Query::Log { after: arguments::<u64>(body)? }), Wording::Text),
+        "History" => (Request::Query(Query::History { hours: arguments::<u32>(body)? }), Wording::Text),
+        "WhatIf" => (Request::Query(Query::WhatIf { hours: arguments::<u32>(body)? }), Wording::Text),
         "Leases" => {
             let service = arguments::<&str>(body)?;
             if !service.is_empty() {
@@ -525,6 +527,12 @@ mod tests {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()));
             assert_eq!((request, wording), (Request::Query(query), Wording::Text));
             assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &"x").unwrap_err().name, INVALID_ARGS);
+        }
+        for (member, query) in [("History", Query::History { hours: 24 }), ("WhatIf", Query::WhatIf { hours: 24 })] {
+            let (request, wording, about) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &24_u32));
+            assert_eq!((request, wording, about), (Request::Query(query), Wording::Text, About::Nobody));
+            assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()).unwrap_err().name, INVALID_ARGS);
+            assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &-24_i32).unwrap_err().name, INVALID_ARGS);
         }
         for (member, command) in [("Freeze", Command::Freeze), ("Thaw", Command::Thaw), ("Kill", Command::Kill)] {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &"org.a.B"));

@@ -61,6 +61,8 @@ pub(super) struct Instance {
     pub(super) wanted: bool,
     pub(super) by_hand: Option<Arc<str>>,
     pub(super) baseline: Baseline,
+    /// When its baseline was measured.
+    pub(super) measured: Option<Instant>,
     pub(super) sampling: Option<(SampleKind, Instant)>,
     pub(super) uss: Option<u64>,
     /// Since when it was frozen as its page-out was asked for, until that has an outcome.
@@ -119,6 +121,7 @@ impl Instance {
             wanted: false,
             by_hand: None,
             baseline: Baseline::NotAsked,
+            measured: None,
             sampling: None,
             uss: None,
             paging: None,
