@@ -353,7 +353,7 @@ impl Porter {
         let mut own = false;
         while samples.len() < count || !own {
             match self.next(|event| matches!(event, Event::Sampled(..) | Event::SampledSelf { .. }))? {
-                Event::Sampled(_, sample) => samples.push(sample?),
+                Event::Sampled(_, sample) => samples.push(sample.map_err(|reason| reason.to_string())?),
                 _ => own = true,
             }
         }

@@ -1041,10 +1041,10 @@ fn connections_that_leave_the_machine_are_counted() {
         network() { readlink /proc/$1/ns/net; }
         until [ -n "$(network $other)" ] && [ "$(network $other)" != "$(network $$)" ]; do sleep 0.01; done
         ip link set lo up
-        ip link add a type veth peer name b netns $other
-        ip address add 10.99.0.1/30 dev a; ip link set a up
+        ip link add name near type veth peer name far netns $other
+        ip address add 10.99.0.1/30 dev near; ip link set near up
         there="nsenter --target $other --net"
-        $there ip address add 10.99.0.2/30 dev b; $there ip link set b up
+        $there ip address add 10.99.0.2/30 dev far; $there ip link set far up
         $there env NP_HELPER=accept "$SELF" --exact helper_process --nocapture --test-threads=1 &
         NP_HELPER=connect "$SELF" --exact helper_process --nocapture --test-threads=1 &
         wait
