@@ -46,6 +46,7 @@ fn user(bus: Bus, uid: u32) -> Caller {
         pid: 99,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }

@@ -31,6 +31,9 @@ use nightporter::{
 };
 use rusqlite::Connection;
 
+#[path = "store/history.rs"]
+mod history;
+
 /// Set for the children that tests start: the directory to work in.
 const CHILD: &str = "NIGHTPORTER_STORE_TEST_DIR";
 
@@ -188,7 +191,7 @@ fn everything_comes_back_after_a_restart() {
         declares: true,
         resident: Some(Memory { pss: 9000, uss: 8000, swap: 7 }),
         measured: Some(UnixTime::from_secs(5)),
-        conditions: None,
+        conditions: Some("11 other apps ran".into()),
     };
     let plain = AppRecord {
         app: AppKey::new(Bus::Session(0), "org.a"),
@@ -522,6 +525,10 @@ fn a_newer_database_is_left_alone() {
     assert_eq!(fs::read(database(dir.path())).unwrap(), before);
 }
 
+/// Undoes what the format with history adds.
+const WITHOUT_HISTORY: &str = "DROP TABLE history_totals; DROP TABLE history_apps; DROP TABLE history_wakes;
+    DROP TABLE history_woulds; ALTER TABLE apps DROP COLUMN conditions;";
+
 #[test]
 fn a_database_of_format_1_is_brought_up_to_date() {
     let dir = temp();
@@ -530,6 +537,7 @@ fn a_database_of_format_1_is_brought_up_to_date() {
     f.apply(put(1, 1));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
+    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE former_routes; DROP TABLE preferences; DROP TABLE states; PRAGMA user_version = 1")
         .unwrap();
     without_format_4(&db);
@@ -549,6 +557,7 @@ fn a_database_of_format_2_is_brought_up_to_date() {
     f.apply(StoreOp::PutFormer(former(1, "old", None)));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
+    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE states; PRAGMA user_version = 2").unwrap();
     without_format_4(&db);
     drop(db);
