@@ -12,6 +12,8 @@ mod beginning;
 mod control;
 pub mod delivery;
 mod demotion;
+#[cfg(test)]
+mod fixtures;
 pub mod foreground;
 mod helping;
 pub mod leases;

@@ -248,8 +248,9 @@ mod tests {
     use super::*;
     use crate::{
         config::{AppSettings, Settings},
+        core::fixtures::{NOW, kept, registration},
         event::{BusEvent, CallOutcome, DeliveryTicket, Event, LinkEvent, LinkId},
-        model::{ConnectorVersion, Registration, RegistrationId, Snapshot},
+        model::Snapshot,
         time::UnixTime,
     };
 
@@ -272,28 +273,13 @@ mod tests {
             Self::with(apps, Vec::new(), Settings::default())
         }
 
-        fn with(apps: u64, kept: Vec<(Arc<str>, Arc<str>, Arc<str>)>, settings: Settings) -> Self {
+        fn with(apps: u64, remembered: Vec<(Arc<str>, Arc<str>, Arc<str>)>, settings: Settings) -> Self {
             let upstream = Arc::clone(&settings.upstreams[0].name);
-            let registration = |n| Registration {
-                id: RegistrationId(n),
-                app: app(n),
-                token: "token".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: Arc::clone(&upstream),
-                channel: format!("channel{n}").into(),
-                endpoint: format!("https://push.example/{n}").into(),
-                told: true,
-            };
             let snapshot = Snapshot {
-                registrations: (1..=apps).map(registration).collect(),
-                upstreams: [vec![(Arc::clone(&upstream), "uaid".into(), "u1".into())], kept].concat(),
-                next_registration: apps + 1,
-                next_message: 1,
-                ..Snapshot::default()
+                upstreams: [vec![(Arc::clone(&upstream), "uaid".into(), "u1".into())], remembered].concat(),
+                ..kept((1..=apps).map(|n| registration(n, app(n), Arc::clone(&upstream))))
             };
-            let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(20_000 * 86_400) };
+            let now = Now { wall: UnixTime::from_secs(20_000 * 86_400), ..NOW };
             let core = Core::new(settings, [7; 32], snapshot, now);
             let mut world = Self { core, now, link: LinkId(0), pushed: 0 };
             world.tell(Event::Bus(BusEvent::Up(BUS)));

@@ -1,6 +1,9 @@
 //! A machine with several users: a system bus with a stand-in for logind, a real session bus for each user under that
 //! user's uid with the rules every distribution ships, and the system's daemon.
 
+#[path = "../support/patience.rs"]
+mod patience;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
@@ -19,7 +22,6 @@ use std::{
         mpsc,
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
 use futures_core::Stream;
@@ -34,19 +36,8 @@ use crate::{
     services::Daemon as SystemBus,
 };
 
-/// Far more than anything takes on a slow machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-
-pub(crate) fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited {} s for {what}", PATIENCE.as_secs());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
+use self::patience::PATIENCE;
+pub(crate) use self::patience::wait;
 
 /// Everything; it ends with this.
 pub(crate) struct Machine {
