@@ -46,8 +46,8 @@ pub(super) fn report(report: &Report, history: Result<&History, &str>, hours: u3
     if report.profile == Profile::Observe {
         note(
             &mut text,
-            "Under profile observe nothing is frozen or ended, so nothing is saved. `nightporter report --what-if` says \
-             what would be.",
+            "Under profile observe nothing is frozen or ended, so nothing is saved, and only our own cost is counted. \
+             `nightporter report --what-if` says what would be.",
         );
     }
     if let Some(account_) = &report.account {
@@ -115,11 +115,12 @@ fn summary(report: &Report, style: Style) -> String {
     ] {
         table.row([name.into(), mib(size), bar(size)]);
     }
-    let note = match report.profile {
-        Profile::Observe => "nothing; this is our own cost".into(),
-        Profile::Tombstone | Profile::Cached => percent(report.saved, report.resident).unwrap_or_default(),
+    let share = match report.profile {
+        Profile::Observe => None,
+        Profile::Tombstone | Profile::Cached => percent(report.saved, report.resident),
     };
-    table.row(["Saved".into(), mib_signed(saved(report)), note]);
+    let name = share.map_or_else(|| "Saved".into(), |share| format!("Saved ({share})"));
+    table.row([name, mib_signed(saved(report)), String::new()]);
     let mut text = table.body();
     if let Some(source) = report.zram_source.filter(|_| report.zram > 0) {
         text.push('\n');
@@ -185,10 +186,10 @@ fn cost(row: &LedgerRow) -> Option<u64> {
     now(row).map(|now| now.saturating_add(row.zram))
 }
 
-/// `(71 %)`, rounded down.
+/// `71 %`, rounded down.
 fn percent(part: i64, whole: u64) -> Option<String> {
     let percent = i128::from(part).checked_mul(100)?.checked_div(i128::from(whole))?;
-    Some(format!("({percent} %)"))
+    Some(format!("{percent} %"))
 }
 
 /// What an app costs now, what of that is in zram, and what is saved, on one scale for all apps.
@@ -320,7 +321,7 @@ mod tests {
         let mut observed = of(vec![row(102_400, 0, 0)]);
         (observed.profile, observed.now, observed.saved) = (Profile::Observe, 0, 99_328);
         let text = report(&observed, Err("it is older"), 24, Style { bars: true, width: Some(80) });
-        assert!(text.contains("-3.0 MiB  nothing; this is our own cost") && !text.contains("97.0"), "{text}");
+        assert!(text.contains("-3.0 MiB\n") && text.contains("nothing is saved") && !text.contains("97.0"), "{text}");
         assert!(text.contains("--what-if") && text.contains("No history: it is older."), "{text}");
     }
 }
