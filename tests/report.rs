@@ -94,7 +94,7 @@ impl Phone {
 
     fn with(serve: impl FnOnce(Builder<'static>) -> Builder<'static>) -> Self {
         let bus = bus::Daemon::new();
-        let builder = Builder::address(bus.address());
+        let builder = Builder::address(bus.address().as_str());
         let daemon = block_on(serve(builder).name("org.nightporter1").build()).unwrap();
         Self { bus, _daemon: daemon }
     }
@@ -308,9 +308,9 @@ fn what_if_says_what_when_why_and_how_much() {
     for expected in [
         "less on the mean",
         "in 1 d that were observed",
-        "  ended for ",
-        ": frozen for 10 min\n",
-        "  frozen for 1 min: in the background for 10 s\n",
+        "Z ended for ",
+        " less): frozen for 10 min\n",
+        "Z frozen for 1 min: in the background for 10 s\n",
         "Kept awake most of the rest of the time: it has a tray item",
         "earlier ones are left out",
     ] {
@@ -384,6 +384,7 @@ fn what_the_real_daemon_measures_fits_as_well() {
     let world = World::new(Setup { top: "profile = \"tombstone\"\n", lifecycle: FAST, ..Setup::default() });
     world.install(APP, "");
     world.launch(APP);
+    world.wait_ready(APP);
     world.wait_state(APP, "frozen");
     let run = |args: &[&str]| {
         let output = world.cli(&[&["report"], args].concat());

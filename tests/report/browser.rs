@@ -83,12 +83,20 @@ impl Browser {
         let scheme = if dark { "dark" } else { "light" };
         let media = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });
         self.call(Some(page), "Emulation.setEmulatedMedia", media);
-        let navigated = self.call(Some(page), "Page.navigate", json!({ "url": format!("file://{}", file.display()) }));
+        self.go(page, &format!("file://{}", file.display()));
+    }
+
+    /// To an empty page, without a policy.
+    pub(crate) fn leave(&mut self, page: &Page) {
+        self.go(page, "about:blank");
+    }
+
+    fn go(&mut self, page: &Page, url: &str) {
+        let navigated = self.call(Some(page), "Page.navigate", json!({ "url": url }));
         assert!(navigated.get("errorText").is_none(), "{navigated}");
-        self.eval(
-            page,
-            "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))",
-        );
+        let loaded =
+            "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', () => done()))";
+        self.eval(page, loaded);
     }
 
     /// What a script gives back; not the page's own, so that its policy does not hold.
@@ -99,13 +107,10 @@ impl Browser {
         answer["result"]["value"].clone()
     }
 
-    /// The whole page as PNG.
-    pub(crate) fn screenshot(&mut self, page: &Page) -> Vec<u8> {
-        let answer = self.call(
-            Some(page),
-            "Page.captureScreenshot",
-            json!({ "format": "png", "captureBeyondViewport": true, "optimizeForSpeed": false }),
-        );
+    /// The page as PNG, all of it or what fits the screen.
+    pub(crate) fn screenshot(&mut self, page: &Page, whole: bool) -> Vec<u8> {
+        let answer =
+            self.call(Some(page), "Page.captureScreenshot", json!({ "format": "png", "captureBeyondViewport": whole }));
         STANDARD.decode(answer["data"].as_str().unwrap()).unwrap()
     }
 

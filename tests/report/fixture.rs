@@ -172,6 +172,10 @@ pub(crate) fn report(profile: Profile) -> Report {
         saved: None,
         wakes: 0,
         saved_mib_hours: 0.0,
+        zram: 0,
+        zram_source: None,
+        wake_cpu_ms: 0,
+        wake_faults: 0,
         ..rows[0].clone()
     });
     rows.sort_by(|a, b| a.name.cmp(&b.name));

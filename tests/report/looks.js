@@ -4,6 +4,7 @@
   const hidden = e => !e.checkVisibility({ visibilityProperty: true });
   // A table may be wider than the page; it scrolls by itself.
   const scrolls = e => e.closest('.scroll') !== null;
+  const name = row => (row?.querySelector('.name bdi') ?? row?.querySelector('.name'))?.textContent ?? '';
   const texts = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
@@ -17,7 +18,7 @@
   const shapes = [...document.querySelectorAll('svg rect')].filter(e => !hidden(e)).map(e => ({
     ...box(e.getBoundingClientRect()), class: e.getAttribute('class'), fill: getComputedStyle(e).fill,
     section: (e.closest('section') || {}).id || 'head',
-    name: e.closest('.row, .pair, .latency')?.querySelector('.name bdi, .name')?.textContent ?? '',
+    name: name(e.closest('.row, .pair, .latency')),
     svg: box(e.closest('svg').getBoundingClientRect()),
   }));
   const boxes = [...document.querySelectorAll('header, section, .tile, svg, .row, .chart, p, ul')]

@@ -79,9 +79,8 @@ struct Pixels {
 #[test]
 fn the_page_is_good_to_look_at_on_a_phone_and_on_a_desk() {
     let mut browser = Browser::start();
-    let (page, reader) = (browser.page(), browser.page());
+    let page = browser.page();
     let dir = tempfile::tempdir().unwrap();
-    let kept = env::var_os("NIGHTPORTER_TEST_PICTURES").map(PathBuf::from);
     for (name, profile, args) in
         [("tombstone", Profile::Tombstone, &["--html"][..]), ("observe", Profile::Observe, &["--html", "--what-if"])]
     {
@@ -92,19 +91,19 @@ fn the_page_is_good_to_look_at_on_a_phone_and_on_a_desk() {
             browser.open(&page, &file, screen, dark);
             let looks: Looks = serde_json::from_value(browser.eval(&page, include_str!("looks.js"))).unwrap();
             let what = format!("{name}-{}-{}", screen.0, if dark { "dark" } else { "light" });
-            let png = browser.screenshot(&page);
-            if let Some(kept) = &kept {
-                fs::create_dir_all(kept).unwrap();
-                fs::write(kept.join(format!("{what}.png")), &png).unwrap();
-            }
+            let png = browser.screenshot(&page, true);
+            keep(&what, &png);
             assert_eq!((looks.scripts, looks.title.as_str()), (0, "Night Porter: memory"));
             fits(&what, &looks, screen);
             nothing_overlaps(&what, &looks);
             bars_are_true(&what, &looks, &report);
             areas_are_true(&what, &looks, &history);
-            paint_is_there(&what, &mut browser, &reader, &png, &looks, screen);
+            paint_is_there(&what, &mut browser, &page, &png, &looks, screen);
         }
     }
+    // For docs/report.md.
+    browser.open(&page, &dir.path().join("tombstone.html"), (900, 1120), false);
+    keep("sample", &browser.screenshot(&page, false));
     let asked: Vec<&String> = browser.asked.iter().filter(|url| !url.starts_with("file:")).collect();
     assert!(asked.iter().all(|url| *url == "about:blank" || url.starts_with("data:")), "it went for {asked:?}");
 }
@@ -139,13 +138,21 @@ fn two_hundred_apps_with_long_names_fit_a_phone() {
     assert_eq!((bars(&folded), bars(&open)), (24, 213), "the rest is folded away, and there when asked for");
 }
 
+fn keep(name: &str, png: &[u8]) {
+    if let Some(kept) = env::var_os("NIGHTPORTER_TEST_PICTURES").map(PathBuf::from) {
+        fs::create_dir_all(&kept).unwrap();
+        fs::write(kept.join(format!("{name}.png")), png).unwrap();
+    }
+}
+
 /// Nothing is wider than the screen.
 fn fits(what: &str, looks: &Looks, screen: (u32, u32)) {
     assert!(looks.scroll <= looks.client, "{what}: {} wide on a screen of {}", looks.scroll, looks.client);
     assert!((looks.client - f64::from(screen.0)).abs() < 1.0, "{what}: {}", looks.client);
     let right = f64::from(screen.0) + 0.5;
     for placed in &looks.boxes {
-        assert!(placed.area.x >= -0.5 && placed.area.x + placed.area.w <= right, "{what}: {placed:?}");
+        let is_in = placed.area.x >= -0.5 && placed.area.x + placed.area.w <= right;
+        assert!(is_in, "{what}: {} at {:?}", placed.what, placed.area);
     }
     for text in looks.texts.iter().filter(|text| !text.scrolls) {
         assert!(text.size >= 12.0, "{what}: {text:?} is too small for a phone");
@@ -228,12 +235,10 @@ fn areas_are_true(what: &str, looks: &Looks, history: &History) {
         let (is, asked) = (bar.area.h / tallest, counts[index] / most);
         assert!((is - asked).abs() < 0.02, "{what}: {index}: {is} and not {asked}");
     }
-    for (from, name) in
-        [("running", "running"), ("frozen", "frozen"), ("reclaimed", "paged out"), ("tombstone", "ended")]
-    {
+    for from in ["running", "frozen", "reclaimed", "tombstone"] {
         let times: Vec<u32> = history.wakes.iter().filter(|wake| wake.from == from).map(|wake| wake.took_ms).collect();
         assert!(times.len() > 5, "{from}: {}", times.len());
-        let bars: Vec<&Shape> = of("wakes", "latent").into_iter().filter(|s| s.name.starts_with(name)).collect();
+        let bars: Vec<&Shape> = of("wakes", "latent").into_iter().filter(|s| s.name.starts_with(from)).collect();
         // Their slowest is up to 2.1 s, so the axis ends at 10 s.
         let at = |ms: u32| (f64::from(ms).log10() / 4.0) * bars[0].svg.w + bars[0].svg.x;
         let (first, last) = (at(*times.iter().min().unwrap()), at(*times.iter().max().unwrap()));
@@ -242,13 +247,13 @@ fn areas_are_true(what: &str, looks: &Looks, history: &History) {
         });
         assert!(
             left <= first + 0.6 && right >= last - 0.6,
-            "{what}: {name} from {left} to {right}, not {first} to {last}"
+            "{what}: {from} from {left} to {right}, not {first} to {last}"
         );
     }
 }
 
 /// Bars have their color where they should be, and every text stands out from what is behind it.
-fn paint_is_there(what: &str, browser: &mut Browser, reader: &Page, png: &[u8], looks: &Looks, screen: (u32, u32)) {
+fn paint_is_there(what: &str, browser: &mut Browser, page: &Page, png: &[u8], looks: &Looks, screen: (u32, u32)) {
     let shapes: Vec<&Shape> = looks
         .shapes
         .iter()
@@ -268,8 +273,9 @@ fn paint_is_there(what: &str, browser: &mut Browser, reader: &Page, png: &[u8], 
     assert!(shapes.len() > 10 && texts.len() > 60, "{what}: {} shapes, {} texts", shapes.len(), texts.len());
     let areas: Vec<_> = shapes.iter().map(|shape| shape.area).chain(texts.iter().map(|(_, line)| *line)).collect();
     let areas: Vec<_> = areas.iter().map(|a| json!({ "x": a.x, "y": a.y, "w": a.w, "h": a.h })).collect();
+    browser.leave(page);
     let script = format!("({})('{}', {})", include_str!("pixels.js").trim(), STANDARD.encode(png), json!(areas));
-    let pixels: Vec<Pixels> = serde_json::from_value(browser.eval(reader, &script)).unwrap();
+    let pixels: Vec<Pixels> = serde_json::from_value(browser.eval(page, &script)).unwrap();
     assert!(
         (pixels[0].width - f64::from(screen.0)).abs() < 1.0 && (pixels[0].height - looks.height).abs() < 2.0,
         "{what}"

@@ -68,7 +68,8 @@ def metrics(text):
     for family in classic(text):
         for sample in family.samples:
             old[sample.name + "".join(f"|{k}={v}" for k, v in sorted(sample.labels.items()))] = sample.value
-    assert old == found, set(old) ^ set(found)
+    differs = [key for key in set(old) | set(found) if float(old.get(key, "nan")) != float(found.get(key, "nan"))]
+    assert not differs, [(key, old.get(key), found.get(key)) for key in differs]
     return found
 
 

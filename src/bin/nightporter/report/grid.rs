@@ -4,8 +4,8 @@ use crate::render::clean;
 
 /// Between two columns.
 const GAP: usize = 2;
-/// A name is not cut shorter than this.
-const NAME: usize = 10;
+/// Names are cut down to this before a column of figures goes.
+const NAME: usize = 16;
 
 /// A column of a [`Grid`].
 #[derive(Debug)]
@@ -43,8 +43,15 @@ impl Grid {
         Self(columns)
     }
 
-    pub(super) fn push(&mut self, column: Column) {
-        self.0.push(column);
+    /// Puts other cells into the column of this worth, if it is still there.
+    pub(super) fn fill(&mut self, worth: u8, cells: impl Iterator<Item = String>) {
+        if let Some(column) = self.0.iter_mut().find(|column| column.worth == worth) {
+            column.cells = cells.collect();
+        }
+    }
+
+    pub(super) fn has(&self, worth: u8) -> bool {
+        self.0.iter().any(|column| column.worth == worth)
     }
 
     /// How wide it is.
@@ -52,9 +59,10 @@ impl Grid {
         self.0.iter().map(Column::width).sum::<usize>() + GAP * self.0.len().saturating_sub(1)
     }
 
-    /// Leaves columns out, then cuts names, until it is at most `width` wide.
+    /// Leaves columns out and cuts names until it is at most `width` wide.
     pub(super) fn fit(&mut self, width: usize) {
-        while self.width() > width && self.0.len() > 2 {
+        let spare = self.0.first().map_or(0, |names| names.width().saturating_sub(NAME));
+        while self.width() > width.saturating_add(spare) && self.0.len() > 2 {
             let Some(least) = (1..self.0.len()).min_by_key(|index| self.0[*index].worth) else { break };
             self.0.remove(least);
         }
@@ -62,7 +70,7 @@ impl Grid {
         if let Some(names) = self.0.first_mut()
             && over > 0
         {
-            let most = names.width().saturating_sub(over).max(NAME);
+            let most = names.width().saturating_sub(over).max(NAME / 2);
             names.cells.iter_mut().for_each(|name| *name = ended(name, most));
         }
     }
@@ -97,10 +105,11 @@ pub(super) fn ended(name: &str, most: usize) -> String {
     }
 }
 
-/// The text in lines of at most `width`, all but the first indented.
+/// The text in lines of at most `width`, all but the first indented; the first is as it begins.
 pub(super) fn wrapped(text: &str, width: Option<usize>, indent: usize) -> String {
     let width = width.unwrap_or(usize::MAX);
-    let (mut out, mut column) = (String::new(), 0);
+    let begin = text.len() - text.trim_start_matches(' ').len();
+    let (mut out, mut column) = (" ".repeat(begin), 0);
     for word in text.split_whitespace() {
         let length = word.chars().count();
         if column > 0 && column + 1 + length > width {
@@ -110,6 +119,9 @@ pub(super) fn wrapped(text: &str, width: Option<usize>, indent: usize) -> String
         } else if column > 0 {
             out.push(' ');
             column += 1;
+        }
+        if column == 0 {
+            column = begin;
         }
         out.push_str(word);
         column += length;
@@ -138,17 +150,16 @@ mod tests {
             grid.text()
         };
         assert_eq!(text(80), "APP                STATE       NOW\norg.gnome.Fractal  frozen  1.0 MiB\n");
-        assert_eq!(text(33), "APP                    NOW\norg.gnome.Fractal  1.0 MiB\n");
-        assert_eq!(
-            text(20),
-            "APP              NOW\n…e.Fractal   1.0 MiB\n".replace("   1.0", "  1.0").replace("APP  ", "APP ")
-        );
-        assert!(text(1).contains("…e.Fractal"), "names are not cut to nothing");
+        assert_eq!(text(33), "APP               STATE       NOW\n…g.gnome.Fractal  frozen  1.0 MiB\n");
+        assert_eq!(text(28), "APP                    NOW\norg.gnome.Fractal  1.0 MiB\n");
+        assert_eq!(text(20), "APP              NOW\n…me.Fractal  1.0 MiB\n");
+        assert!(text(1).contains("…Fractal"), "names are not cut to nothing");
     }
 
     #[test]
     fn text_is_broken_between_words() {
         assert_eq!(wrapped("one two three", Some(8), 2), "one two\n  three\n");
         assert_eq!(wrapped("one two", None, 2), "one two\n");
+        assert_eq!(wrapped("  one two", Some(8), 4), "  one\n    two\n");
     }
 }

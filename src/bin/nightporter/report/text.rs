@@ -16,9 +16,12 @@ use super::{
 };
 use crate::render::{Style, Table, clean, mib, mib_signed, profile};
 
-/// Cells of a bar, of the sparkline beside it, and of the bars of the summary.
+/// Cells of a bar, of the sparkline beside it, and of the bars of the summary below.
 const BAR: std::ops::RangeInclusive<usize> = 10..=24;
 const SPARK: usize = 16;
+/// What the columns with bars and with sparklines are worth.
+const BARS: u8 = 8;
+const LINES: u8 = 3;
 const SUMMARY: u64 = 30;
 
 /// `nightporter report`; `history` is the last `hours`, or why there is none.
@@ -64,38 +67,39 @@ fn apps(report: &Report, history: Option<&History>, hours: u32, style: Style) ->
     let rows = &report.apps;
     let cell = |kib: Option<u64>| kib.map_or_else(|| "–".into(), mib);
     let column = |head, worth, pick: &dyn Fn(&LedgerRow) -> String| Column::new(head, worth, rows.iter().map(pick));
-    let mut grid = Grid::new(vec![
-        column("APP", 9, &|row| row.name.clone()),
-        column("STATE", 4, &|row| row.state.clone()),
-        column("RESIDENT", 5, &|row| cell(resident(row))).right(),
+    let mut columns = vec![
+        column("APP", 10, &|row| row.name.clone()),
+        column("STATE", 5, &|row| row.state.clone()),
+        column("RESIDENT", 6, &|row| cell(resident(row))).right(),
         column("FROZEN", 1, &|row| cell(row.frozen.map(|memory| memory.pss))).right(),
         column("PAGED OUT", 2, &|row| cell(row.paged_out.map(|memory| memory.pss))).right(),
         column("NOW", 7, &|row| cell(now(row))).right(),
-        column("ZRAM", 3, &|row| if row.zram == 0 { "–".into() } else { mib(row.zram) }).right(),
-        column("SAVED", 8, &|row| app_saved(report, row).map_or_else(|| "–".into(), mib_signed)).right(),
-    ]);
-    let Some(width) = style.width else { return grid.text() };
-    let gap = 2;
-    let reserved = if style.bars { BAR.start() + gap } else { 0 };
-    grid.fit(width.saturating_sub(reserved));
-    let left = width.saturating_sub(grid.width() + gap);
-    if !style.bars || left < *BAR.start() {
-        grid.fit(width);
-        return grid.text();
-    }
+        column("ZRAM", 4, &|row| if row.zram == 0 { "–".into() } else { mib(row.zram) }).right(),
+        column("SAVED", 9, &|row| app_saved(report, row).map_or_else(|| "–".into(), mib_signed)).right(),
+    ];
     let drawn = history.and_then(|history| Window::of(history).map(|window| (history, window)));
-    let drawn = drawn.filter(|_| left >= BAR.start() + gap + SPARK);
-    let room = if drawn.is_some() { left - gap - SPARK } else { left };
-    let bar_width = room.min(*BAR.end());
-    let whole = rows.iter().map(|row| resident(row).unwrap_or(0).max(cost(row).unwrap_or(0))).max().unwrap_or(0);
-    grid.push(Column::new("", 6, rows.iter().map(|row| bar(report, row, whole, bar_width))));
+    let Some(width) = style.width else { return Grid::new(columns).text() };
+    if style.bars {
+        columns.push(column("", BARS, &|_| " ".repeat(*BAR.start())));
+        if drawn.is_some() {
+            columns.push(Column::new(format!("LAST {hours} H"), LINES, rows.iter().map(|_| " ".repeat(SPARK))));
+        }
+    }
+    let mut grid = Grid::new(columns);
+    grid.fit(width);
     if let Some((history, window)) = drawn {
-        let lines = rows.iter().map(|row| {
+        let line = |row: &LedgerRow| {
             let found = history.apps.iter().find(|app| app.name == row.name);
             found.map(|app| sparkline(app, window, resident(row))).unwrap_or_default()
-        });
-        grid.push(Column::new(format!("LAST {hours} H"), 0, lines));
+        };
+        grid.fill(LINES, rows.iter().map(line));
     }
+    if !grid.has(BARS) {
+        return grid.text();
+    }
+    let room = (BAR.start() + width.saturating_sub(grid.width())).min(*BAR.end());
+    let whole = rows.iter().map(|row| resident(row).unwrap_or(0).max(cost(row).unwrap_or(0))).max().unwrap_or(0);
+    grid.fill(BARS, rows.iter().map(|row| bar(report, row, whole, room)));
     let saved = if report.profile == Profile::Observe { "" } else { "  ░ saved" };
     format!("{}\n█ now  ▒ in zram{saved}\n", grid.text())
 }
@@ -124,14 +128,14 @@ fn summary(report: &Report, style: Style) -> String {
     let mut text = table.body();
     if let Some(source) = report.zram_source.filter(|_| report.zram > 0) {
         text.push('\n');
-        text.push_str(&wrapped(&format!("zram's share is {}.", told(source)), style.width, 0));
+        text.push_str(&wrapped(units::source(source), style.width, 0));
     }
     text
 }
 
 fn account(account: &Account, in_force: Profile, style: Style) -> String {
     const NAME: usize = 18;
-    let since = format!("Since {} ({})", clean(&account.since), units::hours(account.hours));
+    let since = format!("Since {} ({})", clean(&account.since), units::hours(account.hours).replace('\u{a0}', " "));
     let mut text = wrapped(&since, style.width, 0);
     let mut row = |name: &str, value: String| {
         let value = wrapped(&value.replace('\u{a0}', " "), style.width.map(|width| width.saturating_sub(NAME)), 0);
@@ -170,15 +174,6 @@ fn account(account: &Account, in_force: Profile, style: Style) -> String {
         let _ = write!(text, "\n{}", grid.text());
     }
     text
-}
-
-fn told(source: nightporter::model::ZramSource) -> &'static str {
-    match source {
-        nightporter::model::ZramSource::Measured => "measured: by how much it grew with each page-out",
-        nightporter::model::ZramSource::Ratio => {
-            "estimated for some apps, by how well zram compresses all it holds: other things went in meanwhile"
-        }
-    }
 }
 
 /// What an app costs now in all.
@@ -311,7 +306,7 @@ mod tests {
                 let widest = text.lines().map(|line| line.chars().count()).max().unwrap();
                 assert!(widest <= width, "{widest} in {width}:\n{text}");
                 assert!(text.contains("SAVED") && text.contains("Messenger"), "{text}");
-                assert_eq!(text.contains('░'), bars, "{width}:\n{text}");
+                assert_eq!(text.contains('░'), bars && width >= 40, "{width}:\n{text}");
             }
         }
     }

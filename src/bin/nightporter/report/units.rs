@@ -54,7 +54,7 @@ pub(super) fn millis(ms: u64) -> String {
 pub(super) fn hours(hours: f64) -> String {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates, and NaN is zero")]
     let secs = (hours * 3600.0).round() as u64;
-    crate::render::duration(secs)
+    crate::render::duration(secs).replace(' ', "\u{a0}")
 }
 
 /// `22 Nov 2026, 11:36 UTC` of the daemon's `2026-11-22T11:36:09Z`; anything else as it is.
@@ -84,11 +84,13 @@ pub(super) fn clock(secs: u64) -> String {
     format!("{:02}:{:02}", secs % 86_400 / 3600, secs % 3600 / 60)
 }
 
-/// How zram's share is known, in words.
+/// How zram's share is known, as a sentence.
 pub(super) const fn source(source: ZramSource) -> &'static str {
     match source {
-        ZramSource::Measured => "measured",
-        ZramSource::Ratio => "by how well zram compresses on the whole",
+        ZramSource::Measured => "zram's share is measured: by how much it grew with each page-out.",
+        ZramSource::Ratio => {
+            "zram's share is estimated for some apps, by how well zram compresses all it holds: other things went in meanwhile."
+        }
     }
 }
 
@@ -130,7 +132,8 @@ mod tests {
             [mib_hours(-2.0), mib_hours(f64::NAN)].map(|text| text.replace('\u{a0}', " ")),
             ["\u{2212}2.0 MiB·h", "– MiB·h"]
         );
-        assert_eq!([hours(53.0), hours(-1.0), hours(f64::NAN)], ["2 d 5 h", "0 s", "0 s"]);
+        let told = [hours(53.0), hours(-1.0), hours(f64::NAN)].map(|text| text.replace('\u{a0}', " "));
+        assert_eq!(told, ["2 d 5 h", "0 s", "0 s"]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(super) fn text(what_if: &WhatIf, style: Style) -> String {
             "What the profile tombstone would have done from {} to {}, in {} that were observed",
             clean(&what_if.since),
             clean(&what_if.until),
-            super::units::hours(what_if.hours)
+            plain(&super::units::hours(what_if.hours))
         ),
         style.width,
         0,
@@ -110,14 +110,9 @@ pub(super) fn done(state: &str) -> &str {
 }
 
 fn line(span: &WhatIfSpan) -> String {
-    let saved = if span.saved == 0 { String::new() } else { format!(", {} less", size(span.saved)) };
-    format!(
-        "{}  {} for {}{saved}: {}",
-        clean(&span.from),
-        clean(done(&span.state)),
-        duration(span.secs),
-        clean(&span.reason)
-    )
+    let saved = if span.saved == 0 { String::new() } else { format!(" ({} less)", size(span.saved)) };
+    let (from, done, long) = (clean(&span.from), clean(done(&span.state)), duration(span.secs));
+    format!("{from} {done} for {long}{saved}: {}", clean(&span.reason))
 }
 
 fn plain(text: &str) -> String {

@@ -46,7 +46,8 @@ pub(super) fn page(report: &Report, history: Result<&History, &str>, what_if: Op
             });
             section(page, "apps", "Apps: resident against now", "wide", |page| apps::section(page, report));
             let wakes = wakes::Source::of(drawn.ok().map(|(history, _)| history), report.account.as_ref());
-            let times = wakes.as_ref().map(wakes::Source::since).unwrap_or(&past);
+            let times =
+                if wakes.as_ref().is_some_and(|wakes| !wakes.single) { "since the daemon started" } else { &past };
             section(page, "wakes", &format!("From message to app, {times}"), "", |page| match &wakes {
                 Some(wakes) => wakes::section(page, wakes),
                 None => page.leaf("p", &[("class", &"none")], "No message has reached an app yet."),
@@ -111,15 +112,14 @@ fn sum(page: &mut Markup, report: &Report) {
     let after = report.now.saturating_add(report.zram).saturating_add(own);
     let whole = float(report.resident.max(after)).max(1.0);
     let spared = if report.profile == Profile::Observe { 0 } else { report.resident.saturating_sub(after) };
-    let parts = [
-        ("now", "Apps now", report.now),
-        ("zram", "zram", report.zram),
-        ("daemon", "Night Porter", own),
-        ("saved", "Saved", spared),
-    ];
+    let mut parts =
+        vec![("now", "Apps now", report.now), ("zram", "zram", report.zram), ("daemon", "Night Porter", own)];
+    if spared > 0 {
+        parts.push(("saved", "Saved", spared));
+    }
     picture(page, "What apps cost now, and what is saved", &["sum"], |page| {
         let mut x = 0.0;
-        for (class, name, kib) in parts {
+        for &(class, name, kib) in &parts {
             let width = float(kib) / whole;
             rectangle(page, class, (x, width), (0.0, 1.0), &format!("{name}: {}", size(kib)));
             x += width;
@@ -127,11 +127,7 @@ fn sum(page: &mut Markup, report: &Report) {
     });
     let texts: Vec<(&str, String)> =
         parts.iter().map(|(class, name, kib)| (*class, format!("{name} {}", size(*kib)))).collect();
-    let entries: Vec<(&str, &str)> = texts
-        .iter()
-        .filter(|(class, _)| *class != "saved" || spared > 0)
-        .map(|(class, text)| (*class, text.as_str()))
-        .collect();
+    let entries: Vec<(&str, &str)> = texts.iter().map(|(class, text)| (*class, text.as_str())).collect();
     legend(page, &entries);
 }
 
@@ -163,9 +159,7 @@ fn tiles(page: &mut Markup, report: &Report, account: &Account) {
         let slowest = account.wakes.iter().filter(|wakes| wakes.count > 0).max_by_key(|wakes| wakes.p50_ms);
         let note = slowest.map_or_else(
             || "none yet".into(),
-            |wakes| {
-                format!("median {} to an app that was {}", millis(u64::from(wakes.p50_ms)), wakes::state(&wakes.from))
-            },
+            |wakes| format!("{}: median {}", wakes.from, millis(u64::from(wakes.p50_ms))),
         );
         tile(page, "Messages delivered", count(messages), note);
         let cpu = format!("{} of processor time in {long}", millis(account.daemon_cpu_ms));
@@ -189,7 +183,7 @@ fn foot(page: &mut Markup, report: &Report) {
              uses. Resident is what an app took in the background and idle, before it was first frozen. Times are UTC.",
         );
         if let Some(source) = report.zram_source {
-            page.leaf("p", &[], format_args!("zram's share is known {}.", units::source(source)));
+            page.leaf("p", &[], units::source(source));
         }
         if report.profile != Profile::Observe {
             let formula = format!(

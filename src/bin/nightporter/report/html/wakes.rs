@@ -18,7 +18,8 @@ const FINE: u8 = 6;
 #[derive(Debug)]
 pub(super) struct Source {
     rows: Vec<Row>,
-    single: bool,
+    /// Whether each is known, from the history.
+    pub(super) single: bool,
 }
 
 #[derive(Debug)]
@@ -57,11 +58,6 @@ impl Source {
         };
         rows.sort_by_key(|row| (depth(&row.state), row.state.clone()));
         (!rows.is_empty()).then_some(Self { rows, single })
-    }
-
-    /// Of what time it is, for the heading.
-    pub(super) const fn since(&self) -> &'static str {
-        if self.single { "one by one" } else { "since the daemon started" }
     }
 }
 
@@ -136,11 +132,11 @@ pub(super) fn connections(page: &mut Markup, account: &Account) {
     );
 }
 
-/// What people call a state, of an app a message is for.
-pub(super) fn state(state: &str) -> &str {
+/// A state, and what it means where its name does not say.
+fn state(state: &str) -> &str {
     match state {
-        "reclaimed" => "paged out",
-        "tombstone" => "ended",
+        "reclaimed" => "reclaimed (paged out)",
+        "tombstone" => "tombstone (ended)",
         other => other,
     }
 }
