@@ -192,8 +192,8 @@ fn openmetrics_is_read_by_prometheus_own_parsers_both_old_and_new() {
     is("nightporter_report_timestamp_seconds", 1_795_347_360.0);
     is("nightporter_app_resident_bytes|app=im.dino.Dino", 84.0 * 1024.0 * 1024.0);
     is("nightporter_app_wake_cpu_seconds_total|app=im.dino.Dino", 2.46);
-    is("nightporter_delivery_latency_seconds|from=tombstone|quantile=0.95", 1.704);
-    is("nightporter_delivery_latency_seconds_count|from=frozen", 143.0);
+    is("nightporter_delivery_latency_seconds|from=tombstone|percentile=95", 1.704);
+    is("nightporter_deliveries_total|from=frozen", 143.0);
     is("nightporter_connections_replaced", 12.0);
     assert!(found.get("nightporter_app_saved_bytes|app=org.example.JustInstalled").is_none(), "it has no baseline");
     // Another user's app of the same name is not another series.

@@ -154,7 +154,11 @@ pub(crate) fn report(profile: Profile) -> Report {
             zram: last.zram,
             zram_source: (last.zram > 0).then_some(ZramSource::Measured),
             saved: last.saved,
-            saved_mib_hours: f64::from(u32::try_from(mib).unwrap()) * 38.5,
+            saved_mib_hours: if profile == Profile::Observe {
+                0.0
+            } else {
+                f64::from(u32::try_from(mib).unwrap()) * 38.5
+            },
             wakes: messages,
             wake_cpu_ms: messages * 41,
             wake_faults: messages * 130,

@@ -17,8 +17,7 @@ pub(super) fn text(report: &Report) -> String {
     totals(&mut text, report);
     apps(&mut text, report);
     account(&mut text, report);
-    text.0.push_str("# EOF\n");
-    text.0
+    text.text + "# EOF\n"
 }
 
 fn totals(text: &mut Text, report: &Report) {
@@ -110,15 +109,17 @@ fn account(text: &mut Text, report: &Report) {
         .sample(&[], account.heartbeats_replaced);
     text.family("daemon_cpu_seconds", "counter", "seconds", "Processor time of the daemon.")
         .sample(&[], seconds(account.daemon_cpu_ms));
-    let name = "delivery_latency_seconds";
-    let help =
-        "From a message's arrival to its app's acceptance, by the state the app was in; quantile 1 is the slowest.";
-    let family = text.family(name, "summary", "seconds", help);
+    let family = text.family("deliveries", "counter", "", "Messages that reached apps, by the state those were in.");
     for wakes in &account.wakes {
-        for (quantile, ms) in [("0.5", wakes.p50_ms), ("0.95", wakes.p95_ms), ("1", wakes.max_ms)] {
-            family.sample(&[("from", &wakes.from), ("quantile", quantile)], seconds(u64::from(ms)));
+        family.sample(&[("from", &wakes.from)], wakes.count);
+    }
+    // No summary: node_exporter would make up a sum for it.
+    let help = "From a message's arrival to its app's acceptance; percentile 100 is the slowest.";
+    let family = text.family("delivery_latency", "gauge", "seconds", help);
+    for wakes in &account.wakes {
+        for (percentile, ms) in [("50", wakes.p50_ms), ("95", wakes.p95_ms), ("100", wakes.max_ms)] {
+            family.sample(&[("from", &wakes.from), ("percentile", percentile)], seconds(u64::from(ms)));
         }
-        family.named("_count", &[("from", &wakes.from)], wakes.count);
     }
     let family =
         text.family("delivery_cpu_seconds", "counter", "seconds", "Processor time apps used for these messages.");
@@ -133,29 +134,29 @@ fn account(text: &mut Text, report: &Report) {
 
 /// The exposition so far; samples belong to the family begun last.
 #[derive(Debug, Default)]
-struct Text(String, String, &'static str);
+struct Text {
+    text: String,
+    name: String,
+    suffix: &'static str,
+}
 
 impl Text {
     fn family(&mut self, name: &str, kind: &'static str, unit: &str, help: &str) -> &mut Self {
         let ends_in_unit = unit.is_empty() || name.ends_with(unit);
         let name = if ends_in_unit { format!("nightporter_{name}") } else { format!("nightporter_{name}_{unit}") };
-        let _ = writeln!(self.0, "# TYPE {name} {kind}");
+        let _ = writeln!(self.text, "# TYPE {name} {kind}");
         if !unit.is_empty() {
-            let _ = writeln!(self.0, "# UNIT {name} {unit}");
+            let _ = writeln!(self.text, "# UNIT {name} {unit}");
         }
-        let _ = writeln!(self.0, "# HELP {name} {}", escaped(help));
-        (self.1, self.2) = (name, if kind == "counter" { "_total" } else { "" });
+        let _ = writeln!(self.text, "# HELP {name} {}", escaped(help));
+        (self.name, self.suffix) = (name, if kind == "counter" { "_total" } else { "" });
         self
     }
 
     fn sample(&mut self, labels: &[(&str, &str)], value: impl ToString) {
-        self.named(self.2, labels, value);
-    }
-
-    fn named(&mut self, suffix: &str, labels: &[(&str, &str)], value: impl ToString) {
         let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escaped(value))).collect();
         let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-        let _ = writeln!(self.0, "{}{suffix}{labels} {}", self.1, value.to_string());
+        let _ = writeln!(self.text, "{}{}{labels} {}", self.name, self.suffix, value.to_string());
     }
 }
 

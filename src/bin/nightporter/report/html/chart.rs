@@ -50,8 +50,8 @@ pub(super) fn axis(page: &mut Markup, marks: &[Mark]) {
     page.element("div", &[("class", &"below"), ("aria-hidden", &"true")], |page| {
         for (at, text) in marks {
             let class = match at {
-                at if *at < 0.08 => "first",
-                at if *at > 0.92 => "last",
+                at if *at < 0.03 => "first",
+                at if *at > 0.94 => "last",
                 _ => "mark",
             };
             page.leaf("span", &[("class", &class), ("style", &format_args!("left:{}%", number(at * 100.0)))], text);

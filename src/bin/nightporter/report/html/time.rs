@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Parts of the window that are drawn as one each.
-const PARTS: usize = 240;
+const PARTS: usize = 144;
 /// Parts a pointer is told about, and bars of messages.
 const BARS: usize = 48;
 
