@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 /// One push connection for all apps, tombstones for the apps nobody looks at, and a ledger of the memory saved.
@@ -104,8 +104,12 @@ pub(crate) enum Command {
     /// The text is not encrypted. Apps that decrypt what they get (RFC 8291) will ignore it; that the daemon woke them
     /// can be seen with `nightporter why APP`.
     Push(Push),
-    /// Measure now what the apps cost, and what is saved
-    Report(Output),
+    /// Measure now what the apps cost and what is saved, and show what was saved over time
+    ///
+    /// Text by default; --json, --csv, --html and --openmetrics are for other readers (docs/report.md describes each). Memory is
+    /// proportional (PSS), so that the sum over all programs is what the machine uses. Under the profile `observe`, where
+    /// nothing is touched, nothing is counted as saved; --what-if says what would be.
+    Report(Report),
     /// Say what this machine offers and lacks, what the daemon does instead, and what mends it
     ///
     /// Looks at the kernel, cgroups, memory, systemd, the buses, the daemon and its configuration, the push servers (where
@@ -144,6 +148,35 @@ pub(crate) struct Output {
     /// Print JSON instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(group = ArgGroup::new("format"), group = ArgGroup::new("rows"))]
+pub(crate) struct Report {
+    /// Print the daemon's document as JSON (docs/report.schema.json)
+    #[arg(long, groups = ["format", "rows"])]
+    pub(crate) json: bool,
+    /// Print CSV, one row an app
+    #[arg(long, groups = ["format", "rows"], conflicts_with = "what_if")]
+    pub(crate) csv: bool,
+    /// Make a page for a browser, in this file or on standard output; it needs no network and no scripts
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-", group = "format")]
+    pub(crate) html: Option<PathBuf>,
+    /// Print OpenMetrics text, for the textfile collector of Prometheus's node_exporter
+    #[arg(long, group = "format", conflicts_with = "what_if")]
+    pub(crate) openmetrics: bool,
+    /// With --json or --csv: what there was over time instead of what there is now
+    #[arg(long, requires = "rows", conflicts_with = "what_if")]
+    pub(crate) history: bool,
+    /// Say what the profile tombstone would have done while `observe` was in force, when, why, and what that would have saved
+    #[arg(long)]
+    pub(crate) what_if: bool,
+    /// How many hours to look back
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub(crate) hours: u32,
+    /// Write to this file, whole or not at all, instead of to standard output; other users may read it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
@@ -275,6 +308,30 @@ mod tests {
         let cli = Cli::try_parse_from(["nightporter", "show", "--user", "dino"]).unwrap();
         assert!(cli.bus.user);
         assert!(Cli::try_parse_from(["nightporter", "--user", "--system", "apps"]).is_err());
+    }
+
+    #[test]
+    fn a_report_has_one_format() {
+        let parse = |args: &[&str]| match Cli::try_parse_from(["nightporter", "report"].iter().chain(args)) {
+            Ok(Cli { command: Command::Report(args), .. }) => Some(args),
+            _ => None,
+        };
+        assert_eq!(parse(&["--html"]).unwrap().html.unwrap().as_os_str(), "-");
+        assert_eq!(parse(&["--html", "a.html", "--what-if"]).unwrap().html.unwrap().as_os_str(), "a.html");
+        assert!(parse(&["--csv", "--history", "--hours", "87600"]).is_some_and(|args| args.csv && args.history));
+        assert!(parse(&["--what-if", "--json"]).is_some());
+        for wrong in [
+            &["--json", "--csv"][..],
+            &["--html", "--openmetrics"],
+            &["--history"],
+            &["--history", "--html"],
+            &["--what-if", "--csv"],
+            &["--what-if", "--openmetrics"],
+            &["--what-if", "--json", "--history"],
+            &["--hours", "0"],
+        ] {
+            assert!(parse(wrong).is_none(), "{wrong:?}");
+        }
     }
 
     #[test]

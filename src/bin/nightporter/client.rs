@@ -98,7 +98,17 @@ impl Daemon {
 
     /// [`Daemon::ask`] without asking anybody for a password.
     pub(crate) fn ask_silently(&self, method: &str) -> Result<String, Failure> {
-        self.call_with(MethodFlags::empty(), method, &())
+        answer(method, self.call_with(MethodFlags::empty(), method, &()))
+    }
+
+    /// Calls a method that answers for the last `hours` with a JSON text; none where the daemon does not know the method.
+    pub(crate) fn ask_hours(&self, method: &str, hours: u32) -> Result<Option<String>, Failure> {
+        match self.try_call(method, &hours) {
+            Ok(Some(text)) => Ok(Some(text)),
+            Ok(None) => Err(no_answer(method)),
+            Err(error) if is_unknown(&error) => Ok(None),
+            Err(error) => Err(failure(&error)),
+        }
     }
 
     /// The decisions after number `after`, as a JSON text.
@@ -131,8 +141,16 @@ impl Daemon {
         self.call("ForgetUser", &uid)
     }
 
-    /// Calls a method; polkit may have an administrator's password asked for.
     fn call<B, R>(&self, method: &str, body: &B) -> Result<R, Failure>
+    where
+        B: Serialize + DynamicType,
+        R: for<'d> DynamicDeserialize<'d>,
+    {
+        answer(method, self.try_call(method, body))
+    }
+
+    /// Calls a method; polkit may have an administrator's password asked for.
+    fn try_call<B, R>(&self, method: &str, body: &B) -> zbus::Result<Option<R>>
     where
         B: Serialize + DynamicType,
         R: for<'d> DynamicDeserialize<'d>,
@@ -142,12 +160,12 @@ impl Daemon {
         self.call_with(MethodFlags::ALLOW_INTERACTIVE_AUTH, method, body)
     }
 
-    fn call_with<B, R>(&self, flags: MethodFlags, method: &str, body: &B) -> Result<R, Failure>
+    fn call_with<B, R>(&self, flags: MethodFlags, method: &str, body: &B) -> zbus::Result<Option<R>>
     where
         B: Serialize + DynamicType,
         R: for<'d> DynamicDeserialize<'d>,
     {
-        let called = block_on(async {
+        block_on(async {
             let runtime = SharedRuntime::current()?;
             let call = async {
                 let proxy = Proxy::new(&self.connection, NAME, PATH, MANAGER).await?;
@@ -155,12 +173,24 @@ impl Daemon {
             };
             // Timed out like any other call on a connection.
             runtime.timeout(TIMEOUT, call).await.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
-        });
-        match called {
-            Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(Failure::new(Exit::Protocol, format!("the daemon did not answer {method}"))),
-            Err(error) => Err(failure(&error)),
-        }
+        })
+    }
+}
+
+fn answer<R>(method: &str, called: zbus::Result<Option<R>>) -> Result<R, Failure> {
+    called.map_err(|error| failure(&error))?.ok_or_else(|| no_answer(method))
+}
+
+fn no_answer(method: &str) -> Failure {
+    Failure::new(Exit::Protocol, format!("the daemon did not answer {method}"))
+}
+
+/// Whether the other side has no such method.
+fn is_unknown(error: &zbus::Error) -> bool {
+    match error {
+        zbus::Error::FDO(error) => matches!(**error, fdo::Error::UnknownMethod(_)),
+        zbus::Error::MethodError(name, ..) => name.as_str() == "org.freedesktop.DBus.Error.UnknownMethod",
+        _ => false,
     }
 }
 

@@ -12,6 +12,7 @@ mod man;
 mod measure;
 mod push;
 mod render;
+mod report;
 mod resolve;
 mod transfers;
 
@@ -71,14 +72,7 @@ fn run(cli: Cli) -> Result<String, Failure> {
             if output.json { Ok(line(text)) } else { Ok(render::why(&client::decode::<view::Why>(&text)?)) }
         }
         Command::Log(args) => log::run(&daemon()?, &args),
-        Command::Report(output) => {
-            let text = daemon()?.ask("Report", None)?;
-            if output.json {
-                Ok(line(text))
-            } else {
-                Ok(render::report(&client::decode::<view::Report>(&text)?, style))
-            }
-        }
+        Command::Report(args) => report::run(&daemon()?, &args, style),
         Command::Freeze(app) => act(&daemon()?, "Freeze", "frozen", &app),
         Command::Thaw(app) => act(&daemon()?, "Thaw", "thawed", &app),
         Command::Kill(app) => act(&daemon()?, "Kill", "ended; the next push starts it again", &app),

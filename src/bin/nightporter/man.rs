@@ -54,6 +54,8 @@ pub(crate) fn page() -> Result<String, Failure> {
         "nightporter why dino\n",
         "nightporter push dino 'Hello'\n",
         "nightporter report \\-\\-json | jq .saved\n",
+        "nightporter report \\-\\-html report.html \\-\\-hours 168\n",
+        "nightporter report \\-\\-what\\-if\n",
         "nightporter doctor\n",
         "nightporter doctor \\-\\-json | jq '.findings[] | select(.verdict == \"broken\")'\n",
         "nightporter demo \\-\\-apps 20 \\-\\-json figures.json\n",

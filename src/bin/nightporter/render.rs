@@ -7,7 +7,7 @@ use std::{
 
 use nightporter::{
     model::{Freezer, Memory, Profile},
-    view::{App, Lease, LinkState, Log, LogEntry, Report, Show, Status, Upstream, Why},
+    view::{App, Lease, LinkState, Log, LogEntry, Show, Status, Upstream, Why},
 };
 
 /// How text may look.
@@ -238,54 +238,6 @@ pub(crate) fn log_line(entry: &LogEntry) -> String {
     format!("{}  {}  {}  {}\n", clean(&decision.at), clean(name), clean(&decision.verdict), clean(&decision.reason))
 }
 
-/// `nightporter report`.
-pub(crate) fn report(report: &Report, style: Style) -> String {
-    let mut text = format!("Measured {}, profile {}\n\n", clean(&report.at), profile(report.profile));
-    let cell = |memory: Option<Memory>| memory.map_or_else(|| "–".into(), |memory| mib(memory.pss));
-    let mut table =
-        Table::new(["APP", "STATE", "RESIDENT", "FROZEN", "PAGED OUT", "NOW", "SAVED"]).right(&[2, 3, 4, 5, 6]);
-    for row in &report.apps {
-        table.row([
-            row.name.clone(),
-            row.state.clone(),
-            cell(row.resident),
-            cell(row.frozen),
-            cell(row.paged_out),
-            cell(row.now),
-            row.saved.map_or_else(|| "–".into(), mib_signed),
-        ]);
-    }
-    if report.apps.is_empty() {
-        text.push_str("No app has registered yet.\n");
-    } else {
-        text.push_str(&table.to_text());
-    }
-    text.push('\n');
-    let mut table = Table::new(["", "", ""]).right(&[1]);
-    let scale = report.resident.max(report.now + report.zram + report.daemon.pss);
-    for (name, size) in [
-        ("Each app on its own", report.resident),
-        ("Apps now", report.now),
-        ("zram", report.zram),
-        ("Night Porter", report.daemon.pss),
-    ] {
-        table.row([name.into(), mib(size), if style.bars { bar(size, scale) } else { String::new() }]);
-    }
-    table.row(["Saved".into(), mib_signed(report.saved), String::new()]);
-    text.push_str(&table.body());
-    if report.unmeasured > 0 {
-        let _ = writeln!(
-            text,
-            "\n{} without a baseline yet: an app is measured in the background, before it is first frozen.",
-            if report.unmeasured == 1 { "1 app is".into() } else { format!("{} apps are", report.unmeasured) }
-        );
-    }
-    if report.profile == Profile::Observe {
-        text.push_str("\nUnder profile observe nothing is frozen or ended, so nothing is saved.\n");
-    }
-    text
-}
-
 /// KiB as MiB.
 pub(crate) fn mib(kib: u64) -> String {
     mib_signed(i64::try_from(kib).unwrap_or(i64::MAX))
@@ -405,7 +357,8 @@ fn upstream_lines(upstream: &Upstream, default: bool) -> Vec<String> {
     lines
 }
 
-const fn profile(profile: Profile) -> &'static str {
+/// The profile's name, as in the configuration.
+pub(crate) const fn profile(profile: Profile) -> &'static str {
     match profile {
         Profile::Tombstone => "tombstone",
         Profile::Cached => "cached",
@@ -421,7 +374,7 @@ fn memory_text(memory: Memory) -> String {
 }
 
 /// A duration as people say it: its two largest units at most.
-fn duration(secs: u64) -> String {
+pub(crate) fn duration(secs: u64) -> String {
     match secs {
         0..60 => format!("{secs} s"),
         60..3600 => format!("{} min", secs / 60),
@@ -439,14 +392,6 @@ fn interval(secs: u64) -> String {
         (min, 0) => format!("{min} min"),
         (min, secs) => format!("{min} min {secs} s"),
     }
-}
-
-fn bar(part: u64, whole: u64) -> String {
-    const WIDTH: u64 = 30;
-    let eighths = part.saturating_mul(WIDTH * 8).checked_div(whole).unwrap_or(0);
-    let mut text: String = std::iter::repeat_n('█', usize::try_from(eighths / 8).unwrap_or(0)).collect();
-    text.extend(["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"].get(usize::try_from(eighths % 8).unwrap_or(0)).copied());
-    text
 }
 
 #[cfg(test)]
@@ -511,11 +456,8 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_bars() {
+    fn sizes() {
         assert_eq!(mib(1536), "1.5 MiB");
         assert_eq!(mib_signed(-512), "-0.5 MiB");
-        assert_eq!(bar(1, 2), "█".repeat(15));
-        assert_eq!(bar(0, 0), "");
-        assert_eq!(bar(1, 60), "▌");
     }
 }
