@@ -74,7 +74,8 @@ fn ends(pid: Pid) -> bool {
 
 #[test]
 fn it_has_the_payload_what_it_is_for_and_the_users_rights_alone() {
-    let said = body(run(&sh("echo \"{\\\"summary\\\": \\\"x\\\", \\\"body\\\": \\\"$(cat) $(id -u):$(id -g):$(id -G) \
+    let said =
+        body(run(&sh("echo \"{\\\"summary\\\": \\\"x\\\", \\\"body\\\": \\\"$(cat) $(id -u):$(id -g):$(id -G) \
          $NIGHTPORTER_APP $NIGHTPORTER_TOKEN $NIGHTPORTER_MESSAGE_ID $NIGHTPORTER_URGENCY $HOME $(pwd) \
          $(grep NoNewPrivs /proc/self/status | tr '\\t' ' ') $(grep CapEff /proc/self/status | tr '\\t' ' ') \
          $(env | grep -c CARGO) $(ls /proc/self/fd | wc -l)\\\"}\"")));

@@ -102,16 +102,7 @@ impl Drop for Desk {
     }
 }
 
-type Arguments<'a> = (
-    &'a str,
-    u32,
-    &'a str,
-    &'a str,
-    &'a str,
-    Vec<&'a str>,
-    HashMap<String, OwnedVariant>,
-    i32,
-);
+type Arguments<'a> = (&'a str, u32, &'a str, &'a str, &'a str, Vec<&'a str>, HashMap<String, OwnedVariant>, i32);
 
 async fn serve(
     connection: Connection,
@@ -130,7 +121,8 @@ async fn serve(
             Some("GetCapabilities") => connection.send(&reply(&message, &capabilities)).await.unwrap(),
             Some("Notify") => {
                 let body = message.body();
-                let (app, replaces, icon, summary, text, actions, hints, _) = body.deserialize::<Arguments<'_>>().unwrap();
+                let (app, replaces, icon, summary, text, actions, hints, _) =
+                    body.deserialize::<Arguments<'_>>().unwrap();
                 let id = if replaces == 0 { next } else { replaces };
                 next += u32::from(replaces == 0);
                 let word = |key: &str| hints.get(key).map(|value| <&str>::try_from(value).unwrap().to_owned());
@@ -142,8 +134,8 @@ async fn serve(
                     summary: summary.into(),
                     body: text.into(),
                     actions: actions.into_iter().map(str::to_owned).collect(),
-                    urgency: hints.get("urgency").map(|value| u8::try_from(value).unwrap()).unwrap(),
-                    desktop_entry: word("desktop-entry").unwrap(),
+                    urgency: hints.get("urgency").map_or(1, |value| u8::try_from(value).unwrap()),
+                    desktop_entry: word("desktop-entry").unwrap_or_default(),
                     category: word("category"),
                 };
                 let mute = silent.load(Ordering::Relaxed);
