@@ -216,3 +216,28 @@ fn nobody_is_notified_on_a_bus_that_is_not_there_nor_on_the_systems() {
     order(&main, generic(2, 2));
     assert_eq!(nth(&desk, 0).body, "2 new messages");
 }
+
+#[test]
+fn an_app_that_runs_is_asked_to_show_itself() {
+    let daemon = Daemon::new();
+    let main = Loop::up(&daemon);
+    let app = AppKey::new(BUS, "org.example.My-Chat");
+    let connection = zbus::block_on(support::connect(&daemon.address()));
+    let mut stream = zbus::MessageStream::from(&connection);
+    let owner = nightporter::model::Owner(connection.unique_name().unwrap().as_str().into());
+    main.perform(Action::Activate { app, owner: Some(owner), token: Some("token-1".into()) });
+    let call = zbus::block_on(async {
+        loop {
+            let next = std::future::poll_fn(|c| futures_core::Stream::poll_next(std::pin::Pin::new(&mut stream), c));
+            let message = next.await.unwrap().unwrap();
+            if message.header().member().is_some_and(|member| member.as_str() == "Activate") {
+                return message;
+            }
+        }
+    });
+    let header = call.header();
+    assert_eq!(header.path().unwrap().as_str(), "/org/example/My_Chat");
+    assert_eq!(header.interface().unwrap().as_str(), "org.freedesktop.Application");
+    let platform: std::collections::HashMap<String, zbus::OwnedVariant> = call.body().deserialize().unwrap();
+    assert_eq!(<&str>::try_from(&platform["activation-token"]).unwrap(), "token-1");
+}

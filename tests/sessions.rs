@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
+#[path = "support/desk.rs"]
+#[expect(dead_code, reason = "made for the tests of the buses; shared")]
+mod desk;
 #[path = "support/lease.rs"]
 #[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 mod lease;
@@ -22,6 +25,8 @@ mod reports;
 #[path = "surroundings/support.rs"]
 #[expect(dead_code, reason = "made for the tests of the surroundings; shared")]
 mod services;
+#[path = "sessions/stand_in.rs"]
+mod stand_in;
 #[path = "sessions/support.rs"]
 mod support;
 

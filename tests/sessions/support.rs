@@ -67,6 +67,21 @@ impl Machine {
         Self { daemon: None, users: Vec::new(), logind, relay, system, dir }
     }
 
+    /// More of the configuration; it holds from the daemon's next start on.
+    pub(crate) fn configure(&self, more: &str) {
+        let path = self.dir.path().join("nightporter.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + more).unwrap();
+    }
+
+    /// A file that everybody may read and run.
+    pub(crate) fn place(&self, name: &str, text: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        open_to_all(&path, 0o755);
+        path
+    }
+
     pub(crate) fn start_daemon(&mut self) {
         self.start_daemon_by(Command::new(env!("CARGO_BIN_EXE_nightporterd")));
     }

@@ -134,8 +134,8 @@ async fn serve(
                     summary: summary.into(),
                     body: text.into(),
                     actions: actions.into_iter().map(str::to_owned).collect(),
-                    urgency: hints.get("urgency").map(|value| u8::try_from(value).unwrap()).unwrap(),
-                    desktop_entry: word("desktop-entry").unwrap(),
+                    urgency: hints.get("urgency").map_or(1, |value| u8::try_from(value).unwrap()),
+                    desktop_entry: word("desktop-entry").unwrap_or_default(),
                     category: word("category"),
                 };
                 let mute = silent.load(Ordering::Relaxed);

@@ -184,6 +184,7 @@ impl World {
         let mut command = nightporterd();
         command.arg("--config").arg(self.dir.path().join("nightporter.toml")).arg("--state-dir").arg(&self.state);
         command.args((!self.system).then_some("--user")).env(self.bus_variable(), self.bus.address());
+        command.env("XDG_DATA_HOME", self.dir.path().join("share"));
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         command
     }

@@ -139,3 +139,141 @@ impl App {
         matches!(self.reach, Reach::Away | Reach::Unstartable)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{
+        super::tests::{LANE, World},
+        *,
+    };
+    use crate::{
+        config::{AppSettings, PayloadHelper, Settings},
+        event::{CallOutcome, StartOutcome},
+        model::Urgency,
+    };
+
+    /// An app with a helper that does not run.
+    fn world(more: impl FnOnce(&mut Settings)) -> World {
+        let app = World::with_settings(&Settings::default()).app.service;
+        let payload_helper = Some(PayloadHelper { command: ["/bin/true".into()].into(), network: false });
+        let apps = vec![AppSettings { payload_helper, ..AppSettings::new(app) }];
+        let mut settings = Settings { apps, ..Settings::default() };
+        more(&mut settings);
+        let mut world = World::with_settings(&settings);
+        world.delivery.vanished(&world.app, world.now);
+        world.drain();
+        world
+    }
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Did {
+        Helps(u64),
+        Wakes,
+        Ends(Ending),
+        Loads(u64),
+    }
+
+    fn did(world: &mut World) -> Vec<Did> {
+        let of = |output| match output {
+            Output::Help { seq, .. } => Some(Did::Helps(seq.0)),
+            Output::Wake(..) => Some(Did::Wakes),
+            Output::End(_, _, ending) => Some(Did::Ends(ending)),
+            Output::LoadBody(seq) => Some(Did::Loads(seq.0)),
+            _ => None,
+        };
+        world.drain().into_iter().filter_map(of).collect()
+    }
+
+    fn send(world: &mut World, id: &str, urgency: Urgency) -> Vec<Did> {
+        world.push_with(LANE, id, None, urgency);
+        did(world)
+    }
+
+    fn answer(world: &mut World, seq: u64, helped: Helped) -> Vec<Did> {
+        world.delivery.helped(MessageSeq(seq), helped, world.now);
+        did(world)
+    }
+
+    #[test]
+    fn what_the_helper_has_told_wakes_nobody_until_something_else_does() {
+        let mut world = world(|_| {});
+        assert_eq!(send(&mut world, "a", Urgency::High), [Did::Helps(1)]);
+        world.delivery.stored(MessageSeq(1), true, world.now);
+        assert_eq!(answer(&mut world, 1, Helped::Spoken), []);
+        assert_eq!((world.delivery.held_for(&world.app), world.delivery.untold_for(&world.app)), (1, 0));
+        assert_eq!(send(&mut world, "b", Urgency::Normal), [Did::Helps(2)]);
+        assert_eq!(answer(&mut world, 2, Helped::Declined), [Did::Wakes]);
+        world.delivery.ready(&world.app, world.owner.clone(), world.now);
+        // It was not kept in memory.
+        assert_eq!(did(&mut world), [Did::Loads(1)]);
+        world.delivery.body(MessageSeq(1), Some(b"a"[..].into()), world.now);
+        let mut order = Vec::new();
+        while let Some((ticket, id)) = world.calls().pop() {
+            order.push(id);
+            world.done(ticket, CallOutcome::Accepted);
+        }
+        assert_eq!(order, ["a", "b"]);
+    }
+
+    #[test]
+    fn it_is_held_no_longer_than_other_messages() {
+        let mut world = world(|settings| settings.urgency.hold_at_most = Duration::from_secs(3600));
+        send(&mut world, "a", Urgency::High);
+        answer(&mut world, 1, Helped::Spoken);
+        world.pass(Duration::from_secs(3599));
+        assert_eq!(did(&mut world), []);
+        world.pass(Duration::from_secs(2));
+        assert_eq!(did(&mut world), [Did::Wakes]);
+    }
+
+    #[test]
+    fn what_may_not_wake_the_app_now_does_not_go_to_its_helper_either() {
+        let mut world = world(|_| {});
+        world.delivery.set_minimum(Urgency::High, world.now);
+        assert_eq!(send(&mut world, "a", Urgency::Normal), []);
+        assert_eq!(send(&mut world, "b", Urgency::High), [Did::Helps(2)]);
+        world.delivery.set_minimum(Urgency::VeryLow, world.now);
+        assert_eq!(did(&mut world), [Did::Helps(1)]);
+    }
+
+    #[test]
+    fn dropped_is_done_with_and_an_answer_that_comes_too_late_is_none() {
+        let mut world = world(|_| {});
+        send(&mut world, "a", Urgency::Normal);
+        send(&mut world, "b", Urgency::Normal);
+        assert_eq!(answer(&mut world, 1, Helped::Dropped), [Did::Ends(Ending::Accepted)]);
+        world.delivery.appeared(&world.app, world.now);
+        world.delivery.ready(&world.app, world.owner.clone(), world.now);
+        assert_eq!(world.delivery.awaits_help(MessageSeq(2)), None);
+        assert_eq!(answer(&mut world, 2, Helped::Dropped), [], "the app has it");
+        assert_eq!(world.delivery.waiting(), 1);
+    }
+
+    #[test]
+    fn a_queue_half_full_wakes_the_app_and_a_few_go_to_the_helper_at_a_time() {
+        let mut world = world(|settings| settings.limits.messages_per_app = 20);
+        for n in 1..10 {
+            let did = send(&mut world, &n.to_string(), Urgency::Normal);
+            assert_eq!(did, if n <= AHEAD as u64 { vec![Did::Helps(n)] } else { vec![] });
+        }
+        assert_eq!(answer(&mut world, 1, Helped::Spoken), [Did::Helps(5)]);
+        assert_eq!(send(&mut world, "10", Urgency::Normal), [Did::Wakes]);
+    }
+
+    #[test]
+    fn one_that_nothing_can_start_has_its_helper() {
+        let mut world = world(|_| {});
+        send(&mut world, "a", Urgency::Normal);
+        assert_eq!(answer(&mut world, 1, Helped::Declined), [Did::Wakes]);
+        world.delivery.start_failed(&world.app, &StartOutcome::NotActivatable, world.now);
+        assert!(world.delivery.is_unstartable(&world.app));
+        assert_eq!(send(&mut world, "b", Urgency::Normal), [Did::Helps(2)]);
+        answer(&mut world, 2, Helped::Spoken);
+        assert_eq!(world.delivery.untold_for(&world.app), 1);
+        // Nobody saw it.
+        world.delivery.untold(&world.app, world.now);
+        assert_eq!(world.delivery.untold_for(&world.app), 2);
+    }
+}
