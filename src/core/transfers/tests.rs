@@ -186,7 +186,7 @@ fn two_run_at_a_time_and_every_app_has_its_turn() {
     let mut world = World::new();
     let first: Vec<u64> = (0..4).flat_map(|_| started(&world.begin(1, download()).unwrap())).collect();
     assert_eq!(first, [1, 2]);
-    assert_eq!(started(&world.begin(2, download()).unwrap()), []);
+    assert_eq!(started(&world.begin(2, download()).unwrap()), [0_u64; 0]);
     assert_eq!((world.waits(1), world.waits(3)), (None, Some(Wait::Turn)));
     assert_eq!(started(&world.done(1)), [5], "the other app's goes before the first one's third");
     assert_eq!(started(&world.done(2)), [3]);
@@ -199,10 +199,10 @@ fn a_long_one_gives_way_only_if_it_can_go_on_and_somebody_else_waits() {
     world.begin(1, download()).unwrap();
     world.begin(1, upload(5)).unwrap();
     world.happen(2, TransferEvent::Spooled(Ok(())));
-    assert_eq!(stopped(&world.pass(3600)), []);
+    assert_eq!(stopped(&world.pass(3600)), [0_u64; 0]);
     world.begin(1, download()).unwrap();
     world.happen(1, TransferEvent::Begun { total: Some(100), validator: Some("\"v\"".into()) });
-    assert_eq!(stopped(&world.pass(3600)), [], "it is the same app that waits");
+    assert_eq!(stopped(&world.pass(3600)), [0_u64; 0], "it is the same app that waits");
     let out = world.begin(2, download()).unwrap();
     assert_eq!(stopped(&out), [1]);
     let out = world.ends(1, Attempted::Stopped { bytes: 50 });
@@ -214,7 +214,7 @@ fn what_is_metered_is_left_to_those_who_may() {
     let mut world = World::new();
     world.around(METERED);
     let never = Wish { metered: Some(Metered::Never), ..download() };
-    assert_eq!(started(&world.begin(1, never.clone()).unwrap()), []);
+    assert_eq!(started(&world.begin(1, never.clone()).unwrap()), [0_u64; 0]);
     assert_eq!(world.waits(1), Some(Wait::Unmetered));
     let out = world.begin(1, download()).unwrap();
     let Some(Output::Order(TransferOrder::Start(attempt))) = out.last() else { panic!("{out:?}") };
@@ -233,24 +233,23 @@ fn what_is_metered_is_left_to_those_who_may() {
     let settings = TransferSettings { metered: Metered::Never, ..TransferSettings::default() };
     let mut world = World::with(settings, Vec::new());
     world.around(METERED);
-    assert_eq!(started(&world.begin(1, allow).unwrap()), [], "the user's word is the last");
+    assert_eq!(started(&world.begin(1, allow).unwrap()), [0_u64; 0], "the user's word is the last");
     let settings = TransferSettings { metered: Metered::Allow, ..TransferSettings::default() };
     let mut world = World::with(settings, Vec::new());
     world.around(METERED);
     assert_eq!(started(&world.begin(1, download()).unwrap()), [1]);
-    assert_eq!(started(&world.begin(1, never).unwrap()), []);
+    assert_eq!(started(&world.begin(1, never).unwrap()), [0_u64; 0]);
 }
 
 #[test]
 fn no_network_a_low_battery_and_sleep_stop_everything() {
     let mut world = World::new();
     world.begin(1, download()).unwrap();
-    for (conditions, wait) in [
-        (Conditions { network: false, ..FINE }, Wait::Network),
-        (Conditions { low: true, ..FINE }, Wait::Power),
-    ] {
+    for (conditions, wait) in
+        [(Conditions { network: false, ..FINE }, Wait::Network), (Conditions { low: true, ..FINE }, Wait::Power)]
+    {
         assert_eq!(stopped(&world.around(conditions)), [1]);
-        assert_eq!(started(&world.ends(1, Attempted::Stopped { bytes: 5 })), []);
+        assert_eq!(started(&world.ends(1, Attempted::Stopped { bytes: 5 })), [0_u64; 0]);
         assert_eq!((world.waits(1), world.transfers.poll_timeout()), (Some(wait), None), "no timer for nothing");
         assert_eq!(started(&world.around(FINE)), [1]);
     }
@@ -287,8 +286,8 @@ fn it_is_tried_again_later_and_later_and_at_once_when_the_network_returns() {
     // What a server has asked for holds.
     world.ends(1, later(10, Some(3000)));
     world.transfers.network_returned(world.now);
-    assert_eq!(started(&world.settled()), []);
-    assert_eq!(started(&world.pass(2990)), []);
+    assert_eq!(started(&world.settled()), [0_u64; 0]);
+    assert_eq!(started(&world.pass(2990)), [0_u64; 0]);
     assert_eq!(started(&world.pass(20)), [1]);
 }
 
