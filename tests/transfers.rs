@@ -12,7 +12,7 @@ mod group;
 mod http;
 #[path = "transfers/server.rs"]
 mod server;
-#[expect(dead_code, reason = "made for the tests of the daemon; shared")]
+#[expect(dead_code, unused_imports, reason = "made for the tests of the daemon; shared")]
 mod support;
 #[expect(dead_code, reason = "made for the tests of the surroundings; shared")]
 #[path = "surroundings/support.rs"]
@@ -86,13 +86,15 @@ fn download(app: &Client, url: &str) -> u64 {
 fn upload(app: &Client, url: &str, size: u64, options: &Options<'_>) -> Result<(File, u64), (String, String)> {
     let headers: HashMap<&str, &str> = [("Content-Type", "image/jpeg")].into();
     let reply = call(&app.connection, "Upload", &(url, size, headers, options))?;
-    let (content, id): (Fd<'_>, u64) = reply.body().deserialize().unwrap();
+    let body = reply.body();
+    let (content, id): (Fd<'_>, u64) = body.deserialize().unwrap();
     Ok((File::from(OwnedFd::try_from(content).unwrap()), id))
 }
 
 fn collect(app: &Client, id: u64) -> Result<Vec<u8>, (String, String)> {
     let reply = call(&app.connection, "Collect", &id)?;
-    let (file, size): (Fd<'_>, u64) = reply.body().deserialize().unwrap();
+    let body = reply.body();
+    let (file, size): (Fd<'_>, u64) = body.deserialize().unwrap();
     let mut bytes = Vec::new();
     File::from(OwnedFd::try_from(file).unwrap()).read_to_end(&mut bytes).unwrap();
     assert_eq!(bytes.len() as u64, size);
@@ -211,11 +213,13 @@ fn what_the_server_says_is_heeded() {
     ));
     let begun = Instant::now();
     let id = download(&app, &server.url());
+    let first = id;
     let waiting = wait_for_reason(&world, id, "503");
     assert!(waiting.retry_in_secs.is_some_and(|secs| secs <= 7), "{waiting:?}");
     assert!(world.decided(APP, "transfer-wait", "503"), "{:?}", world.why(APP));
     assert_eq!(app.told().1, "done");
     assert!(begun.elapsed() >= Duration::from_secs(7), "{:?}", begun.elapsed());
+    assert_eq!(collect(&app, id).unwrap(), b"at last");
     for (answer, words) in [
         ("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "404"),
         (

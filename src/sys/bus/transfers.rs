@@ -205,7 +205,7 @@ mod tests {
         assert!(begin(fine, &many, &[]).is_ok());
         for (url, fields, word) in [
             ("ftp://h/x", &[][..], "https://"),
-            ("file:///etc/passwd", &[], "https://"),
+            ("file:///etc/passwd", &[], "URL"),
             ("/etc/passwd", &[], "https://"),
             ("https://u:p@h/", &[], "Authorization"),
             ("https://h/ x", &[], "URL"),
