@@ -273,6 +273,7 @@ mod tests {
         assert!(!pace.is_enough(1060, at(60)), "a slow loris");
         let mut pace = Pace::new(1000, begun);
         assert!((1..600).all(|secs| pace.is_enough(1000 + secs * 300, at(secs))), "a slow network");
+        assert!(pace.is_enough(1000 + 600 * 300, at(660)));
         assert!(!pace.is_enough(1000 + 600 * 300, at(720)), "one that was lost");
     }
 }
