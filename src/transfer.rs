@@ -39,6 +39,9 @@ pub const SMALL: u64 = 1024 * 1024;
 /// Bytes kept of a server's answer to an upload.
 pub const ANSWER_MAX: u64 = 64 * 1024;
 
+/// A header field: name and value.
+pub type Field = (Arc<str>, Arc<str>);
+
 /// What an app wants to have done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
@@ -49,7 +52,7 @@ pub struct Wish {
     /// `GET`, `PUT` or `POST`.
     pub method: Arc<str>,
     /// Header fields of the request beside those the daemon makes itself. They may be secrets.
-    pub headers: Vec<(Arc<str>, Arc<str>)>,
+    pub headers: Vec<Field>,
     /// Bytes of an upload.
     pub size: Option<u64>,
     /// For people: at most 100 bytes, possibly empty.

@@ -202,7 +202,10 @@ fn everything_comes_back_after_a_restart() {
     };
     {
         let (f, snapshot) = Fixture::open(&dir);
-        assert_eq!(snapshot, Snapshot { next_registration: 1, next_message: 1, ..Snapshot::default() });
+        assert_eq!(
+            snapshot,
+            Snapshot { next_registration: 1, next_message: 1, next_transfer: 1, ..Snapshot::default() }
+        );
         for op in [
             put_registration(1),
             put_registration(2),

@@ -162,6 +162,7 @@ impl Core {
             self.delivery.restore(message, now);
         }
         self.delivery.sweep(now);
+        self.transfers.beginning(now);
         self.pump(now);
     }
 }

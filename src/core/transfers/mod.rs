@@ -41,6 +41,8 @@ const DISK_RETRY: Duration = Duration::from_secs(600);
 const STORE_RETRY: Duration = Duration::from_secs(30);
 /// A machine that was about to sleep and is awake after that has changed its mind, whoever forgot to say so.
 const FALLING: Duration = Duration::from_secs(60);
+/// Services that tell of power and network are asked at the start, and are left a second to settle.
+const UNKNOWN: Duration = Duration::from_secs(4);
 
 /// What power and network allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +175,8 @@ pub struct Transfers {
     may_wake: bool,
     /// About to sleep, or asleep: it is neither any more when this time comes.
     asleep: Option<Instant>,
+    /// What power and network are is not yet known, and may be soon.
+    unknown: Option<Instant>,
     ending: bool,
     next: u64,
     next_ticket: u64,
@@ -227,6 +231,7 @@ impl Transfers {
             conditions: Conditions::default(),
             may_wake: true,
             asleep: None,
+            unknown: None,
             ending: false,
             next: next.max(1),
             next_ticket: 1,
@@ -278,6 +283,9 @@ impl Transfers {
                 }
             }
         }
+        let passed = |at: &mut Instant| *at <= now.boot;
+        self.unknown.take_if(passed);
+        self.asleep.take_if(passed);
         let id = TransferId(self.next);
         self.next += 1;
         let content = wish.direction == Direction::Download;
@@ -421,7 +429,7 @@ impl Transfers {
         if returned {
             self.forget_failures();
         }
-        (self.conditions, self.may_wake) = (conditions, may_wake);
+        (self.conditions, self.may_wake, self.unknown) = (conditions, may_wake, None);
         self.settle(now);
         self.settle_apps(now);
     }
@@ -445,6 +453,12 @@ impl Transfers {
             self.forget_failures();
         }
         self.settle(now);
+    }
+
+    /// The daemon begins: what power and network are is told in a moment, where anything says so. Until then nothing runs.
+    pub fn beginning(&mut self, now: Now) {
+        self.unknown = Some(now.boot + UNKNOWN);
+        self.sweep(now);
     }
 
     /// The daemon is about to end: what runs stops where it is.
@@ -486,6 +500,7 @@ impl Transfers {
             }
         }
         due(&mut self.asleep);
+        due(&mut self.unknown);
         again.into_iter().for_each(|id| self.save(id));
         self.telling_timeout(now);
         self.sweep(now);
@@ -523,7 +538,9 @@ impl Transfers {
     /// When [`Transfers::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let own = self.all.values().filter_map(|entry| earliest(entry.retry_at, entry.save_again)).min();
-        let own = earliest(own, self.asleep);
+        // Nobody waits for it where there is nothing to transfer.
+        let unknown = self.unknown.filter(|_| !self.all.is_empty());
+        let own = earliest(own, earliest(self.asleep.filter(|_| !self.all.is_empty()), unknown));
         earliest(earliest(own, self.end_of_turn()), self.telling_deadline())
     }
 
@@ -710,7 +727,7 @@ impl Transfers {
         if let Some(at) = entry.retry_at {
             return Some(if entry.trouble.is_none() { Wait::Room } else { Wait::Retry(at) });
         }
-        if self.ending || self.asleep.is_some() || !self.conditions.network {
+        if self.ending || self.asleep.is_some() || self.unknown.is_some() || !self.conditions.network {
             return Some(Wait::Network);
         }
         if self.conditions.low {

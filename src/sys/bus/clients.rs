@@ -111,7 +111,7 @@ impl Clients {
 
 fn done(owner: &Owner, arguments: &(u64, &str, &str)) -> zbus::Result<Message> {
     let call = Message::method_call(PATH, "TransferDone").destination(&*owner.0).interface(INTERFACE);
-    call.with_flags(Flags::NO_AUTO_START.into()).build(arguments)
+    call.with_flags(Flags::NO_AUTO_START).build(arguments)
 }
 
 /// `t`: milliseconds.

@@ -9,7 +9,7 @@ use super::request::{About, Call, Fault, Wording, arguments, invalid};
 use crate::{
     event::{CallId, Event, Request},
     sys::inbox::Incoming,
-    transfer::{Direction, Metered, TransferEvent, TransferId, TransferRequest, Wish},
+    transfer::{Direction, Field, Metered, TransferEvent, TransferId, TransferRequest, Wish},
 };
 
 const URL: usize = 4096;
@@ -141,7 +141,7 @@ fn check_url(url: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-fn headers(fields: &Fields<'_>) -> Result<Vec<(Arc<str>, Arc<str>)>, Fault> {
+fn headers(fields: &Fields<'_>) -> Result<Vec<Field>, Fault> {
     let bytes: usize = fields.iter().map(|(name, value)| name.len() + value.len()).sum();
     if fields.len() > FIELDS || bytes > FIELD_BYTES {
         let text = format!("{} header fields of {bytes} bytes; {FIELDS} of {FIELD_BYTES} are the most", fields.len());
@@ -205,7 +205,7 @@ mod tests {
         assert!(begin(fine, &many, &[]).is_ok());
         for (url, fields, word) in [
             ("ftp://h/x", &[][..], "https://"),
-            ("file:///etc/passwd", &[], "https://"),
+            ("file:///etc/passwd", &[], "URL"),
             ("/etc/passwd", &[], "https://"),
             ("https://u:p@h/", &[], "Authorization"),
             ("https://h/ x", &[], "URL"),

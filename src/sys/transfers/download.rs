@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, Response, StatusCode, header};
@@ -106,7 +106,7 @@ fn receive(
     }
     let mut body = answer.into_body().into_reader();
     let mut buffer = vec![0; CHUNK];
-    let (mut bytes, mut good, mut pace) = (have, have.min(attempt.progress.good), Pace::new(have));
+    let (mut bytes, mut good, mut pace) = (have, have.min(attempt.progress.good), Pace::new(have, Instant::now()));
     let ended = loop {
         if worker.stop.is_asked() {
             break Err(Attempted::Stopped { bytes });
@@ -128,7 +128,8 @@ fn receive(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => break Err(worker.later(bytes, &format!("the connection broke: {error}"))),
         }
-        if !pace.is_enough(bytes) {
+        let now = Instant::now();
+        if !pace.is_enough(bytes, now) {
             break Err(worker.later(bytes, "the server sends next to nothing"));
         }
         if bytes - good >= SYNC {
@@ -138,7 +139,7 @@ fn receive(
             if worker.spool.room() == 0 {
                 break Err(Attempted::NoRoom { bytes });
             }
-        } else if pace.is_report_due() {
+        } else if pace.is_report_due(now) {
             worker.tell(TransferEvent::Progress { bytes, good });
         }
     };

@@ -237,26 +237,43 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(bytes: u64) -> Self {
-        let now = Instant::now();
+    const fn new(bytes: u64, now: Instant) -> Self {
         Self { since: now, bytes, reported: now }
     }
 
     /// False when it has moved too little in the latest window.
-    fn is_enough(&mut self, bytes: u64) -> bool {
-        if self.since.elapsed() < WINDOW {
+    fn is_enough(&mut self, bytes: u64, now: Instant) -> bool {
+        if now.duration_since(self.since) < WINDOW {
             return true;
         }
         let enough = bytes.saturating_sub(self.bytes) >= LEAST;
-        (self.since, self.bytes) = (Instant::now(), bytes);
+        (self.since, self.bytes) = (now, bytes);
         enough
     }
 
-    fn is_report_due(&mut self) -> bool {
-        let due = self.reported.elapsed() >= REPORT;
+    fn is_report_due(&mut self, now: Instant) -> bool {
+        let due = now.duration_since(self.reported) >= REPORT;
         if due {
-            self.reported = Instant::now();
+            self.reported = now;
         }
         due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_sends_a_byte_now_and_then_does_not_hold_a_place() {
+        let begun = Instant::now();
+        let at = |secs| begun + Duration::from_secs(secs);
+        let mut pace = Pace::new(1000, begun);
+        assert!((0..60).all(|secs| pace.is_enough(1000 + secs, at(secs))));
+        assert!(!pace.is_enough(1060, at(60)), "a slow loris");
+        let mut pace = Pace::new(1000, begun);
+        assert!((1..600).all(|secs| pace.is_enough(1000 + secs * 300, at(secs))), "a slow network");
+        assert!(pace.is_enough(1000 + 600 * 300, at(660)));
+        assert!(!pace.is_enough(1000 + 600 * 300, at(720)), "one that was lost");
     }
 }

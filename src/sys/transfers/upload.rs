@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    time::Instant,
 };
 
 use http::header;
@@ -28,7 +29,14 @@ pub(super) fn attempt(worker: &Worker) -> Attempted {
             return Err(io::Error::other("its content is not there any more"));
         }
         let (id, stop, sender) = (attempt.id, worker.stop.clone(), worker.sender.clone());
-        Ok(Some(SendBody::from_owned_reader(Content { id, file, sent: 0, pace: Pace::new(0), stop, sender })))
+        Ok(Some(SendBody::from_owned_reader(Content {
+            id,
+            file,
+            sent: 0,
+            pace: Pace::new(0, Instant::now()),
+            stop,
+            sender,
+        })))
     };
     let answer = match request::send(worker, &length, content) {
         Ok(answer) => answer,
@@ -69,12 +77,13 @@ impl Read for Content {
         if self.stop.is_asked() {
             return Err(io::Error::other("it was stopped"));
         }
-        if !self.pace.is_enough(self.sent) {
+        let now = Instant::now();
+        if !self.pace.is_enough(self.sent, now) {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the server takes next to nothing"));
         }
         let count = self.file.read(buffer)?;
         self.sent += count as u64;
-        if self.pace.is_report_due() {
+        if self.pace.is_report_due(now) {
             let progress = TransferEvent::Progress { bytes: self.sent, good: 0 };
             self.sender.event(Event::Transfer(self.id, progress));
         }
