@@ -34,7 +34,7 @@ seed = 7
 arms = ["resident", "resident-frozen", "tombstone"]
 settle-within = "2s"
 hold = "500ms"
-late-after = "15s"
+late-after = "8s"
 drop-caches = false
 
 [[app]]
@@ -433,7 +433,7 @@ fn every_key_is_in_the_manual_and_in_the_example_and_no_other() {
         if let Some(header) = line.strip_prefix(".Ss ") {
             section = header.to_owned();
         } else if let Some(keys) = line.strip_prefix(".It Cm ") {
-            let keys = keys.split(" , ").map(str::to_owned);
+            let keys = keys.split(" , Cm ").map(str::to_owned);
             described.entry(section.clone()).or_default().extend(keys);
         }
     }
