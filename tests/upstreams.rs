@@ -171,6 +171,7 @@ fn a_server_from_the_panel_is_its_users_alone_and_outlives_a_restart() {
         vapid: None,
         version: ConnectorVersion::V2,
         upstream: Some(upstream.into()),
+        notify: None,
     };
     assert!(matches!(world.ask(stranger.clone(), register(&name)), Reply::RegisterFailed(..)));
     assert_eq!(world.status(&stranger).upstreams.len(), 2);
@@ -226,6 +227,7 @@ fn users_are_invisible_to_one_another() {
             vapid: None,
             version: ConnectorVersion::V2,
             upstream: None,
+            notify: None,
         };
         assert_eq!(world.ask(Caller { uid, ..app_on(bus) }, register), Reply::Registered);
     }
@@ -570,6 +572,7 @@ impl World {
                 vapid: None,
                 version: ConnectorVersion::V2,
                 upstream: upstream.map(Into::into),
+                notify: None,
             },
         )
     }
