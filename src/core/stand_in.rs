@@ -158,7 +158,7 @@ impl Core {
                 }
                 let reason = "a notification was shown in its stead: its payload helper made it of a message, which goes \
                               to it when it runs";
-                self.lifecycle.note(&app, "notify", reason.to_owned(), now);
+                self.lifecycle.note(&app, "notify", reason, now);
                 self.delivery.helped(seq, Helped::Spoken, now);
             }
             Ok(HelperAnswer::Wake) => {
@@ -167,7 +167,7 @@ impl Core {
             }
             Ok(HelperAnswer::Drop) => {
                 let reason = "its payload helper dropped a message as of no use";
-                self.lifecycle.note(&app, "drop", reason.to_owned(), now);
+                self.lifecycle.note(&app, "drop", reason, now);
                 self.delivery.helped(seq, Helped::Dropped, now);
             }
             Err(why) => {
@@ -211,7 +211,7 @@ impl Core {
             any = true;
             match output {
                 Output::Order(app, order) => self.actions.push_back(Action::Notify(app, order)),
-                Output::Spoken(app, why) => self.lifecycle.note(&app, "notify", sentence(why).to_owned(), now),
+                Output::Spoken(app, why) => self.lifecycle.note(&app, "notify", sentence(why), now),
             }
         }
         if self.stand_in.watched != watched {

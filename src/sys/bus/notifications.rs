@@ -44,8 +44,10 @@ const TOKEN: usize = 512;
 /// What is shown on one bus.
 #[derive(Default)]
 pub(super) struct Notifications {
-    task: Option<(Orders<(AppKey, NotifyOrder)>, Task<(), Shared>)>,
+    task: Option<(Orders<Ordered>, Task<(), Shared>)>,
 }
+
+type Ordered = (AppKey, NotifyOrder);
 
 impl Notifications {
     /// Shows or closes something, soon.
@@ -144,7 +146,7 @@ impl Desk {
     }
 
     /// Until there is nothing more to show, or `orders` is closed.
-    async fn serve(mut self, orders: Receiver<(AppKey, NotifyOrder)>) -> zbus::Result<()> {
+    async fn serve(mut self, orders: Receiver<Ordered>) -> zbus::Result<()> {
         let rule = MatchRule::builder().msg_type(Type::Signal).interface(NAME).path(PATH).build()?.to_owned();
         let mut signals = MessageStream::for_match_rule(rule, &self.connection, Some(SIGNALS)).await?;
         let rule = MatchRule::builder()
