@@ -19,6 +19,9 @@ _nightporter() {
             nightporter,apps)
                 cmd="nightporter__subcmd__apps"
                 ;;
+            nightporter,cancel-transfer)
+                cmd="nightporter__subcmd__cancel__subcmd__transfer"
+                ;;
             nightporter,completions)
                 cmd="nightporter__subcmd__completions"
                 ;;
@@ -70,11 +73,17 @@ _nightporter() {
             nightporter,thaw)
                 cmd="nightporter__subcmd__thaw"
                 ;;
+            nightporter,transfers)
+                cmd="nightporter__subcmd__transfers"
+                ;;
             nightporter,why)
                 cmd="nightporter__subcmd__why"
                 ;;
             nightporter__subcmd__help,apps)
                 cmd="nightporter__subcmd__help__subcmd__apps"
+                ;;
+            nightporter__subcmd__help,cancel-transfer)
+                cmd="nightporter__subcmd__help__subcmd__cancel__subcmd__transfer"
                 ;;
             nightporter__subcmd__help,completions)
                 cmd="nightporter__subcmd__help__subcmd__completions"
@@ -127,6 +136,9 @@ _nightporter() {
             nightporter__subcmd__help,thaw)
                 cmd="nightporter__subcmd__help__subcmd__thaw"
                 ;;
+            nightporter__subcmd__help,transfers)
+                cmd="nightporter__subcmd__help__subcmd__transfers"
+                ;;
             nightporter__subcmd__help,why)
                 cmd="nightporter__subcmd__help__subcmd__why"
                 ;;
@@ -137,7 +149,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill leases end-lease transfers cancel-transfer move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -151,6 +163,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__apps)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__cancel__subcmd__transfer)
             opts="-h --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -265,7 +291,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
+            opts="status apps show why log freeze thaw kill leases end-lease transfers cancel-transfer move forget-user push report doctor demo completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -279,6 +305,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help__subcmd__apps)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__cancel__subcmd__transfer)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -530,6 +570,20 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__help__subcmd__transfers)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__help__subcmd__why)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -679,6 +733,20 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__thaw)
+            opts="-h --json --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__transfers)
             opts="-h --json --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
