@@ -24,7 +24,7 @@ pub(crate) struct Client {
     pub(crate) connection: Connection,
     /// What it registers as.
     pub(crate) service: String,
-    calls: mpsc::Receiver<Message>,
+    pub(crate) calls: mpsc::Receiver<Message>,
     quit: async_channel::Sender<()>,
     thread: Option<JoinHandle<()>>,
 }
@@ -151,16 +151,6 @@ impl Client {
             if call.member != "NewEndpoint" {
                 assert_eq!(call.member, "Message", "{call:?}");
                 return call.text();
-            }
-        }
-    }
-
-    /// What it is told next of a transfer: which, how it ended, and more about that. Other calls are passed over.
-    pub(crate) fn told(&self) -> (u64, String, String) {
-        loop {
-            let call = self.calls.recv_timeout(PATIENCE).expect("it is told of no transfer");
-            if call.header().member().is_some_and(|member| member.as_str() == "TransferDone") {
-                return call.body().deserialize().unwrap();
             }
         }
     }
