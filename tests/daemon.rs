@@ -23,6 +23,8 @@ mod crashes;
 mod delivery;
 #[path = "daemon/leases.rs"]
 mod leases;
+#[path = "daemon/ledger.rs"]
+mod ledger;
 #[path = "daemon/lifecycle.rs"]
 mod lifecycle;
 #[path = "daemon/moves.rs"]

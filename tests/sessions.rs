@@ -289,6 +289,8 @@ fn everything(app: &str) -> Vec<(&'static str, Vec<String>)> {
         all.push((method, vec![name.clone()]));
     }
     all.push(("Log", vec!["uint64:0".into()]));
+    all.push(("History", vec!["uint32:24".into()]));
+    all.push(("WhatIf", vec!["uint32:24".into()]));
     all.push(("Leases", vec!["string:".into()]));
     all.push(("Move", vec![name, "string:home".into()]));
     all

@@ -349,6 +349,8 @@ fn polkit_is_asked_about_what_is_not_ones_own() {
         let mut all: Vec<(Request, Privilege)> = [
             Query::Apps,
             Query::Report,
+            Query::History { hours: 24 },
+            Query::WhatIf { hours: 24 },
             Query::Show(app(CHAT)),
             Query::Why(app(CHAT)),
             Query::Show(app("org.example.Nobody")),

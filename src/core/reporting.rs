@@ -30,9 +30,9 @@ const REPORT_TIME: Duration = Duration::from_secs(20);
 const CALLS: usize = 32;
 /// Calls that may wait for the history; beyond it the newest is refused. Each has a copy of what is not written yet.
 const READERS: usize = 8;
-/// As much earlier than asked is read, for what reaches into the time asked about: rows of what would have been done are
-/// hardly longer.
-const REACH: Duration = Duration::from_secs(2 * 3600);
+/// As much earlier than asked is read, for what reaches into the time asked about: what would have been done is written in
+/// pieces of an hour, and longer ones where nothing happened meanwhile.
+const REACH: Duration = Duration::from_secs(24 * 3600);
 /// The upstream under whose name the store keeps of a baseline what an app's record has no room for, by app. None can be
 /// called so: names have no control characters.
 const PARTS: &str = "\u{1}resident";
@@ -204,15 +204,13 @@ impl Core {
             changed = true;
             self.app_changed(&app, now);
         }
-        if changed && self.ending.is_none() {
-            for row in self.shadows.cut(false, now) {
-                self.journal.would(row, now.boot);
-            }
-            if self.journal.wants_totals(false, now.boot) && !self.totals_asked {
-                self.totals_asked = true;
-                self.journal.totals_asked(now.boot);
-                self.actions.push_back(Action::SampleSelf);
-            }
+        for row in self.shadows.cut(false, now) {
+            self.journal.would(row, now.boot);
+        }
+        if changed && self.ending.is_none() && self.journal.wants_totals(false, now.boot) && !self.totals_asked {
+            self.totals_asked = true;
+            self.journal.totals_asked(now.boot);
+            self.actions.push_back(Action::SampleSelf);
         }
         self.write_history(false, now);
     }

@@ -196,7 +196,8 @@ fn the_report_agrees_with_the_kernel() {
         let (now, resident) = (row.now.unwrap(), row.resident.unwrap());
         assert_eq!(row.name, app);
         assert!(now.uss > 16 * 1024 && resident.uss > 16 * 1024, "the history counts: {row:?}");
-        assert_eq!(row.saved, Some(resident.pss as i64 - now.pss as i64));
+        let pages = resident.pss as i64 - now.pss as i64 - row.cache;
+        assert_eq!(row.saved, Some(pages + row.kernel - row.zram as i64));
         if app == apps[2] {
             // The others were alone with their program's pages when they were measured.
             assert!(agrees(resident.uss, now.uss, now.uss), "{row:?}");
@@ -208,8 +209,8 @@ fn the_report_agrees_with_the_kernel() {
         };
         assert_eq!(report.resident, sum(|row| row.resident));
         assert_eq!(report.now, sum(|row| row.now));
-        let costs = report.now + report.zram + report.daemon.pss;
-        assert_eq!(report.saved, report.resident as i64 - costs as i64);
+        let costs = report.now + report.zram + report.daemon.pss + report.sockets;
+        assert_eq!(report.saved, report.resident as i64 - costs as i64 - report.cache + report.kernel);
     };
     balances(&report);
 
@@ -218,7 +219,8 @@ fn the_report_agrees_with_the_kernel() {
     balances(&after);
     let gone = &after.apps[0];
     assert_eq!(gone.now.unwrap().pss, 0);
-    assert_eq!(gone.saved, Some(gone.resident.unwrap().pss as i64));
+    assert_eq!(gone.saved, Some(gone.resident.unwrap().pss as i64 - gone.cache + gone.kernel));
+    assert!(gone.saved.unwrap() > 16 * 1024, "its history is its own: {gone:?}");
     assert!(after.now + 12 * 1024 < report.now, "{} before, {} after", report.now, after.now);
     let printed = world.cli(&["report", "--json"]);
     let printed: view::Report = serde_json::from_slice(&printed.stdout).unwrap();

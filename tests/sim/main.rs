@@ -133,13 +133,13 @@ const LEAST: [(&str, u64); 52] = [
     ("notices to who does not answer", 80),
     ("freezes of the unprepared", 60),
     ("states restored", 1000),
-    ("totals written", 1000),
-    ("rows of apps written", 1000),
-    ("wakes written", 1000),
-    ("shadows written", 1000),
-    ("reports", 500),
-    ("histories read", 500),
-    ("shadows read", 500),
+    ("totals written", 300),
+    ("rows of apps written", 8000),
+    ("wakes written", 3000),
+    ("shadows written", 1200),
+    ("reports", 200),
+    ("histories read", 160),
+    ("shadows read", 170),
 ];
 
 fn check_that_it_was_hard(stats: &world::Stats) {

@@ -131,6 +131,13 @@ impl Client {
         result.map_err(|error| error_of(Err(error)).0)
     }
 
+    /// The same for a document of the manager about the last hours.
+    pub(crate) fn porter_hours(&self, member: &str, hours: u32) -> Result<(), String> {
+        let (name, path, interface) = ("org.nightporter1", "/org/nightporter1", "org.nightporter1.Manager");
+        let reply = block_on(self.connection.call_method(Some(name), path, Some(interface), member, &hours));
+        reply.map(drop).map_err(|error| error_of(Err(error)).0)
+    }
+
     /// The next call of its connector.
     pub(crate) fn call(&self) -> Call {
         read(&self.calls.recv_timeout(PATIENCE).expect("the connector is not called"))

@@ -239,6 +239,13 @@ impl World {
         serde_json::from_str(reply.unwrap().body().deserialize().unwrap()).unwrap()
     }
 
+    /// A document of the manager about the last hours.
+    pub(crate) fn ask_hours<T: DeserializeOwned>(&self, member: &str, hours: u32) -> T {
+        let (name, path, interface) = ("org.nightporter1", "/org/nightporter1", "org.nightporter1.Manager");
+        let reply = block_on(self.control.call_method(Some(name), path, Some(interface), member, &hours));
+        serde_json::from_str(reply.unwrap().body().deserialize().unwrap()).unwrap()
+    }
+
     pub(crate) fn status(&self) -> view::Status {
         self.ask("Status", None)
     }

@@ -254,7 +254,7 @@ impl Account {
             let mut beats = beats.clone();
             beats.go_on(now.boot);
             ours += beats.ours;
-            replaced += beats.replaced.iter().filter(|(bus, _)| sees(**bus)).map(|(_, beats)| beats).sum::<f64>();
+            replaced += beats.replaced.iter().filter(|(bus, _)| sees(**bus)).fold(0.0, |sum, (_, beats)| sum + beats);
         }
         let mut wakes: [Wakes; 4] = Default::default();
         for (_, of_bus) in self.wakes.iter().filter(|(bus, _)| sees(**bus)) {

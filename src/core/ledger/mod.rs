@@ -65,6 +65,8 @@ pub struct Ledger {
     daemon: Option<SelfSample>,
     /// Once measured.
     zram: Option<Zram>,
+    /// What zram takes at most: as measured, and what our page-outs since then have added.
+    zram_most: u64,
     /// The machine's memory, and when that was read.
     machine: Option<(Pressure, Instant)>,
     machine_asked: Option<Instant>,
@@ -231,6 +233,7 @@ impl Ledger {
 
     /// The app was paged out: `freed` KiB of PSS for `zram` KiB of zram's real memory.
     pub fn paged_out(&mut self, app: &AppKey, freed: u64, zram: u64, source: ZramSource) {
+        self.zram_most = self.zram_most.saturating_add(zram);
         let row = self.rows.entry(app.clone()).or_default();
         row.zram = row.zram.saturating_add(zram);
         row.zram_source = match (row.zram_source, source) {
@@ -269,7 +272,7 @@ impl Ledger {
     /// The daemon measured itself and zram.
     pub fn daemon(&mut self, daemon: SelfSample, zram: Zram) {
         self.daemon = Some(daemon);
-        self.zram = Some(zram);
+        (self.zram, self.zram_most) = (Some(zram), zram.used);
     }
 
     /// What the daemon costs, its sockets included, once it was measured.
@@ -469,13 +472,15 @@ impl Ledger {
             return (0, None);
         }
         let (own, source) = self.wish(row);
-        let Some(zram) = self.zram else { return (own, source) };
-        // Each byte has one owner.
-        let all = self.rows.values().fold(0u128, |sum, row| sum + u128::from(self.wish(row).0));
-        if all <= u128::from(zram.used) {
+        if self.zram.is_none() {
             return (own, source);
         }
-        let scaled = u128::from(own) * u128::from(zram.used) / all;
+        // Each byte has one owner.
+        let all = self.rows.values().fold(0u128, |sum, row| sum + u128::from(self.wish(row).0));
+        if all <= u128::from(self.zram_most) {
+            return (own, source);
+        }
+        let scaled = u128::from(own) * u128::from(self.zram_most) / all;
         let scaled = u64::try_from(scaled).unwrap_or(own);
         (scaled, source.filter(|_| scaled > 0).map(|_| ZramSource::Ratio))
     }

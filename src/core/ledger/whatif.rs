@@ -18,6 +18,8 @@ use crate::{
 const LEAST: Duration = Duration::from_secs(1);
 /// A time that goes on is written in pieces this long, lest a crash lose all of it.
 const PIECE: Duration = Duration::from_secs(3600);
+/// How often is looked whether there is such a piece.
+const LOOK: Duration = Duration::from_secs(600);
 /// Pieces this close to one another are one.
 const SEAM: Duration = Duration::from_secs(2);
 /// Reasons remembered of each app: those that kept it longest.
@@ -60,6 +62,8 @@ pub struct Shadows {
     apps: BTreeMap<AppKey, Shadowed>,
     /// Since when there is anything to observe.
     since: Option<Now>,
+    /// When pieces were last cut.
+    cut: Option<Instant>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -122,6 +126,10 @@ impl Shadows {
     /// What has gone on for long, up to now; with `all` whatever goes on. It goes on.
     pub fn cut(&mut self, all: bool, now: Now) -> Vec<HistoryRow> {
         let mut rows = Vec::new();
+        if !all && self.cut.is_some_and(|at| now.boot.since(at) < LOOK) {
+            return rows;
+        }
+        self.cut = Some(now.boot);
         for (app, shadowed) in &mut self.apps {
             let Some(span) = &mut shadowed.span else { continue };
             if !all && now.boot.since(span.since.boot) < PIECE {
@@ -222,13 +230,13 @@ impl Shadows {
             .into_iter()
             .map(|(app, pieces)| WhatIfApp {
                 name: app.to_string(),
-                saved_mib_hours: pieces.iter().map(Piece::kib_secs).sum::<f64>() / KIB_SECS_PER_MIB_HOUR,
+                saved_mib_hours: pieces.iter().fold(0.0, |sum, piece| sum + piece.kib_secs()) / KIB_SECS_PER_MIB_HOUR,
                 spans: pieces.iter().map(Piece::view).collect(),
                 kept_by: self.kept_by(app, window.now.boot),
             })
             .collect();
         apps.sort_by(|a, b| a.name.cmp(&b.name));
-        let saved_mib_hours = apps.iter().map(|app| app.saved_mib_hours).sum::<f64>();
+        let saved_mib_hours = apps.iter().fold(0.0, |sum, app| sum + app.saved_mib_hours);
         let hours = observed.as_secs_f64() / 3600.0;
         view::WhatIf {
             since: window.since.to_string(),
