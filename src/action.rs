@@ -4,12 +4,16 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     config::UpstreamSettings,
-    event::{CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket},
+    event::{
+        CallId, DeliveryTicket, FetchTicket, HttpTicket, LinkId, NoticeTicket, Privilege, StoreTicket, TransferTicket,
+    },
     model::{
         AppKey, AppRecord, Bus, ConnectorVersion, Ending, FailureReason, FormerRoute, HistoryRow, LeaseId, Message,
         MessageSeq, Owner, Preference, Registration, RegistrationId, TargetId,
     },
+    notification::{HelperJob, NotifyOrder},
     time::UnixTime,
+    transfer::{Transfer, TransferId, TransferOrder},
 };
 
 /// One thing to do.
@@ -95,6 +99,20 @@ pub enum Action {
     },
     /// Start an app that is not running: through systemd where there is one, else by D-Bus activation.
     Start(AppKey),
+    /// The user wants to see the app: start it with a window if it does not run (ends with `BusEvent::Started`), else have
+    /// this instance come to the front. The token is the one its compositor lets it do so with.
+    Activate {
+        /// Which app.
+        app: AppKey,
+        /// Which instance, which is not held still; none: it does not run.
+        owner: Option<Owner>,
+        /// XDG activation token.
+        token: Option<Arc<str>>,
+    },
+    /// Notify the user in an app's stead, or no more. `BusEvent::Notified` says what comes of it.
+    Notify(AppKey, NotifyOrder),
+    /// Have an app's payload helper make something of a message. Ends with `Event::Helped`.
+    Help(Box<HelperJob>),
     /// Watch for notifications to the user on this session bus, or no more. `Event::NotificationsSeen` says when they are seen.
     WatchNotifications(Bus, bool),
     /// Look whether something speaks against holding an app still, or on: locks, devices, file systems, its unit. Ends with
@@ -123,6 +141,8 @@ pub enum Action {
     ReadPressure,
     /// Everything is thawed and closed: end the process.
     Exit,
+    /// Do something about a transfer.
+    Transfer(TransferOrder),
     /// A lease on this bus is over: close our end of it, by which its holder sees that. No event follows.
     EndLease(Bus, LeaseId),
     /// Tell the holder of a lease that it is about to be taken (`org.nightporter1.App.LeaseEnding`).
@@ -178,7 +198,7 @@ pub enum ConnectorCall {
 }
 
 /// A method of `org.nightporter1.Client` (docs/lifecycle.md).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientCall {
     /// `WillSuspend`. Ends with `BusEvent::Prepared`, however late.
     WillSuspend {
@@ -191,6 +211,17 @@ pub enum ClientCall {
     Resumed {
         /// How long it was frozen; zero if it was not after all.
         frozen: Duration,
+    },
+    /// `TransferDone`. Ends with `BusEvent::TransferTold`, however late.
+    TransferDone {
+        /// Comes back with the outcome.
+        ticket: TransferTicket,
+        /// Which transfer.
+        id: TransferId,
+        /// `done`, `failed` or `cancelled`.
+        status: &'static str,
+        /// Why, or what the server said.
+        text: Arc<str>,
     },
 }
 
@@ -234,6 +265,12 @@ pub enum StoreOp {
     PutHistory(Arc<[HistoryRow]>),
     /// Read the history since then; its ticket is answered with `Event::History`.
     LoadHistory(UnixTime),
+    /// Insert or replace a transfer.
+    PutTransfer(Box<Transfer>),
+    /// How far one has come, or that it was told: may be delayed up to 2 s to join another write.
+    NoteTransfer(Box<Transfer>),
+    /// Remove a transfer.
+    DeleteTransfer(TransferId),
     /// Read an app's saved state; its ticket is answered with `Event::State`.
     LoadState(AppKey),
 }
@@ -247,7 +284,7 @@ impl StoreOp {
     pub fn is_lazy(&self) -> bool {
         match self {
             Self::PutUpstream { key, .. } => **key != *NAMING,
-            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_) | Self::PutHistory(_)),
+            _ => matches!(self, Self::EndMessage(..) | Self::PutApp(_) | Self::PutHistory(_) | Self::NoteTransfer(_)),
         }
     }
 }
@@ -263,6 +300,8 @@ pub enum Reply {
     Done,
     /// A JSON document.
     Json(String),
+    /// A transfer is taken over under this number.
+    Transfer(TransferId),
     /// What KDE's settings panel shows.
     Panel(Box<PanelState>),
     /// An app's saved state; empty if there is none.

@@ -6,6 +6,7 @@ mod app;
 mod network;
 mod pressure;
 mod rules;
+mod transfers;
 mod upstream;
 mod values;
 
@@ -14,10 +15,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Deserialize;
 
 pub use self::{
-    app::{AppSettings, UrgencySettings},
+    app::{AppSettings, PayloadHelper, UrgencySettings},
     network::{NetworkSettings, Proxy, Roaming},
     pressure::PressureSettings,
     rules::Role,
+    transfers::TransferSettings,
     upstream::{
         ClientCertificate, Credentials, MqttSettings, MqttVersion, SecretSource, UpstreamKind, UpstreamSettings,
     },
@@ -27,6 +29,7 @@ use self::{
     network::RawNetwork,
     pressure::RawPressure,
     rules::{Presets, RawRules},
+    transfers::RawTransfers,
     upstream::RawUpstream,
 };
 use crate::model::{LifecycleTimes, Profile, Rules};
@@ -48,6 +51,8 @@ pub struct Settings {
     pub lifecycle: LifecycleTimes,
     /// When memory counts as short.
     pub pressure: PressureSettings,
+    /// What apps may have downloaded and uploaded for them.
+    pub transfers: TransferSettings,
     /// Bounds.
     pub limits: Limits,
     /// Whether KDE's settings panel is served, and the name it looks for asked for, on session buses.
@@ -128,6 +133,7 @@ struct RawConfig {
     network: RawNetwork,
     lifecycle: RawLifecycle,
     pressure: RawPressure,
+    transfers: RawTransfers,
     limits: RawLimits,
     kde: RawKde,
 }
@@ -206,6 +212,7 @@ impl Settings {
             network: raw.network.check()?,
             lifecycle,
             pressure: raw.pressure.check()?,
+            transfers: raw.transfers.check()?,
             limits: limits(raw.limits)?,
             kde_panel: raw.kde.panel,
         })
@@ -222,6 +229,7 @@ impl Default for Settings {
             network: NetworkSettings::default(),
             lifecycle: LifecycleTimes::default(),
             pressure: PressureSettings::default(),
+            transfers: TransferSettings::default(),
             limits: Limits::default(),
             kde_panel: false,
         }
@@ -260,7 +268,7 @@ fn limits(raw: RawLimits) -> Result<Limits, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Urgency;
+    use crate::{model::Urgency, notification::NotifyWhen};
 
     fn rules_of(text: &str) -> Rules {
         Settings::parse(text).unwrap().apps[0].rules.clone().unwrap()
@@ -365,6 +373,9 @@ mod tests {
             urgency = "high"
             calls = true
             min-urgency = "very-low"
+            notify = "always"
+            payload-helper = ["/usr/libexec/dino-push", "--terse"]
+            payload-helper-network = true
             [kde]
             panel = true
             "#,
@@ -418,6 +429,11 @@ mod tests {
                 urgency: Urgency::High,
                 calls: true,
                 min_urgency: Some(Urgency::VeryLow),
+                notify: Some(NotifyWhen::Always),
+                payload_helper: Some(PayloadHelper {
+                    command: ["/usr/libexec/dino-push", "--terse"].map(Arc::from).into(),
+                    network: true
+                }),
                 ..AppSettings::new("im.dino.Dino")
             }]
         );
@@ -451,6 +467,10 @@ mod tests {
             ("[network]\nproxy = \"socks5://x\"", "network.proxy"),
             ("[network]\nheartbeat-min = \"5min\"\nheartbeat-max = \"4min\"", "network.heartbeat-max"),
             ("[[app]]\nname = \"a.b\"\nupstream = \"nowhere\"", "app[0].upstream"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper = [\"helper\"]", "app[0].payload-helper"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper = []", "app[0].payload-helper"),
+            ("[[app]]\nname = \"a.b\"\npayload-helper-network = true", "app[0].payload-helper-network"),
+            ("[[app]]\nname = \"a.b\"\nnotify = \"sometimes\"", "sometimes"),
             ("[[app]]\nname = \"a.b\"\n[[app]]\nname = \"a.b\"", "app[1].name"),
             ("[[upstream]]\nname = \"a\"\nkind = \"mqtt\"\nurl = \"https://x\"", "upstream[0].url"),
             ("[[upstream]]\nname = \"panel-1\"\nkind = \"ntfy\"\nurl = \"https://x\"", "upstream[0].name"),

@@ -8,6 +8,8 @@ use crate::{
         AppKey, Bus, ConnectorVersion, HistoryRow, LeaseId, LeaseKind, MessageSeq, Owner, Pressure, ProcessFacts,
         Sample, Secret, SelfSample, Surroundings, TargetId, Veto, Window, Zram, ZramSource,
     },
+    notification::{HelperAnswer, NotifyNews, NotifyWhen},
+    transfer::{TransferEvent, TransferId, TransferRequest},
 };
 
 /// One thing that happened.
@@ -58,6 +60,8 @@ pub enum Event {
         /// As which process.
         target: Option<TargetId>,
     },
+    /// The answer to `Action::Help`; on error nothing came of it, with why as a sentence part.
+    Helped(MessageSeq, Result<HelperAnswer, Arc<str>>),
     /// An app's memory, as asked with `Action::Sample`.
     Sampled(TargetId, Result<Sample, Arc<str>>),
     /// The daemon's own memory and zram's real use, as asked with `Action::SampleSelf`.
@@ -69,6 +73,8 @@ pub enum Event {
     },
     /// History asked for with `StoreOp::LoadHistory`, under its ticket; oldest first.
     History(StoreTicket, Result<Vec<HistoryRow>, StoreError>),
+    /// Something happened to a transfer.
+    Transfer(TransferId, TransferEvent),
     /// An HTTP request ended.
     Http(HttpTicket, Result<HttpResponse, HttpError>),
     /// An address or a route came: worth an attempt at once.
@@ -251,6 +257,10 @@ pub struct DeliveryTicket(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NoticeTicket(pub u64);
 
+/// A call that tells an app how a transfer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransferTicket(pub u64);
+
 /// What happens on a bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BusEvent {
@@ -279,8 +289,21 @@ pub enum BusEvent {
     Prepared(AppKey, NoticeTicket),
     /// A start asked for with `Action::Start` ended. An app that came up is announced by `OwnerChanged` as well.
     Started(AppKey, StartOutcome),
+    /// A call of `ClientCall::TransferDone` ended.
+    TransferTold(TransferTicket, CallOutcome),
     /// The holder of a lease closed its end, or died.
     LeaseClosed(LeaseId),
+    /// Something has become of a notification in an app's stead.
+    Notified {
+        /// Which app's.
+        app: AppKey,
+        /// Which of them.
+        tag: Arc<str>,
+        /// As it was when that happened.
+        number: u64,
+        /// What.
+        news: NotifyNews,
+    },
 }
 
 /// Who makes a call: all of it told by the bus and the kernel, nothing by the caller.
@@ -298,6 +321,8 @@ pub struct Caller {
     pub app_id: Option<Arc<str>>,
     /// Whether it runs in a sandbox (then it is an app, never the user's own tool).
     pub sandboxed: bool,
+    /// Whether it is in the same network namespace as this daemon: else it has no network, or another one.
+    pub networked: bool,
     /// Whether it owns the service name its request is about (the unique name itself counts).
     pub owns_service: bool,
     /// What polkit says of this call; asked for with `Reply::Authorize`.
@@ -358,6 +383,8 @@ pub enum Request {
         version: ConnectorVersion,
         /// The upstream the app wants, by name (our key `org.nightporter.upstream` in version 2's dictionary).
         upstream: Option<Arc<str>>,
+        /// When the user is to be notified in the app's stead (our key `org.nightporter.notify`).
+        notify: Option<NotifyWhen>,
     },
     /// `org.unifiedpush.Distributor{1,2}.Unregister`.
     Unregister {
@@ -410,6 +437,8 @@ pub enum Request {
         /// Which app; `None`: the caller itself.
         service: Option<Arc<str>>,
     },
+    /// `org.nightporter1.Transfers`, and `org.nightporter1.Manager.CancelTransfer`.
+    Transfer(TransferRequest),
     /// `org.nightporter1.Manager.EndLease`: take a lease away.
     EndLease(LeaseId),
 }
@@ -470,6 +499,8 @@ pub enum Query {
     Endpoints(Arc<str>),
     /// The leases held now: one app's, or all.
     Leases(Option<Arc<str>>),
+    /// The transfers there are: one app's, or all.
+    Transfers(Option<Arc<str>>),
 }
 
 /// What a user can do to an app by hand.

@@ -5,8 +5,8 @@
 //! - **Push**: socket bytes → `sys::link` → [`core::upstream`] → `core::delivery` → (thaw | start) → `sys::bus` → app.
 //! - **Lifecycle**: event → `core::lifecycle` → verdict → `sys` executor → outcome → `core::ledger` → report.
 //!
-//! The pure half (`time`, `model`, `event`, `action`, `config`, `view`, `doctor`, `core`) touches nothing; `sys` touches the
-//! world and knows nothing of the core; `daemon` is the one loop that joins them.
+//! The pure half (`time`, `model`, `notification`, `transfer`, `event`, `action`, `config`, `view`, `doctor`, `core`)
+//! touches nothing; `sys` touches the world and knows nothing of the core; `daemon` is the one loop that joins them.
 
 pub mod action;
 pub mod config;
@@ -14,7 +14,9 @@ pub mod core;
 pub mod doctor;
 pub mod event;
 pub mod model;
+pub mod notification;
 pub mod time;
+pub mod transfer;
 pub mod view;
 
 #[cfg(feature = "daemon")]

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use serde::{Deserialize, Serialize};
 
 pub use self::ledger::{Charged, History, HistoryRow, Sample, SelfSample, Total, Zram, ZramSource};
-use crate::time::UnixTime;
+use crate::{time::UnixTime, transfer::Transfer};
 
 /// Which bus an app lives on. Users are kept apart by it: nothing crosses from one bus to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -556,10 +556,14 @@ pub struct Snapshot {
     pub preferences: Vec<Preference>,
     /// The saved states there are, with their sizes in bytes.
     pub states: Vec<(AppKey, u32)>,
+    /// The transfers there are, by number.
+    pub transfers: Vec<Transfer>,
     /// The first numbers not yet used.
     pub next_registration: u64,
     /// See `next_registration`.
     pub next_message: u64,
+    /// See `next_registration`.
+    pub next_transfer: u64,
     /// Set when a damaged database was kept aside, with the path it was moved to.
     pub damaged: Option<Arc<str>>,
 }

@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 pub use self::ledger::{
     Account, AppAt, AppHistory, History, LedgerRow, Report, TotalAt, WakeAt, WakeStats, WhatIf, WhatIfApp, WhatIfSpan,
 };
-use crate::model::{Ending, Freezer, LeaseKind, NetworkKind, Profile, Reach, Urgency};
+use crate::{
+    model::{Ending, Freezer, LeaseKind, NetworkKind, Profile, Reach, Urgency},
+    transfer::Direction,
+};
 
 /// `Status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -207,6 +210,35 @@ pub struct Show {
     /// The leases that keep it awake.
     #[serde(default)]
     pub leases: Vec<Lease>,
+}
+
+/// `Transfers`: an array of these, by id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// Its number, for `CancelTransfer`.
+    pub id: u64,
+    /// Whose it is.
+    pub app: String,
+    /// Which way it goes.
+    pub direction: Direction,
+    /// What the app calls it; possibly empty.
+    pub title: String,
+    /// The server and the path, without what may be a secret.
+    pub place: String,
+    /// `taking-over`, `waiting`, `running`, `done`, `failed` or `cancelled`.
+    pub state: String,
+    /// What it waits for, or how it ended.
+    pub reason: Option<String>,
+    /// Bytes that are there, or sent.
+    pub bytes: u64,
+    /// Bytes in all, where that is known.
+    pub total: Option<u64>,
+    /// Seconds until it is tried again, where that is arranged.
+    pub retry_in_secs: Option<u64>,
+    /// When it was handed over.
+    pub begun: String,
+    /// Whether the app has heard how it ended, once it has.
+    pub told: Option<bool>,
 }
 
 /// `Leases`: an array of these, by id.

@@ -73,6 +73,7 @@ fn registration_v2_round_trip() {
             vapid: Some(VAPID.into()),
             version: ConnectorVersion::V2,
             upstream: None,
+            notify: None,
         }
     );
     assert_eq!(caller.bus, BUS);

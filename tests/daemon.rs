@@ -11,6 +11,9 @@ mod group;
 #[path = "units/systemd.rs"]
 mod systemd;
 
+#[path = "support/desk.rs"]
+#[expect(dead_code, reason = "made for the tests of the buses; shared")]
+mod desk;
 #[path = "support/lease.rs"]
 mod lease;
 
@@ -28,6 +31,8 @@ mod moves;
 mod notice;
 #[path = "daemon/registration.rs"]
 mod registration;
+#[path = "daemon/stand_in.rs"]
+mod stand_in;
 #[path = "daemon/start.rs"]
 mod start;
 mod support;

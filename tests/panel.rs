@@ -151,6 +151,7 @@ fn apps_register_under_kdes_name() {
         vapid: None,
         version: ConnectorVersion::V1,
         upstream: None,
+        notify: None,
     };
     assert_eq!(request, expected);
 }

@@ -48,6 +48,14 @@ fn serving(buses: &[(Bus, &Daemon)]) -> Loop {
     main
 }
 
+/// On a system bus alone, with a polkit on it.
+fn asking_polkit(says: Says) -> (Daemon, Polkit, Loop) {
+    let daemon = Daemon::new();
+    let polkit = Polkit::start(&daemon.address(), says);
+    let main = serving(&[(Bus::System, &daemon)]);
+    (daemon, polkit, main)
+}
+
 fn call<B: Serialize + DynamicType>(member: &'static str, flags: Flags, body: &B) -> Message {
     let call = Message::method_call(PATH, member).destination(DISTRIBUTOR).interface(MANAGER);
     call.with_flags(flags).build(body).unwrap()
@@ -114,9 +122,7 @@ fn refusal(caller: &Caller) -> String {
 
 #[test]
 fn a_call_comes_again_with_polkits_leave() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Yes);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Yes);
     let both = Flags::ALLOW_INTERACTIVE_AUTH;
     for (message, privilege, allowed, flags, details) in [
         (call("Kill", Flags::empty(), &APP), Privilege::ManageApps, true, 0, Some(("service", APP))),
@@ -205,9 +211,7 @@ fn without_a_system_bus_there_is_nobody_to_ask() {
 
 #[test]
 fn a_question_nobody_answers_holds_up_nobody_and_ends_with_its_caller() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Nothing);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Nothing);
     let asking = Waiting::new(&daemon);
     asking.send();
     authorize(&mut main, Privilege::ManageApps, true);
@@ -229,9 +233,7 @@ fn a_question_nobody_answers_holds_up_nobody_and_ends_with_its_caller() {
 
 #[test]
 fn a_caller_that_is_gone_is_not_asked_about() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Yes);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Yes);
     let asking = Waiting::new(&daemon);
     asking.send();
     let (call, caller, _) = main.call();
@@ -255,9 +257,7 @@ fn a_caller_that_is_gone_is_not_asked_about() {
 
 #[test]
 fn questions_are_bounded_for_each_caller_and_in_all() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Nothing);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Nothing);
     let mut clients: Vec<Waiting> = Vec::new();
     for _ in 0..8 {
         let client = Waiting::new(&daemon);
@@ -301,9 +301,7 @@ fn questions_are_bounded_for_each_caller_and_in_all() {
 
 #[test]
 fn polkit_has_its_time_and_no_more() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Nothing);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Nothing);
     let client = calling(&daemon, kill());
     authorize(&mut main, Privilege::ManageApps, true);
     let number = polkit.check().number;
@@ -386,9 +384,7 @@ fn a_bus_that_goes_takes_its_questions_along() {
 
 #[test]
 fn a_stop_waits_for_no_password() {
-    let daemon = Daemon::new();
-    let polkit = Polkit::start(&daemon.address(), Says::Nothing);
-    let mut main = serving(&[(Bus::System, &daemon)]);
+    let (daemon, polkit, mut main) = asking_polkit(Says::Nothing);
     let asking = Waiting::new(&daemon);
     asking.send();
     authorize(&mut main, Privilege::ManageApps, true);

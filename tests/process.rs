@@ -5,6 +5,7 @@
 use std::{
     fs,
     io::{self, Read},
+    net::{TcpListener, TcpStream},
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt, parent_id},
@@ -19,7 +20,7 @@ use std::{
 use mio::{Events, Poll, Token};
 use nightporter::{
     event::{Event, Outcome},
-    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, Sample, SelfSample, TargetId, Veto, VetoKind},
+    model::{AppKey, Bus, Freezer, Memory, ProcessFacts, Sample, SelfSample, TargetId, Veto, VetoKind, ZramSource},
     sys::{
         clock,
         inbox::{self, Inbox, Incoming, Process},
@@ -987,10 +988,14 @@ fn a_sample_is_the_sum_over_the_tree() {
         }
         porter.targets.sample(target);
         let event = porter.until("the sample", |event| matches!(event, Event::Sampled(..)));
-        let Event::Sampled(_, Ok(Sample { memory: sample, .. })) = event else { panic!("{event:?}") };
+        let Event::Sampled(_, Ok(whole)) = event else { panic!("{event:?}") };
+        let sample = whole.memory;
         let (pss, uss) = all().fold((0, 0), |(pss, uss), one| (pss + one.pss, uss + one.uss));
         assert!(near(sample.pss, pss) && near(sample.uss, uss), "{sample:?} {pss} {uss}");
         assert!(sample.pss > 64_000, "{sample:?}");
+        // Almost all of it is the helpers' own; they have worked to make it.
+        assert!(whole.anon > 64_000 && whole.anon + whole.file <= sample.pss + 16, "{whole:?}");
+        assert!(whole.cpu > Duration::from_millis(1) && whole.connections == 0, "{whole:?}");
     }
     porter.targets.kill(target, Duration::ZERO);
     porter.gone(target);
@@ -999,12 +1004,79 @@ fn a_sample_is_the_sum_over_the_tree() {
 }
 
 #[test]
+fn apps_measured_together_are_told_apart() {
+    let group = Group::new();
+    let apps: Vec<App> = (0..12).map(|_| App::shell("sleep 60 & while :; do echo >> $F; sleep 0.01; done")).collect();
+    group.take(&apps[0]);
+    let mut porter = Porter::new();
+    let targets: Vec<TargetId> = apps.iter().map(|app| porter.adopt(app).0).collect();
+    for target in &targets {
+        porter.targets.sample(*target);
+    }
+    for (target, app) in targets.iter().zip(&apps) {
+        let event = porter.until("a sample", |event| matches!(event, Event::Sampled(of, _) if of == target));
+        let Event::Sampled(_, Ok(sample)) = event else { panic!("{event:?}") };
+        let truth: u64 = tree_of(app.pid()).into_iter().map(|pid| rollup(pid).pss).sum();
+        assert!(sample.memory.pss > 0 && sample.memory.pss.abs_diff(truth) <= truth / 2 + 512, "{sample:?} {truth}");
+    }
+    // The cgroup is charged where there is a memory controller for it.
+    let charged = fs::read_to_string(group.0.join("memory.current")).is_ok();
+    porter.targets.sample(targets[0]);
+    porter.targets.sample(targets[1]);
+    for (target, charged) in [(targets[0], charged), (targets[1], false)] {
+        let event = porter.until("a sample", |event| matches!(event, Event::Sampled(of, _) if *of == target));
+        let Event::Sampled(_, Ok(Sample { charged: found, .. })) = event else { panic!("{event:?}") };
+        assert_eq!(found.is_some(), charged, "{found:?}");
+        assert!(found.is_none_or(|found| found.current > 0 && found.anon > 0), "{found:?}");
+    }
+}
+
+#[test]
+fn connections_that_leave_the_machine_are_counted() {
+    // An app with one end of a connection in a network of its own and the other end in another's; and a connection to
+    // itself, which does not count.
+    let script = r#"
+        set -e
+        unshare --net sleep 60 & other=$!
+        network() { readlink /proc/$1/ns/net; }
+        until [ -n "$(network $other)" ] && [ "$(network $other)" != "$(network $$)" ]; do sleep 0.01; done
+        ip link set lo up
+        ip link add name near type veth peer name far netns $other
+        ip address add 10.99.0.1/30 dev near; ip link set near up
+        there="nsenter --target $other --net"
+        $there ip address add 10.99.0.2/30 dev far; $there ip link set far up
+        $there env NP_HELPER=accept "$SELF" --exact helper_process --nocapture --test-threads=1 &
+        NP_HELPER=connect "$SELF" --exact helper_process --nocapture --test-threads=1 &
+        wait
+    "#;
+    let mut command = Command::new("unshare");
+    command.args(["--net", "sh", "-c", script]).env("SELF", std::env::current_exe().unwrap()).stdout(Stdio::null());
+    let app = App::spawn(&mut command);
+    let mut porter = Porter::new();
+    let (target, _) = porter.adopt(&app);
+    let mut count = || {
+        porter.targets.sample(target);
+        match porter.until("the sample", |event| matches!(event, Event::Sampled(..))) {
+            Event::Sampled(_, Ok(sample)) => sample.connections,
+            other => panic!("{other:?}"),
+        }
+    };
+    wait_for("both ends", || {
+        let found = count();
+        assert!(found <= 2, "{found}");
+        found == 2
+    });
+    assert_eq!(count(), 2);
+}
+
+#[test]
 fn the_daemon_measures_itself() {
     let mut porter = Porter::new();
     porter.targets.sample_self();
     let event = porter.until("the sample", |event| matches!(event, Event::SampledSelf { .. }));
-    let Event::SampledSelf { daemon: SelfSample { memory: daemon, .. }, .. } = event else { unreachable!() };
+    let Event::SampledSelf { daemon: SelfSample { memory: daemon, cpu, .. }, .. } = event else { unreachable!() };
     let truth = rollup(std::process::id());
+    assert!(cpu > Duration::ZERO);
     assert!(daemon.pss > 0 && daemon.pss < truth.pss * 4 && truth.pss < daemon.pss * 4, "{daemon:?} {truth:?}");
 }
 
@@ -1038,6 +1110,33 @@ fn memory_is_paged_out_where_there_is_swap() {
     }
 }
 
+/// With zram as swap the cost of a page-out is what zram grew by: of random bytes all, of text a part. Otherwise only
+/// tests/vm proves it.
+#[test]
+fn incompressible_memory_costs_what_it_is() {
+    let swaps = fs::read_to_string("/proc/swaps").unwrap();
+    if !swaps.contains("/dev/zram") {
+        return println!("skipped: no zram is swap here");
+    }
+    for (mode, cheap) in [("hog", false), ("text", true)] {
+        let app = App::spawn(&mut helper(mode));
+        wait_for("the memory", || rollup(app.pid()).uss > 32_000);
+        let mut porter = Porter::with(Options { signals_only: true, ..Options::default() });
+        let (target, _) = porter.adopt(&app);
+        porter.freeze(target);
+        porter.targets.page_out(target);
+        let event = porter.until("the end", |event| matches!(event, Event::Outcome(..)));
+        let Event::Outcome(_, Outcome::PagedOut { freed, zram, source, .. }) = event else { panic!("{event:?}") };
+        println!("{mode}: {freed} KiB for {zram} KiB of zram, {source:?}");
+        assert!(freed > 30_000, "{freed}");
+        if source == ZramSource::Measured {
+            assert_eq!(zram < freed / 2, cheap, "{mode}: {freed} for {zram}");
+            assert!(cheap || zram > freed / 10 * 9, "{mode}: {freed} for {zram}");
+        }
+        porter.thaw(target);
+    }
+}
+
 // ---- what the tests stand on ---------------------------------------------------------------------------------------
 
 /// Run with `NP_HELPER` set, this test binary is another program.
@@ -1048,6 +1147,9 @@ fn helper_process() {
         "signals" => signal_scenario(),
         "vfork" => vfork_and_wait(),
         "hog" => hog(),
+        "text" => text(),
+        "accept" => accept(),
+        "connect" => connect(),
         "lock" => lock_and_wait(),
         "fanotify" => listen_to_files(),
         "trace" => trace_and_wait(),
@@ -1179,6 +1281,33 @@ fn hog() {
     .collect();
     thread::sleep(Duration::from_secs(60));
     drop((child, std::hint::black_box(memory)));
+}
+
+/// 32 MiB of what compresses as text does.
+fn text() {
+    let lines = (0..).flat_map(|n: u64| format!("{n}: did you see what {} wrote about it? ", n % 97).into_bytes());
+    let memory: Vec<u8> = lines.take(33 * 1024 * 1024).collect();
+    thread::sleep(Duration::from_secs(60));
+    drop(std::hint::black_box(memory));
+}
+
+fn accept() {
+    let listener = TcpListener::bind("10.99.0.2:7").unwrap();
+    let connection = listener.accept();
+    thread::sleep(Duration::from_secs(60));
+    drop(connection);
+}
+
+fn connect() {
+    let here = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = TcpStream::connect(here.local_addr().unwrap()).unwrap();
+    let mut connection = None;
+    wait_for("the other end", || {
+        connection = TcpStream::connect("10.99.0.2:7").ok();
+        connection.is_some()
+    });
+    thread::sleep(Duration::from_secs(60));
+    drop((here, own, connection));
 }
 
 /// The loop thread in small.

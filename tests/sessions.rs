@@ -4,6 +4,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
+#[path = "support/desk.rs"]
+#[expect(dead_code, reason = "made for the tests of the buses; shared")]
+mod desk;
 #[path = "support/lease.rs"]
 #[expect(dead_code, reason = "made for the tests of the daemon; shared")]
 mod lease;
@@ -22,6 +25,8 @@ mod reports;
 #[path = "surroundings/support.rs"]
 #[expect(dead_code, reason = "made for the tests of the surroundings; shared")]
 mod services;
+#[path = "sessions/stand_in.rs"]
+mod stand_in;
 #[path = "sessions/support.rs"]
 mod support;
 
@@ -39,6 +44,23 @@ const BOB: u32 = 6;
 const MALLORY: u32 = 9;
 const VICTIM: u32 = 10;
 const CHAT: &str = "org.example.Chat";
+
+/// Both logged in and served, with an app each, and `hers`.
+fn alice_and_bob(hers: &[&str]) -> (Machine, [usize; 2]) {
+    let mut machine = Machine::new();
+    let users = [ALICE, BOB].map(|uid| machine.user(uid));
+    hers.iter().for_each(|app| machine.at(users[0]).install(app, ""));
+    for user in users {
+        machine.at(user).install(CHAT, "");
+        machine.at_mut(user).start_bus();
+        machine.log_in(user);
+    }
+    machine.start_daemon();
+    for uid in [ALICE, BOB] {
+        machine.wait_up(uid, 1);
+    }
+    (machine, users)
+}
 
 #[test]
 fn users_are_served_by_one_daemon_and_kept_apart() {
@@ -105,18 +127,11 @@ fn play_a_holder() {
 
 #[test]
 fn leases_pass_over_a_users_bus_and_stay_that_users() {
-    let mut machine = Machine::new();
-    let [alice, bob] = [ALICE, BOB].map(|uid| machine.user(uid));
-    for user in [alice, bob] {
-        machine.at(user).install(CHAT, "");
-        machine.at_mut(user).start_bus();
-        machine.log_in(user);
-    }
-    machine.start_daemon();
-    for (user, uid) in [(alice, ALICE), (bob, BOB)] {
-        machine.wait_up(uid, 1);
+    let (machine, users) = alice_and_bob(&[]);
+    for user in users {
         machine.at(user).launch(CHAT);
     }
+    let [alice, bob] = users;
     let mut holder = Puppet::start(machine.at(alice).run_this(&["play_a_holder"], &[("PUPPET_SERVICE", CHAT)]));
     let held = |user: usize| -> serde_json::Value {
         serde_json::from_str(&machine.at(user).manager("Leases", &["string:"]).unwrap()).unwrap()
@@ -155,17 +170,7 @@ fn leases_pass_over_a_users_bus_and_stay_that_users() {
 
 #[test]
 fn a_message_waits_until_its_user_logs_in_again() {
-    let mut machine = Machine::new();
-    let [alice, bob] = [ALICE, BOB].map(|uid| machine.user(uid));
-    for user in [alice, bob] {
-        machine.at(user).install(CHAT, "");
-        machine.at_mut(user).start_bus();
-        machine.log_in(user);
-    }
-    machine.start_daemon();
-    for uid in [ALICE, BOB] {
-        machine.wait_up(uid, 1);
-    }
+    let (mut machine, [alice, bob]) = alice_and_bob(&[]);
     let [alices, bobs] = [alice, bob].map(|user| machine.at(user).launch(CHAT));
     machine.log_out(alice);
     machine.wait_log("user 5: logged out");
@@ -292,18 +297,7 @@ fn everything(app: &str) -> Vec<(&'static str, Vec<String>)> {
 #[test]
 fn nobody_is_shown_or_given_what_is_anothers() {
     const OWN: &str = "org.example.Diary";
-    let mut machine = Machine::new();
-    let [alice, bob] = [ALICE, BOB].map(|uid| machine.user(uid));
-    machine.at(alice).install(OWN, "");
-    for user in [alice, bob] {
-        machine.at(user).install(CHAT, "");
-        machine.at_mut(user).start_bus();
-        machine.log_in(user);
-    }
-    machine.start_daemon();
-    for uid in [ALICE, BOB] {
-        machine.wait_up(uid, 1);
-    }
+    let (machine, [alice, bob]) = alice_and_bob(&[OWN]);
     let _service = system_service(&machine);
     let [chat, diary] = [CHAT, OWN].map(|app| machine.at(alice).launch(app));
     machine.at(bob).launch(CHAT);
@@ -422,17 +416,7 @@ fn polkit_lets_a_user_do_on_the_system_bus_what_root_may() {
 
 #[test]
 fn a_deleted_account_leaves_registrations_until_it_is_forgotten_and_the_daemon_in_peace() {
-    let mut machine = Machine::new();
-    let [alice, bob] = [ALICE, BOB].map(|uid| machine.user(uid));
-    for user in [alice, bob] {
-        machine.at(user).install(CHAT, "");
-        machine.at_mut(user).start_bus();
-        machine.log_in(user);
-    }
-    machine.start_daemon();
-    for uid in [ALICE, BOB] {
-        machine.wait_up(uid, 1);
-    }
+    let (mut machine, [alice, bob]) = alice_and_bob(&[]);
     let [alices, bobs] = [alice, bob].map(|user| machine.at(user).launch(CHAT));
     // `userdel -f` while she is logged in: the bus and the directory go, and logind says nothing.
     machine.at_mut(alice).stop_bus();

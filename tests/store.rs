@@ -27,8 +27,12 @@ use nightporter::{
         store::{Store, StoreOpenError},
     },
     time::UnixTime,
+    transfer::{Direction, End, How, Metered, Progress, Transfer, TransferId, Wish},
 };
 use rusqlite::Connection;
+
+#[path = "store/history.rs"]
+mod history;
 
 /// Set for the children that tests start: the directory to work in.
 const CHILD: &str = "NIGHTPORTER_STORE_TEST_DIR";
@@ -187,7 +191,7 @@ fn everything_comes_back_after_a_restart() {
         declares: true,
         resident: Some(Memory { pss: 9000, uss: 8000, swap: 7 }),
         measured: Some(UnixTime::from_secs(5)),
-        conditions: None,
+        conditions: Some("11 other apps ran".into()),
     };
     let plain = AppRecord {
         app: AppKey::new(Bus::Session(0), "org.a"),
@@ -198,7 +202,10 @@ fn everything_comes_back_after_a_restart() {
     };
     {
         let (f, snapshot) = Fixture::open(&dir);
-        assert_eq!(snapshot, Snapshot { next_registration: 1, next_message: 1, ..Snapshot::default() });
+        assert_eq!(
+            snapshot,
+            Snapshot { next_registration: 1, next_message: 1, next_transfer: 1, ..Snapshot::default() }
+        );
         for op in [
             put_registration(1),
             put_registration(2),
@@ -521,6 +528,10 @@ fn a_newer_database_is_left_alone() {
     assert_eq!(fs::read(database(dir.path())).unwrap(), before);
 }
 
+/// Undoes what the format with history adds.
+const WITHOUT_HISTORY: &str = "DROP TABLE history_totals; DROP TABLE history_apps; DROP TABLE history_wakes;
+    DROP TABLE history_woulds; ALTER TABLE apps DROP COLUMN conditions;";
+
 #[test]
 fn a_database_of_format_1_is_brought_up_to_date() {
     let dir = temp();
@@ -529,8 +540,10 @@ fn a_database_of_format_1_is_brought_up_to_date() {
     f.apply(put(1, 1));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
+    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE former_routes; DROP TABLE preferences; DROP TABLE states; PRAGMA user_version = 1")
         .unwrap();
+    without_format_4(&db);
     drop(db);
     let (f, snapshot) = Fixture::open(dir.path());
     assert_eq!((snapshot.registrations.len(), snapshot.messages.len(), snapshot.damaged), (1, 1, None));
@@ -547,12 +560,85 @@ fn a_database_of_format_2_is_brought_up_to_date() {
     f.apply(StoreOp::PutFormer(former(1, "old", None)));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
+    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE states; PRAGMA user_version = 2").unwrap();
+    without_format_4(&db);
     drop(db);
     let (mut f, snapshot) = Fixture::open(dir.path());
     assert_eq!((snapshot.former, snapshot.states), (vec![former(1, "old", None)], Vec::new()));
     f.write(StoreOp::PutState(registration(1).app, b"kept"[..].into()));
     assert_eq!(f.state(1), b"kept");
+}
+
+fn without_format_4(db: &Connection) {
+    db.execute_batch("DROP TABLE transfers; ALTER TABLE numbers DROP COLUMN next_transfer").unwrap();
+}
+
+fn transfer(app: u64, id: u64) -> Transfer {
+    Transfer {
+        id: TransferId(id),
+        app: registration(app).app,
+        wish: Wish {
+            direction: Direction::Download,
+            url: "https://files.example/map".into(),
+            method: "GET".into(),
+            headers: vec![("Authorization".into(), "Bearer x".into())],
+            size: None,
+            title: "A map".into(),
+            metered: Some(Metered::Never),
+            sha256: None,
+            most: Some(5),
+        },
+        progress: Progress {
+            begun: UnixTime::from_secs(1),
+            content: true,
+            good: 3,
+            total: Some(4),
+            validator: Some("\"v\"".into()),
+            not_before: None,
+        },
+        end: None,
+    }
+}
+
+#[test]
+fn a_database_of_format_3_is_brought_up_to_date() {
+    let dir = temp();
+    let (f, _) = Fixture::open(dir.path());
+    f.apply(put_registration(1));
+    f.store.close();
+    let db = Connection::open(database(dir.path())).unwrap();
+    without_format_4(&db);
+    db.pragma_update(None, "user_version", 3).unwrap();
+    drop(db);
+    let (mut f, snapshot) = Fixture::open(dir.path());
+    assert_eq!((snapshot.transfers, snapshot.next_transfer), (Vec::new(), 1));
+    f.write(StoreOp::PutTransfer(Box::new(transfer(1, 1))));
+    f.store.close();
+    assert_eq!(Fixture::open(dir.path()).1.transfers, [transfer(1, 1)]);
+}
+
+#[test]
+fn transfers_are_kept_as_they_are_end_with_their_app_and_their_numbers_are_not_used_again() {
+    let dir = temp();
+    let (mut f, _) = Fixture::open(dir.path());
+    f.write(put_registration(1));
+    f.write(put_registration(2));
+    for (app, id) in [(1, 1), (2, 2), (1, 3), (1, 4)] {
+        f.write(StoreOp::PutTransfer(Box::new(transfer(app, id))));
+    }
+    let end = End { how: How::Done, text: "200 OK".into(), at: UnixTime::from_secs(9), told: true, collected: false };
+    let ended = Transfer { end: Some(end), ..transfer(1, 3) };
+    f.apply(StoreOp::NoteTransfer(Box::new(ended.clone())));
+    f.apply(StoreOp::DeleteTransfer(TransferId(4)));
+    f.store.close();
+    let (f, snapshot) = Fixture::open(dir.path());
+    assert_eq!((snapshot.transfers, snapshot.next_transfer), (vec![transfer(1, 1), transfer(2, 2), ended], 5));
+    f.apply(StoreOp::DeleteApp(registration(1).app));
+    f.apply(StoreOp::DeleteRegistration(RegistrationId(2)));
+    f.store.close();
+    let (_f, snapshot) = Fixture::open(dir.path());
+    assert_eq!((snapshot.transfers, snapshot.next_transfer), (Vec::new(), 5));
 }
 
 #[test]

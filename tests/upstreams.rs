@@ -171,6 +171,7 @@ fn a_server_from_the_panel_is_its_users_alone_and_outlives_a_restart() {
         vapid: None,
         version: ConnectorVersion::V2,
         upstream: Some(upstream.into()),
+        notify: None,
     };
     assert!(matches!(world.ask(stranger.clone(), register(&name)), Reply::RegisterFailed(..)));
     assert_eq!(world.status(&stranger).upstreams.len(), 2);
@@ -226,6 +227,7 @@ fn users_are_invisible_to_one_another() {
             vapid: None,
             version: ConnectorVersion::V2,
             upstream: None,
+            notify: None,
         };
         assert_eq!(world.ask(Caller { uid, ..app_on(bus) }, register), Reply::Registered);
     }
@@ -432,6 +434,7 @@ fn user() -> Caller {
         pid: 9,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }
@@ -570,6 +573,7 @@ impl World {
                 vapid: None,
                 version: ConnectorVersion::V2,
                 upstream: upstream.map(Into::into),
+                notify: None,
             },
         )
     }
@@ -747,6 +751,7 @@ impl World {
             }
             StoreOp::PutApp(_) | StoreOp::DeleteApp(_) | StoreOp::PutState(..) | StoreOp::LoadState(_) => {}
             StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::PutTransfer(_) | StoreOp::NoteTransfer(_) | StoreOp::DeleteTransfer(_) => {}
         }
     }
 }

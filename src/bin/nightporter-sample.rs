@@ -8,6 +8,14 @@
 //!
 //! With `NIGHTPORTER_SAMPLE_LISTEN=1` it does what docs/lifecycle.md asks of an app: it is told before it is frozen and after,
 //! and saves and restores its state, which is the last message it has seen.
+//!
+//! `nightporter-sample --exec CMD ARGS…` makes an app of a real program that knows nothing of all this: this process owns the
+//! name, holds the connection or registers, and reports; the program runs below it, in the same cgroup. It says that it is
+//! ready, and in the background, once the program does next to nothing any more (`NIGHTPORTER_SAMPLE_IDLE_WITHIN`
+//! seconds at most, 60 by default). It holds no history of its own then.
+
+#[path = "nightporter-sample/exec.rs"]
+mod exec;
 
 use std::{
     collections::HashMap,
@@ -26,6 +34,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use exec::{Program, Role};
 use nightporter::{sys::clock, time::Instant};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -44,6 +53,9 @@ const CLIENT_PATH: &str = "/org/nightporter1/Client";
 /// A registration takes up to 10 s at the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_BALLAST_KIB: usize = 8192;
+/// From a connection that was lost to the next try; doubled while there is none.
+const RECONNECT: Duration = Duration::from_millis(500);
+const LONGEST_RECONNECT: Duration = Duration::from_secs(30);
 /// More than the longest line of that history has bytes.
 const LONGEST_MESSAGE: usize = 512;
 
@@ -61,18 +73,31 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    // Ends with status 0 from within the handler: a thread for it would count as the app's memory.
-    signal_hook::flag::register_conditional_shutdown(libc::SIGTERM, 0, Arc::new(AtomicBool::new(true)))?;
+    let role = Role::from_args()?;
     let name = required("NIGHTPORTER_SAMPLE_NAME")?;
-    let ballast = match env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB") {
-        Ok(kib) => kib.parse().map_err(|_| format!("NIGHTPORTER_SAMPLE_BALLAST_KIB={kib} is not a number"))?,
-        Err(_) => DEFAULT_BALLAST_KIB,
+    let (program, ballast) = match role {
+        Role::With(command) => (Some(Program::start(&command)?), 0),
+        Role::Alone => {
+            // Ends with status 0 from within the handler: a thread for it would count as the app's memory.
+            signal_hook::flag::register_conditional_shutdown(libc::SIGTERM, 0, Arc::new(AtomicBool::new(true)))?;
+            let ballast = match env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB") {
+                Ok(kib) => kib.parse().map_err(|_| format!("NIGHTPORTER_SAMPLE_BALLAST_KIB={kib} is not a number"))?,
+                Err(_) => DEFAULT_BALLAST_KIB,
+            };
+            (None, ballast)
+        }
     };
     let history = history(&name, ballast * 1024);
     let reporter = Reporter::new(&name)?;
     match required("NIGHTPORTER_SAMPLE_MODE")?.as_str() {
-        "resident" => resident(&name, &required("NIGHTPORTER_SAMPLE_SERVER")?, &reporter)?,
-        "shared" => zbus::block_on(shared(&name, reporter, Fault::from_env()?))?,
+        "resident" => {
+            let server = required("NIGHTPORTER_SAMPLE_SERVER")?;
+            if let Some(program) = &program {
+                program.wait_until_idle();
+            }
+            resident(&name, &server, &reporter)?;
+        }
+        "shared" => zbus::block_on(shared(&name, reporter, Fault::from_env()?, program))?,
         other => return Err(format!("NIGHTPORTER_SAMPLE_MODE={other}; it is resident or shared").into()),
     }
     drop(history);
@@ -116,45 +141,83 @@ impl Reporter {
     }
 }
 
-/// One process, one connection: Mozilla autopush as a client.
+/// One process, one connection: Mozilla autopush as a client. Like any app of its kind it connects anew when the connection
+/// is lost, as after it was held still for so long that the server gave it up; the first has to come about.
 fn resident(name: &str, server: &str, reporter: &Reporter) -> Result<()> {
-    let (mut socket, _) = tungstenite::connect(server)?;
-    socket.send(Message::text(json!({ "messageType": "hello", "use_webpush": true }).to_string()))?;
     let channel = uuid::Builder::from_random_bytes(digest(name).to_be_bytes()).into_uuid().hyphenated().to_string();
+    let mut resident = Resident { server, channel, reporter, uaid: None, registered: false };
+    let mut pause = RECONNECT;
     loop {
-        let text = match socket.read()? {
-            Message::Text(text) => text,
-            Message::Close(_) => return Err("the push server closed the connection".into()),
-            _ => continue,
-        };
-        let at = clock::boot();
-        let frame: Value = serde_json::from_str(&text)?;
-        match frame["messageType"].as_str() {
-            Some("hello") => {
-                let register = json!({ "messageType": "register", "channelID": channel });
-                socket.send(Message::text(register.to_string()))?;
+        let mut answered = false;
+        let lost = resident.hold_connection(&mut answered);
+        if !resident.registered {
+            return lost;
+        }
+        pause = if answered { RECONNECT } else { (pause * 2).min(LONGEST_RECONNECT) };
+        thread::sleep(pause);
+    }
+}
+
+struct Resident<'a> {
+    server: &'a str,
+    channel: String,
+    reporter: &'a Reporter,
+    /// Who we are to the server, once it has said.
+    uaid: Option<String>,
+    registered: bool,
+}
+
+impl Resident<'_> {
+    /// Until the connection is lost. `answered`: whether the server has said hello.
+    fn hold_connection(&mut self, answered: &mut bool) -> Result<()> {
+        let (mut socket, _) = tungstenite::connect(self.server)?;
+        let mut hello = json!({ "messageType": "hello", "use_webpush": true });
+        if let Some(uaid) = &self.uaid {
+            hello["uaid"] = json!(uaid);
+        }
+        socket.send(Message::text(hello.to_string()))?;
+        loop {
+            let text = match socket.read()? {
+                Message::Text(text) => text,
+                Message::Close(_) => return Err("the push server closed the connection".into()),
+                _ => continue,
+            };
+            let at = clock::boot();
+            let frame: Value = serde_json::from_str(&text)?;
+            match frame["messageType"].as_str() {
+                Some("hello") => {
+                    *answered = true;
+                    let uaid = frame["uaid"].as_str().map(str::to_owned);
+                    // A server that still knows us still knows the channel.
+                    if !self.registered || uaid != self.uaid {
+                        let register = json!({ "messageType": "register", "channelID": self.channel });
+                        socket.send(Message::text(register.to_string()))?;
+                    }
+                    self.uaid = uaid;
+                }
+                Some("register") => {
+                    let (Some(200), Some(endpoint)) = (frame["status"].as_u64(), frame["pushEndpoint"].as_str()) else {
+                        return Err(format!("the push server refused to register: {frame}").into());
+                    };
+                    self.registered = true;
+                    self.reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
+                    self.reporter.report(json!({ "event": "ready" }));
+                }
+                Some("notification") => {
+                    let data = frame["data"].as_str().unwrap_or_default().trim_end_matches('=');
+                    let version = frame["version"].as_str().unwrap_or_default();
+                    self.reporter.message(&URL_SAFE_NO_PAD.decode(data)?, Some(version), at);
+                    let update = json!({ "channelID": frame["channelID"], "version": version, "code": 100 });
+                    socket.send(Message::text(json!({ "messageType": "ack", "updates": [update] }).to_string()))?;
+                }
+                _ => {}
             }
-            Some("register") => {
-                let (Some(200), Some(endpoint)) = (frame["status"].as_u64(), frame["pushEndpoint"].as_str()) else {
-                    return Err(format!("the push server refused to register: {frame}").into());
-                };
-                reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
-                reporter.report(json!({ "event": "ready" }));
-            }
-            Some("notification") => {
-                let data = frame["data"].as_str().unwrap_or_default().trim_end_matches('=');
-                let version = frame["version"].as_str().unwrap_or_default();
-                reporter.message(&URL_SAFE_NO_PAD.decode(data)?, Some(version), at);
-                let update = json!({ "channelID": frame["channelID"], "version": version, "code": 100 });
-                socket.send(Message::text(json!({ "messageType": "ack", "updates": [update] }).to_string()))?;
-            }
-            _ => {}
         }
     }
 }
 
 /// A UnifiedPush app behind the daemon.
-async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
+async fn shared(name: &str, reporter: Reporter, fault: Fault, program: Option<Program>) -> Result<()> {
     let app = Arc::new(App { reporter, fault, taken: AtomicU64::new(0), latest: Mutex::default() });
     let listens = env::var_os("NIGHTPORTER_SAMPLE_LISTEN").is_some();
     let path = if fault == Fault::AtRoot { "/" } else { CONNECTOR_PATH };
@@ -172,6 +235,9 @@ async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
         let state = porter(&connection, "RestoreState", &()).await?;
         app.restore(state.body().deserialize::<Vec<u8>>()?);
         porter(&connection, "Listen", &(true,)).await?;
+    }
+    if let Some(program) = program {
+        elsewhere(move || program.wait_until_idle()).await;
     }
     if fault != Fault::Silent {
         porter(&connection, "SetState", &("background",)).await?;
@@ -297,7 +363,7 @@ impl App {
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = String::from_utf8_lossy(body).into_owned();
         match self.fault {
             Fault::NeverReply => pending().await,
-            Fault::SlowReply(delay) => sleep(delay).await,
+            Fault::SlowReply(delay) => elsewhere(move || thread::sleep(delay)).await,
             _ => {}
         }
         Ok(())
@@ -312,11 +378,11 @@ impl App {
     }
 }
 
-/// Only for the slow fault: a thread that sleeps, since the runtime has no timer of its own to offer.
-async fn sleep(delay: Duration) {
+/// Waits for what takes its time, on a thread: the runtime has no timer of its own to offer, and messages come meanwhile.
+async fn elsewhere(work: impl FnOnce() + Send + 'static) {
     let (sender, receiver) = async_channel::bounded::<()>(1);
     thread::spawn(move || {
-        thread::sleep(delay);
+        work();
         drop(sender);
     });
     // Ends with an error as soon as the sender is dropped, which is the point.

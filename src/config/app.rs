@@ -9,7 +9,10 @@ use super::{
     rules::{Presets, RawRules, Role},
     values,
 };
-use crate::model::{Profile, Rules, Urgency};
+use crate::{
+    model::{Profile, Rules, Urgency},
+    notification::NotifyWhen,
+};
 
 /// One `[[app]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +27,10 @@ pub struct AppSettings {
     pub min_urgency: Option<Urgency>,
     /// Its messages of high urgency are calls.
     pub calls: bool,
+    /// When the user is notified in its stead, whatever its registrations ask for.
+    pub notify: Option<NotifyWhen>,
+    /// Makes a notification of a payload while the app stays as it is.
+    pub payload_helper: Option<PayloadHelper>,
     /// What kind of app it is, if the configuration says so.
     pub role: Option<Role>,
     /// What is done with it in the background, where that differs from what is done with others.
@@ -39,10 +46,21 @@ impl AppSettings {
             urgency: Urgency::default(),
             min_urgency: None,
             calls: false,
+            notify: None,
+            payload_helper: None,
             role: None,
             rules: None,
         }
     }
+}
+
+/// An app's payload helper (docs/lifecycle.md).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PayloadHelper {
+    /// An absolute path and arguments.
+    pub command: Arc<[Arc<str>]>,
+    /// Whether it may use the network.
+    pub network: bool,
 }
 
 /// `[urgency]`: RFC 8030 §5.3 and the table of the UnifiedPush specification (push.md §0.1).
@@ -71,6 +89,10 @@ pub(super) struct RawApp {
     min_urgency: Option<Urgency>,
     #[serde(default)]
     calls: bool,
+    notify: Option<NotifyWhen>,
+    payload_helper: Option<Vec<String>>,
+    #[serde(default)]
+    payload_helper_network: bool,
     role: Option<Role>,
     // As in `RawRules`: serde cannot flatten and refuse unknown keys at once.
     profile: Option<Profile>,
@@ -114,7 +136,20 @@ impl RawApp {
             (None, true) => None,
             (role, _) => Some(own.on(&format!("app[{index}]"), &presets.of(role)?)?),
         };
+        let payload_helper = match self.payload_helper {
+            Some(words) => Some(PayloadHelper {
+                command: helper(words).map_err(|problem| values::wrong(key("payload-helper"), problem))?,
+                network: self.payload_helper_network,
+            }),
+            None if self.payload_helper_network => {
+                let problem = "there is no payload-helper that could use the network".into();
+                return Err(values::wrong(key("payload-helper-network"), problem));
+            }
+            None => None,
+        };
         Ok(AppSettings {
+            notify: self.notify,
+            payload_helper,
             role: self.role,
             rules,
             name: self.name.into(),
@@ -124,6 +159,18 @@ impl RawApp {
             calls: self.calls,
         })
     }
+}
+
+fn helper(words: Vec<String>) -> Result<Arc<[Arc<str>]>, String> {
+    match words.first() {
+        Some(program) if program.starts_with('/') => {}
+        Some(program) => return Err(format!("\"{program}\" is not an absolute path")),
+        None => return Err("it is empty; its first word is the path of a program".into()),
+    }
+    if words.len() > 64 || words.iter().any(|word| word.contains('\0') || word.len() > 4096) {
+        return Err("it has more than 64 words, or one that no program can be given".into());
+    }
+    Ok(words.into_iter().map(Arc::from).collect())
 }
 
 #[derive(Deserialize, Default)]

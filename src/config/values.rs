@@ -40,3 +40,21 @@ pub(super) fn count(key: &str, given: Option<usize>, default: usize, most: usize
         Some(n) => Err(wrong(key.into(), format!("{n} is out of range; 1 to {most} are possible"))),
     }
 }
+
+/// `"2GiB"`, `"500MiB"`, `"64KiB"`.
+pub(super) fn size(
+    key: &str,
+    text: Option<String>,
+    default: u64,
+    range: RangeInclusive<u64>,
+) -> Result<u64, ConfigError> {
+    let Some(text) = text else { return Ok(default) };
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let found = units.iter().find_map(|(unit, shift)| Some((text.trim().strip_suffix(unit)?, 1_u64 << shift)));
+    let bytes = found.and_then(|(number, unit)| number.trim_end().parse::<u64>().ok()?.checked_mul(unit));
+    match bytes {
+        Some(bytes) if range.contains(&bytes) => Ok(bytes),
+        Some(_) => Err(wrong(key.into(), format!("\"{text}\" is out of range; 1MiB to 1TiB are possible"))),
+        None => Err(wrong(key.into(), format!("\"{text}\" is not a size such as \"500MiB\" or \"2GiB\""))),
+    }
+}

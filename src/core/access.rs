@@ -90,6 +90,7 @@ mod tests {
             pid: 42,
             app_id: None,
             sandboxed: false,
+            networked: true,
             owns_service: false,
             authorization: Authorization::NotAsked,
         }

@@ -16,7 +16,7 @@ use super::{
     delivery::Delivery,
     demotion::Demotion,
     leases::Leases,
-    ledger::Ledger,
+    ledger::{Account, Journal, Ledger, Shadows},
     lifecycle::Lifecycle,
     panel,
     pressure::Pressure,
@@ -24,8 +24,10 @@ use super::{
     registry::Registry,
     routes::Routes,
     sleep::Sleep,
+    stand_in::StandIn,
     states::States,
     surroundings::Told,
+    transfers::Transfers,
     unsaved::Unsaved,
     upstream::{Beginning, Channel, LinkIds, Session},
     wakes::Wakes,
@@ -68,7 +70,19 @@ impl Core {
             ),
             pressure: Pressure::new(settings.pressure, now.boot),
             leases: Leases::default(),
+            transfers: Transfers::new(
+                settings.transfers,
+                settings.limits.attempts,
+                std::mem::take(&mut snapshot.transfers),
+                snapshot.next_transfer,
+                now,
+            ),
             ledger: Ledger::new(&snapshot.apps),
+            account: Account::new(now),
+            journal: Journal::new(now.boot),
+            shadows: Shadows::default(),
+            readers: BTreeMap::new(),
+            totals_asked: false,
             apps: BTreeMap::new(),
             buses: Vec::new(),
             commands: Commands::default(),
@@ -91,6 +105,7 @@ impl Core {
             recent: Recent::default(),
             wakes: Wakes::default(),
             demotion: Demotion::default(),
+            stand_in: StandIn::default(),
             watched: BTreeMap::new(),
             swept: now.boot,
             ending: None,
@@ -138,13 +153,16 @@ impl Core {
             }
         }
         self.restore_shown(remembered, now);
+        self.restore_parts(remembered);
         for (registration, id) in seen {
             self.delivery.restore_seen(*registration, id);
         }
+        self.restore_stand_in(remembered, &messages, now);
         for message in messages {
             self.delivery.restore(message, now);
         }
         self.delivery.sweep(now);
+        self.transfers.beginning(now);
         self.pump(now);
     }
 }

@@ -60,11 +60,9 @@ mod tests {
     use crate::{
         action::Action,
         config::Settings,
+        core::fixtures::{NOW, kept, registration},
         event::{BusEvent, Event},
-        model::{
-            ConnectorVersion, Freezer, Owner, ProcessFacts, Profile, Registration, RegistrationId, Snapshot, TargetId,
-        },
-        time::{Instant, UnixTime},
+        model::{Freezer, Owner, ProcessFacts, Profile, TargetId},
     };
 
     const TARGET: TargetId = TargetId(7);
@@ -86,26 +84,8 @@ mod tests {
         /// The app runs and is identified.
         fn new() -> Self {
             let settings = Settings { profile: Profile::Tombstone, ..Settings::default() };
-            let registration = Registration {
-                id: RegistrationId(1),
-                app: key(),
-                token: "t".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: "mozilla".into(),
-                channel: "c".into(),
-                endpoint: "https://example.org/c".into(),
-                told: true,
-            };
-            let snapshot = Snapshot {
-                registrations: vec![registration],
-                next_registration: 2,
-                next_message: 1,
-                ..Snapshot::default()
-            };
-            let now = Now { boot: Instant::from_nanos(1_000_000_000), wall: UnixTime::from_secs(1_700_000_000) };
-            let mut world = Self { core: Core::new(settings, [7; 32], snapshot, now), now };
+            let snapshot = kept([registration(1, key(), "mozilla")]);
+            let mut world = Self { core: Core::new(settings, [7; 32], snapshot, NOW), now: NOW };
             let facts = ProcessFacts { pid: 42, freezer: Freezer::Cgroup2, can_page_out: true, protected: None };
             let owner = Owner(":1.5".into());
             world.tell(Event::Bus(BusEvent::Up(key().bus)));

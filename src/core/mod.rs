@@ -12,22 +12,32 @@ mod beginning;
 mod control;
 pub mod delivery;
 mod demotion;
+#[cfg(test)]
+mod fixtures;
 pub mod foreground;
+mod helping;
 pub mod leases;
+mod leasing;
 pub mod ledger;
 pub mod lifecycle;
 mod looking;
 mod notice;
+mod notifying;
 mod panel;
 pub mod pressure;
 mod queries;
 mod recent;
 mod registering;
 mod registry;
+mod reporting;
 mod routes;
+mod shortage;
 mod sleep;
+mod stand_in;
 mod states;
 mod surroundings;
+mod transferring;
+pub mod transfers;
 mod unsaved;
 pub mod upstream;
 mod urgency;
@@ -49,17 +59,19 @@ use self::{
     demotion::Demotion,
     foreground::Windows,
     leases::{Leases, Wish},
-    ledger::{Ledger, Phase},
-    lifecycle::{Lifecycle, SampleKind},
+    ledger::{Account, Journal, Ledger, Shadows},
+    lifecycle::Lifecycle,
     pressure::Pressure,
-    queries::ReportRun,
     recent::Recent,
     registering::Farewell,
     registry::Registry,
+    reporting::{Reader, ReportRun},
     routes::Routes,
     sleep::Sleep,
+    stand_in::StandIn,
     states::States,
     surroundings::Told,
+    transfers::Transfers,
     unsaved::Unsaved,
     upstream::{LinkIds, Session},
     wakes::Wakes,
@@ -69,8 +81,9 @@ use crate::{
     action::{Action, Reply, StoreOp},
     config::{Settings, UpstreamSettings},
     event::{BusEvent, CallId, Event, NoticeTicket, Outcome, Request, StartOutcome, StoreError, StoreTicket},
-    model::{AppKey, AppRecord, Bus, MessageSeq, Owner, RegistrationId, Sample, Surroundings, TargetId},
+    model::{AppKey, Bus, MessageSeq, Owner, RegistrationId, Surroundings, TargetId},
     time::{Instant, Now, earliest},
+    transfer::TransferId,
     view::Messages,
 };
 
@@ -93,7 +106,14 @@ pub struct Core {
     lifecycle: Lifecycle,
     pressure: Pressure,
     leases: Leases,
+    transfers: Transfers,
     ledger: Ledger,
+    account: Account,
+    journal: Journal,
+    shadows: Shadows,
+    readers: BTreeMap<StoreTicket, Reader>,
+    /// The daemon measures itself for the history's totals.
+    totals_asked: bool,
     apps: BTreeMap<AppKey, Presence>,
     buses: Vec<Bus>,
     commands: Commands,
@@ -119,6 +139,7 @@ pub struct Core {
     windows: BTreeMap<Bus, Windows>,
     wakes: Wakes,
     demotion: Demotion,
+    stand_in: StandIn,
     /// Buses on which notifications are watched for.
     watched: BTreeMap<Bus, Watched>,
     swept: Instant,
@@ -146,6 +167,8 @@ struct Presence {
     owner: Option<Owner>,
     /// Set while it is being started: when that has failed.
     starting: Option<Instant>,
+    /// It is started because the user wants to see it.
+    touched: bool,
     declares: bool,
     /// Whether this instance was ever seen with a window.
     had_window: bool,
@@ -173,6 +196,9 @@ enum Stored {
     Value(usize, &'static str),
     /// An app's state, on its way in or out.
     State,
+    Transfer(TransferId),
+    /// The history, on its way out.
+    History,
 }
 
 impl Core {
@@ -191,6 +217,7 @@ impl Core {
                     upstream.session.handle_link(link, event, now);
                 }
             }
+            Event::Transfer(id, event) => self.transfers.happened(id, event, now),
             Event::Http(ticket, result) => {
                 if let Some(upstream) = self.upstreams.get_mut(LinkIds::session_of_request(ticket)) {
                     upstream.session.handle_http(ticket, result, now);
@@ -199,12 +226,13 @@ impl Core {
             Event::Surroundings(surroundings) => self.surrounded(surroundings, now),
             Event::FallingAsleep => {
                 self.leases.sleep(true, now.boot);
+                self.transfers.sleep(true, now);
                 self.sleep.falling_asleep(now.boot);
             }
             Event::Bus(event) => self.handle_bus(event, now),
             Event::Stored(ticket, result) => self.handle_stored(ticket, result, now),
             Event::Body(seq, body) => self.delivery.body(seq, body, now),
-            Event::History(..) => {}
+            Event::History(ticket, rows) => self.history_loaded(ticket, rows, now),
             Event::State(ticket, state) => self.state_loaded(ticket, state),
             Event::Fetched(ticket, result) => self.delivery.fetched(ticket, result, now),
             Event::Identified { app, owner, process } => {
@@ -216,31 +244,36 @@ impl Core {
             Event::Vetoes(target, vetoes) => self.lifecycle.vetoed(target, vetoes, now),
             Event::Inspected(target, found) => self.lifecycle.inspected(target, &found, now),
             Event::Windows(bus, windows) => self.windows_told(bus, windows, now),
+            Event::Helped(seq, answer) => self.helped(seq, answer, now),
             Event::NotificationsSeen(bus, seen) => self.notifications_seen(bus, seen, now),
             Event::Notified { bus, owner, target } => self.notified(bus, &owner, target, now),
             Event::Sampled(target, sample) => self.handle_sampled(target, sample, now),
-            Event::SampledSelf { daemon, zram } => {
-                self.ledger.daemon(daemon, zram);
-                self.report_daemon_sampled(now);
-            }
+            Event::SampledSelf { daemon, zram } => self.daemon_sampled(daemon, zram, now),
             Event::NetworkReturned | Event::Resumed => {
                 self.routes.try_again(now);
+                self.transfers.network_returned(now);
                 if event == Event::Resumed {
                     self.leases.sleep(false, now.boot);
+                    self.transfers.sleep(false, now);
                     self.sleep.resumed(self.settings.lifecycle.awake_window, now.boot);
                 }
                 for upstream in &mut self.upstreams {
                     upstream.session.handle_network(now);
                 }
             }
-            Event::Pressure(reading) => self.pressed(&reading, now),
+            Event::Pressure(reading) => {
+                self.ledger.machine(&reading, now.boot);
+                self.pressed(&reading, now);
+            }
             Event::Shutdown => {
                 if self.ending.is_none() {
                     self.ending = Some(now.boot + SHUTDOWN_TIME);
                     self.answers_until = Some(now.boot + LAST_ANSWERS);
                     self.delivery.shutdown();
                     self.sleep.shutdown();
+                    self.transfers.shutdown(now);
                     self.lifecycle.shutdown(now);
+                    self.close_books(now);
                 }
             }
         }
@@ -269,6 +302,8 @@ impl Core {
         let own = earliest(own, earliest(self.unsaved.deadline(), self.routes.deadline()));
         let own = earliest(own, earliest(self.sleep.poll_timeout(), self.pressure.poll_timeout()));
         let own = earliest(own, earliest(self.leases.poll_timeout(), self.waking_timeout()));
+        let own = earliest(own, self.transfers.poll_timeout());
+        let own = earliest(own, self.stand_in.poll_timeout());
         earliest(own, earliest(self.delivery.poll_timeout(), self.lifecycle.poll_timeout()))
     }
 
@@ -293,6 +328,10 @@ impl Core {
             self.delivery.handle_timeout(now);
             self.pump(now);
         }
+        if due(self.transfers.poll_timeout()) {
+            self.transfers.handle_timeout(now);
+            self.pump(now);
+        }
         if due(self.leases.poll_timeout()) {
             self.leases.handle_timeout(now.boot);
             self.pump(now);
@@ -300,6 +339,7 @@ impl Core {
         if due(self.demotion.poll_timeout()) {
             self.handle_waking_timeout(now);
         }
+        self.handle_helpers_timeout(now);
         if due(self.lifecycle.poll_timeout()) {
             self.lifecycle.handle_timeout(now);
         }
@@ -321,13 +361,14 @@ impl Core {
         if now.boot.since(self.swept) >= SWEEP_EVERY {
             self.swept = now.boot;
             self.delivery.sweep(now);
+            self.transfers.sweep(now);
             self.sweep_routes(now);
         }
         if due(self.answers_until) {
             self.answers_until = None;
         }
         if due(self.ending) {
-            self.exit();
+            self.exit(now);
         }
     }
 
@@ -339,11 +380,12 @@ impl Core {
                 }
                 let watched = self.apps.keys().filter(|app| app.bus == bus).cloned().map(Action::Watch);
                 self.actions.extend(watched);
+                self.rate_all_on(bus, now);
             }
             BusEvent::Down(bus, reason) => self.handle_bus_down(bus, &reason, now),
             BusEvent::Call { call, caller, request } => match request {
-                Request::Register { service, token, description, vapid, version, upstream } => {
-                    let wish = registering::Wish { service, token, description, vapid, version, upstream };
+                Request::Register { service, token, description, vapid, version, upstream, notify } => {
+                    let wish = registering::Wish { service, token, description, vapid, version, upstream, notify };
                     self.register(call, &caller, wish, now);
                 }
                 Request::Unregister { token, version } => self.unregister(call, &caller, &token, version, now),
@@ -361,6 +403,7 @@ impl Core {
                     let wish = Wish { holder: caller.owner.clone(), kind, reason, time };
                     self.lease(call, &caller, service, wish, now);
                 }
+                Request::Transfer(request) => self.transfer(call, &caller, request, now),
                 Request::EndLease(lease) => self.end_lease(call, &caller, lease, now),
             },
             BusEvent::OwnerChanged(app, owner) => self.handle_owner(&app, owner, now),
@@ -368,6 +411,10 @@ impl Core {
             BusEvent::Startable(app, startable) => self.lifecycle.startable(&app, startable, now),
             BusEvent::Prepared(app, ticket) => self.prepared(&app, ticket, now),
             BusEvent::Started(app, outcome) => self.handle_started(&app, &outcome, now),
+            BusEvent::TransferTold(ticket, outcome) => self.transfers.told(ticket, &outcome, now),
+            BusEvent::Notified { app, tag, number, news } => {
+                self.notification_news(&app, &tag, number, news, now);
+            }
             BusEvent::LeaseClosed(lease) => self.leases.closed(lease, now.boot),
         }
     }
@@ -383,8 +430,11 @@ impl Core {
         }
         self.leases.bus_down(bus, now.boot);
         self.unwatched(bus);
+        self.stand_in.bus_down(bus);
         self.lifecycle.bus_down(bus, now);
         self.delivery.bus_down(bus, now);
+        self.transfers.bus_down(bus, now);
+        self.rate_all_on(bus, now);
     }
 
     fn handle_owner(&mut self, app: &AppKey, owner: Option<Owner>, now: Now) {
@@ -401,7 +451,9 @@ impl Core {
                 }
                 presence.owner = Some(owner.clone());
                 presence.had_window = false;
-                let started_by_us = presence.starting.take().is_some();
+                let touched = std::mem::take(&mut presence.touched);
+                let started_by_us = presence.starting.take().is_some() && !touched;
+                self.stand_in.appeared(app);
                 self.pressure.appeared(app, now.boot);
                 self.leases.vanished(app, now.boot);
                 self.lifecycle.appeared(app, &owner, started_by_us, now);
@@ -409,14 +461,17 @@ impl Core {
                 self.listener_appeared(app, &owner, now);
                 self.pump(now);
                 self.delivery.appeared(app, now);
+                self.transfers.moved(app, true, now);
             }
             None => {
                 presence.owner = None;
+                self.stand_in.vanished(app);
                 self.leases.vanished(app, now.boot);
                 (presence.listener, presence.notice) = (None, None);
                 self.lifecycle.vanished(app, now);
                 self.pump(now);
                 self.delivery.vanished(app, now);
+                self.transfers.moved(app, false, now);
                 if app.is_unique_name() {
                     self.forget_app(app, now);
                 }
@@ -430,13 +485,25 @@ impl Core {
             return;
         }
         presence.starting = None;
+        let touched = std::mem::take(&mut presence.touched);
         if presence.owner.is_none() {
+            if touched && let StartOutcome::Failed(text) = outcome {
+                self.lifecycle.note(app, "start", format!("it could not be started for the user: {text}"), now);
+            }
+            if matches!(outcome, StartOutcome::Failed(_)) && self.buses.contains(&app.bus) {
+                self.stand_in.start_failed(app);
+            }
             self.delivery.start_failed(app, outcome, now);
+            self.transfers.start_failed(app, outcome, now);
         }
     }
 
     fn handle_stored(&mut self, ticket: StoreTicket, result: Result<(), StoreError>, now: Now) {
         self.note_store(result.as_ref().err());
+        if result.is_ok() && self.unsaved.deadline().is_some() {
+            // The disk takes something again: what it refused was said first.
+            self.save_again();
+        }
         match self.stores.remove(&ticket) {
             Some(Stored::Message(seq)) => {
                 let was_failing = self.delivery.store_is_failing();
@@ -451,7 +518,9 @@ impl Core {
             Some(Stored::Registration(id)) => self.registration_stored(id, ticket, result, now),
             Some(Stored::Deletion(id)) => self.deletion_stored(id, result.is_ok(), now),
             Some(Stored::Row(number)) => self.row_stored(number, result.is_ok(), now),
+            Some(Stored::Transfer(id)) => self.transfer_saved(id, result.is_ok(), now),
             Some(Stored::State) => self.state_saved(ticket, result),
+            Some(Stored::History) => self.history_loaded(ticket, result.map(|()| Vec::new()), now),
             Some(Stored::Value(index, key)) => self.value_stored(ticket, index, key, result.is_ok(), now),
             None => {}
         }
@@ -469,15 +538,7 @@ impl Core {
 
     fn handle_outcome(&mut self, target: TargetId, outcome: &Outcome, now: Now) {
         if let Some(app) = self.lifecycle.app_of(target).cloned() {
-            match outcome {
-                Outcome::PagedOut { freed, zram, .. } => self.ledger.paged_out(&app, *freed, *zram),
-                Outcome::Thawed { .. } => self.ledger.thawed(&app),
-                Outcome::Frozen { .. }
-                | Outcome::FreezeFailed(_)
-                | Outcome::ThawFailed(_)
-                | Outcome::PageOutFailed(_)
-                | Outcome::KillFailed(_) => {}
-            }
+            self.account_for(&app, outcome, now);
         }
         self.lifecycle.outcome(target, outcome, now);
         if matches!(outcome, Outcome::Frozen { .. } | Outcome::Thawed { .. }) && self.pressure.is_worth_a_look(now.boot)
@@ -492,48 +553,13 @@ impl Core {
         self.lifecycle.target_gone(target, now);
         self.report_target_done(target, now);
         if let Some(app) = app {
-            self.ledger.gone(&app);
+            self.account_for_end(&app, now);
             // A wake that waited for the old instance to end can go on now.
             if self.apps.get(&app).is_some_and(|presence| presence.owner.is_none()) {
                 self.delivery.vanished(&app, now);
+                self.transfers.moved(&app, false, now);
             }
         }
-    }
-
-    fn handle_sampled(&mut self, target: TargetId, sample: Result<Sample, Arc<str>>, now: Now) {
-        let memory = sample.map(|sample| sample.memory);
-        let purpose = self.samples.get_mut(&target).and_then(VecDeque::pop_front);
-        if self.samples.get(&target).is_some_and(VecDeque::is_empty) {
-            self.samples.remove(&target);
-        }
-        let Some(app) = self.lifecycle.app_of(target).cloned() else { return };
-        let phase = match purpose {
-            Some(Purpose::Lifecycle) => self.lifecycle.sampled(target, memory.clone(), now).map(|kind| match kind {
-                SampleKind::Resident => Phase::Resident,
-                SampleKind::Frozen => Phase::Frozen,
-                SampleKind::PagedOut => Phase::PagedOut,
-            }),
-            Some(Purpose::Report) => Some(Phase::Now),
-            None => None,
-        };
-        match (phase, memory) {
-            (Some(phase), Ok(memory)) => {
-                self.ledger.sampled(&app, phase, memory, now);
-                if phase == Phase::Resident {
-                    self.put_record(&app);
-                }
-            }
-            (Some(Phase::Now), Err(_)) => self.ledger.unmeasured(&app),
-            (_, _) => {}
-        }
-        if purpose == Some(Purpose::Report) {
-            self.report_target_done(target, now);
-        }
-    }
-
-    fn sample(&mut self, target: TargetId, purpose: Purpose) {
-        self.samples.entry(target).or_default().push_back(purpose);
-        self.actions.push_back(Action::Sample(target));
     }
 
     fn store(&mut self, op: StoreOp, waiting: Option<Stored>) {
@@ -553,13 +579,6 @@ impl Core {
         ticket
     }
 
-    fn put_record(&mut self, app: &AppKey) {
-        let (resident, measured) = self.ledger.record(app).unzip();
-        let declares = self.apps.get(app).is_some_and(|presence| presence.declares);
-        let record = AppRecord { app: app.clone(), declares, resident, measured, conditions: None };
-        self.store(StoreOp::PutApp(record), None);
-    }
-
     fn upstream_of(&self, registration: RegistrationId) -> Option<usize> {
         let name = match self.registry.get(registration) {
             Some(registration) => &registration.upstream,
@@ -572,8 +591,9 @@ impl Core {
         self.actions.push_back(Action::Reply(call, reply));
     }
 
-    fn exit(&mut self) {
+    fn exit(&mut self, now: Now) {
         if !std::mem::replace(&mut self.exited, true) {
+            self.close_books(now);
             (self.ending, self.answers_until) = (None, None);
             self.actions.push_back(Action::Exit);
         }

@@ -74,11 +74,9 @@ mod tests {
     use super::*;
     use crate::{
         config::Settings,
-        event::{Authorization, BusEvent, Claim, Event, Request},
-        model::{
-            Bus, ConnectorVersion, Freezer, Memory, ProcessFacts, Registration, RegistrationId, Snapshot, TargetId,
-        },
-        time::{Instant, UnixTime},
+        core::fixtures::{BROKER, NOW, at_the_broker, caller, kept},
+        event::{BusEvent, Claim, Event, Request},
+        model::{Bus, Freezer, Memory, ProcessFacts, TargetId},
     };
 
     const BUS: Bus = Bus::Session(1000);
@@ -92,28 +90,9 @@ mod tests {
     impl World {
         /// With an app that listens.
         fn new() -> Self {
-            let config = "profile = \"tombstone\"\n[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b/\"\n";
-            let registration = Registration {
-                id: RegistrationId(1),
-                app: app(),
-                token: "t".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: "b".into(),
-                channel: "up/1".into(),
-                endpoint: "mqtt://b/up/1".into(),
-                told: true,
-            };
-            let snapshot = Snapshot {
-                registrations: vec![registration],
-                next_registration: 2,
-                next_message: 1,
-                ..Snapshot::default()
-            };
-            let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
-            let core = Core::new(Settings::parse(config).unwrap(), [7; 32], snapshot, now);
-            let mut world = Self { core, now };
+            let settings = Settings::parse(&format!("profile = \"tombstone\"\n{BROKER}")).unwrap();
+            let core = Core::new(settings, [7; 32], kept([at_the_broker(1, app())]), NOW);
+            let mut world = Self { core, now: NOW };
             world.bus(BusEvent::Up(BUS));
             world.bus(BusEvent::OwnerChanged(app(), Some(owner())));
             let facts = ProcessFacts { pid: 9, freezer: Freezer::Cgroup2, can_page_out: true, protected: None };
@@ -143,16 +122,7 @@ mod tests {
         }
 
         fn ask(&mut self, request: Request) -> Vec<Action> {
-            let caller = Caller {
-                bus: BUS,
-                owner: owner(),
-                uid: 1000,
-                pid: 9,
-                app_id: None,
-                sandboxed: false,
-                owns_service: true,
-                authorization: Authorization::NotAsked,
-            };
+            let caller = Caller { owns_service: true, ..caller(BUS, &owner().0) };
             self.bus(BusEvent::Call { call: CallId(1), caller, request })
         }
 

@@ -1,37 +1,17 @@
 //! What the daemon shows of itself (`view`).
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Core, Purpose, Upstream, access, urgency};
+use super::{Core, Upstream, access, urgency};
 use crate::{
-    action::{Action, ErrorKind, Reply},
+    action::{ErrorKind, Reply},
     event::{CallId, Caller, Privilege, Query},
-    model::{AppKey, Bus, ConnectorVersion, TargetId},
-    time::{Instant, Now},
+    model::{AppKey, Bus, ConnectorVersion},
+    time::Now,
     view,
 };
-
-/// A report is built with what has been measured by then.
-const REPORT_TIME: Duration = Duration::from_secs(20);
-/// Calls that may wait for one report; beyond it the newest is refused.
-const CALLS: usize = 32;
-
-/// A report whose samples are on their way.
-#[derive(Debug)]
-pub(super) struct ReportRun {
-    calls: Vec<(CallId, Caller)>,
-    targets: BTreeSet<TargetId>,
-    daemon: bool,
-    deadline: Instant,
-}
-
-impl ReportRun {
-    pub(super) const fn deadline(&self) -> Instant {
-        self.deadline
-    }
-}
 
 impl Core {
     pub(super) fn query(&mut self, call: CallId, caller: &Caller, query: Query, now: Now) {
@@ -48,13 +28,15 @@ impl Core {
             Query::Leases(None) => {
                 self.for_readers(caller, |core| json(&core.lease_list(now, |app| sees(caller, app))))
             }
-            Query::History { .. } | Query::WhatIf { .. } => {
-                Reply::Error(ErrorKind::Failed, "no history is kept yet".into())
+            Query::Report | Query::History { .. } | Query::WhatIf { .. } => {
+                match (self.privileged(caller, Privilege::Read), query) {
+                    (Ok(()), Query::History { hours }) => return self.begin_history(call, caller, hours, false, now),
+                    (Ok(()), Query::WhatIf { hours }) => return self.begin_history(call, caller, hours, true, now),
+                    (Ok(()), _) => return self.begin_report(call, caller, now),
+                    (Err(reply), _) => reply,
+                }
             }
-            Query::Report => match self.privileged(caller, Privilege::Read) {
-                Ok(()) => return self.begin_report(call, caller, now),
-                Err(reply) => reply,
-            },
+            Query::Transfers(service) => self.transfers_query(caller, service, now),
         };
         self.reply(call, reply);
     }
@@ -67,7 +49,7 @@ impl Core {
     }
 
     /// An app may read about itself, whoever has the privilege about any.
-    fn for_app(
+    pub(super) fn for_app(
         &self,
         caller: &Caller,
         service: Arc<str>,
@@ -196,11 +178,13 @@ impl Core {
             vapid: r.vapid.is_some(),
             waiting: self.delivery.waiting_in(r.id),
         });
+        let mut memory = self.ledger.row(app, shown.state.as_str());
+        self.account.fill(app, &mut memory, now.boot);
         json(&view::Show {
             freezer: shown.freezer,
             protected: shown.protected.as_deref().map(str::to_owned),
             registered: registered.collect(),
-            memory: self.ledger.row(app, shown.state.as_str()),
+            memory,
             leases: self.lease_list(now, |other| other == app),
             app: line,
         })
@@ -255,59 +239,6 @@ impl Core {
             })
             .collect();
         json(&endpoints)
-    }
-
-    fn begin_report(&mut self, call: CallId, caller: &Caller, now: Now) {
-        if let Some(run) = &mut self.report {
-            if run.calls.len() < CALLS {
-                run.calls.push((call, caller.clone()));
-            } else {
-                let text = format!("{CALLS} reports are being made already");
-                self.reply(call, Reply::Error(ErrorKind::LimitsExceeded, text));
-            }
-            return;
-        }
-        let targets: BTreeSet<TargetId> = self.apps.keys().filter_map(|app| self.lifecycle.target_of(app)).collect();
-        for target in &targets {
-            self.sample(*target, Purpose::Report);
-        }
-        self.actions.push_back(Action::SampleSelf);
-        let deadline = now.boot + REPORT_TIME;
-        self.report = Some(ReportRun { calls: vec![(call, caller.clone())], targets, daemon: false, deadline });
-    }
-
-    pub(super) fn report_target_done(&mut self, target: TargetId, now: Now) {
-        if let Some(run) = &mut self.report
-            && run.targets.remove(&target)
-        {
-            self.finish_if_measured(now);
-        }
-    }
-
-    pub(super) fn report_daemon_sampled(&mut self, now: Now) {
-        if let Some(run) = &mut self.report {
-            run.daemon = true;
-            self.finish_if_measured(now);
-        }
-    }
-
-    fn finish_if_measured(&mut self, now: Now) {
-        if self.report.as_ref().is_some_and(|run| run.daemon && run.targets.is_empty()) {
-            self.finish_report(now);
-        }
-    }
-
-    pub(super) fn finish_report(&mut self, now: Now) {
-        let Some(run) = self.report.take() else { return };
-        for (call, caller) in run.calls {
-            let states = self
-                .apps
-                .keys()
-                .filter(|app| sees(&caller, app))
-                .filter_map(|app| self.lifecycle.show(app, now).map(|shown| (app, shown.state.as_str())));
-            let report = self.ledger.report(now, self.settings.profile, states);
-            self.reply(call, json(&report));
-        }
     }
 }
 

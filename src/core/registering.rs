@@ -14,6 +14,7 @@ use crate::{
     action::{Action, ConnectorCall, Reply, StoreOp},
     event::{CallId, Caller, DeliveryTicket, StoreError, StoreTicket},
     model::{AppKey, ConnectorVersion, FailureReason, Owner, Registration, RegistrationId},
+    notification::NotifyWhen,
     time::Now,
 };
 
@@ -43,6 +44,8 @@ pub(super) struct Wish {
     pub(super) version: ConnectorVersion,
     /// The upstream it asks for, by name.
     pub(super) upstream: Option<Arc<str>>,
+    /// When the user is to be notified in its stead.
+    pub(super) notify: Option<NotifyWhen>,
 }
 
 impl Core {
@@ -87,6 +90,7 @@ impl Core {
             self.store(op, None);
         }
         self.wish_upstream(id, wish.upstream);
+        self.wish_notify(id, wish.notify);
         self.reply(call, Reply::Registered);
         if self.is_unsaved(id) {
             // It is told as soon as a crash cannot take the endpoint back.
@@ -133,6 +137,7 @@ impl Core {
             replaces,
         });
         self.wish_upstream(id, wish.upstream);
+        self.wish_notify(id, wish.notify);
         if let Some(upstream) = self.upstreams.get_mut(index) {
             upstream.session.register(id, vapid, now);
         }
@@ -266,6 +271,7 @@ impl Core {
         }
         self.routes.forget(id);
         let Some(pending) = self.registry.take_pending(id) else { return };
+        self.wish_notify(id, None);
         log::warn!("{}: not registered ({}): {text}", pending.app, reason.as_str());
         for call in pending.calls {
             self.fail(call, reason, text.clone());
@@ -312,6 +318,7 @@ impl Core {
                     self.unregister_at_server(index, id, now);
                 }
                 self.routes.forget(id);
+                self.wish_notify(id, None);
             }
             self.forget_if_unused(&pending.app, now);
         }
@@ -364,7 +371,9 @@ impl Core {
         let Some(registration) = self.registry.remove(id) else { return };
         self.delete_registration(id, upstreams);
         self.routes.forget(id);
+        self.wish_notify(id, None);
         self.forget_if_unused(&registration.app, now);
+        self.count_beats(now);
     }
 
     /// Removes a registration that never was durable.
@@ -373,6 +382,7 @@ impl Core {
             self.unregister_at_server(index, id, now);
         }
         self.routes.forget(id);
+        self.wish_notify(id, None);
         self.delivery.remove(id, now);
         if let Some(registration) = self.registry.remove(id) {
             self.store(StoreOp::DeleteRegistration(id), None);
@@ -390,6 +400,7 @@ impl Core {
     pub(super) fn forget_app(&mut self, app: &AppKey, now: Now) {
         for (id, pending) in self.registry.drop_pending_of(app) {
             self.routes.forget(id);
+            self.wish_notify(id, None);
             if let Some(upstream) = self.upstreams.iter_mut().find(|u| u.settings.name == pending.upstream) {
                 upstream.session.unregister(id, now);
             }
@@ -407,10 +418,12 @@ impl Core {
         }
         self.leases.vanished(app, now.boot);
         self.lifecycle.remove_app(app, now);
-        self.ledger.remove(app);
+        self.forget_books(app);
         self.pressure.forget(app);
         self.states.forget(app);
+        self.transfers.forget(app, now);
         self.forget_shown(app);
+        self.stand_in.forget(app);
         self.actions.push_back(Action::Unwatch(app.clone()));
         self.store(StoreOp::DeleteApp(app.clone()), None);
     }

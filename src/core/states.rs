@@ -158,12 +158,10 @@ mod tests {
     use crate::{
         action::Action,
         config::Settings,
-        event::{Authorization, BusEvent, Event, Request},
-        model::{ConnectorVersion, Owner, Registration, RegistrationId, Snapshot},
-        time::{Instant, Now, UnixTime},
+        core::fixtures::{BROKER, NOW, at_the_broker, caller, kept},
+        event::{BusEvent, Event, Request},
+        model::ConnectorVersion,
     };
-
-    const NOW: Now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
 
     fn app(uid: u32, number: u64) -> AppKey {
         AppKey::new(Bus::Session(uid), format!("org.example.App{number}"))
@@ -180,26 +178,8 @@ mod tests {
 
     impl World {
         fn with(apps: &[AppKey]) -> Self {
-            let config = "[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b.example/\"\n";
-            let registrations = apps.iter().zip(1..).map(|(app, id)| Registration {
-                id: RegistrationId(id),
-                app: app.clone(),
-                token: "t".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: "b".into(),
-                channel: format!("up/{id}").into(),
-                endpoint: format!("mqtt://b.example/up/{id}").into(),
-                told: true,
-            });
-            let snapshot = Snapshot {
-                registrations: registrations.collect(),
-                next_registration: 1 + apps.len() as u64,
-                next_message: 1,
-                ..Snapshot::default()
-            };
-            let core = Core::new(Settings::parse(config).unwrap(), [7; 32], snapshot, NOW);
+            let snapshot = kept(apps.iter().zip(1..).map(|(app, id)| at_the_broker(id, app.clone())));
+            let core = Core::new(Settings::parse(BROKER).unwrap(), [7; 32], snapshot, NOW);
             Self { core, stored: BTreeMap::new(), calls: 0, slow: Vec::new() }
         }
 
@@ -207,16 +187,8 @@ mod tests {
         fn begin(&mut self, app: &AppKey, request: Request) -> Option<Reply> {
             self.calls += 1;
             let call = CallId(self.calls);
-            let caller = Caller {
-                bus: app.bus,
-                owner: Owner(":1.1".into()),
-                uid: 1000,
-                pid: 2,
-                app_id: Some(Arc::clone(&app.service)),
-                sandboxed: true,
-                owns_service: true,
-                authorization: Authorization::NotAsked,
-            };
+            let app_id = Some(Arc::clone(&app.service));
+            let caller = Caller { app_id, sandboxed: true, owns_service: true, ..caller(app.bus, ":1.1") };
             self.core.handle(Event::Bus(BusEvent::Call { call, caller, request }), NOW);
             self.reply(call)
         }
@@ -291,7 +263,7 @@ mod tests {
             let reply = world.ask(&app(1000, 3), request);
             assert_eq!(kind(&reply), Some(ErrorKind::NoSuchApp));
         }
-        let token: Arc<str> = "t".into();
+        let token: Arc<str> = "token".into();
         world.ask(&app(1000, 1), Request::Unregister { token, version: ConnectorVersion::V2 });
         assert!(!world.stored.contains_key(&app(1000, 1)), "it goes with the registration");
         assert_eq!(kind(&world.ask(&app(1000, 1), Request::RestoreState)), Some(ErrorKind::NoSuchApp));

@@ -37,7 +37,9 @@ impl Core {
         self.delivery.set_fetching(!network.roaming, now);
         self.delivery.set_minimum(minimum.urgency, now);
         self.brief_sessions(now);
-        if old.is_some_and(|old| is_worth_a_try(&old.network, &network)) {
+        let worth = old.is_some_and(|old| is_worth_a_try(&old.network, &network));
+        self.brief_transfers(worth, now);
+        if worth {
             for upstream in &mut self.upstreams {
                 upstream.session.handle_network(now);
             }
@@ -89,7 +91,8 @@ impl Core {
     /// Lets the machine sleep, or keeps it awake.
     pub(super) fn mind_sleep(&mut self, now: Now) {
         if self.sleep.cares() {
-            let busy = self.delivery.is_busy() || self.unsaved.holds_messages();
+            let busy = self.delivery.is_busy() || self.transfers.is_busy() || self.unsaved.holds_messages();
+            let busy = busy || self.stand_in.helping.is_busy();
             let actions: Vec<Action> = std::iter::from_fn(|| self.sleep.next(busy, now.boot)).collect();
             self.actions.extend(actions);
         }
@@ -152,9 +155,9 @@ mod tests {
     use crate::{
         action::{Reply, StoreOp},
         config::{AppSettings, NetworkSettings, Settings, UrgencySettings},
-        event::{Authorization, BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
-        model::{Bus, ConnectorVersion, NetworkKind, Owner, Registration, Snapshot},
-        time::{Instant, UnixTime},
+        core::fixtures::{NOW, caller, kept, registration},
+        event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
+        model::{Bus, NetworkKind, Snapshot},
     };
 
     const BUS: Bus = Bus::Session(1000);
@@ -169,28 +172,12 @@ mod tests {
 
     impl World {
         fn new(settings: Settings) -> Self {
-            let registration = Registration {
-                id: RegistrationId(1),
-                app: AppKey::new(BUS, APP),
-                token: "token".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: Arc::clone(&settings.upstreams[0].name),
-                channel: "channel".into(),
-                endpoint: "https://push.example/1".into(),
-                told: true,
-            };
-            let upstreams = vec![(Arc::clone(&registration.upstream), "uaid".into(), "u1".into())];
+            let upstream = Arc::clone(&settings.upstreams[0].name);
             let snapshot = Snapshot {
-                registrations: vec![registration],
-                upstreams,
-                next_registration: 2,
-                next_message: 1,
-                ..Snapshot::default()
+                upstreams: vec![(Arc::clone(&upstream), "uaid".into(), "u1".into())],
+                ..kept([registration(1, AppKey::new(BUS, APP), upstream)])
             };
-            let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
-            let mut world = Self { core: Core::new(settings, [7; 32], snapshot, now), now, link: LinkId(0) };
+            let mut world = Self { core: Core::new(settings, [7; 32], snapshot, NOW), now: NOW, link: LinkId(0) };
             world.tell(Event::Bus(BusEvent::Up(BUS)));
             world.tell(Event::Bus(BusEvent::OwnerChanged(AppKey::new(BUS, APP), None)));
             world.hello();
@@ -216,7 +203,7 @@ mod tests {
 
         fn push(&mut self, version: &str, urgency: Option<Urgency>) -> Vec<Action> {
             let mut frame = json!({
-                "messageType": "notification", "channelID": "channel", "version": version, "data": "aGk",
+                "messageType": "notification", "channelID": "channel1", "version": version, "data": "aGk",
             });
             if let Some(urgency) = urgency {
                 frame["urgency"] = urgency.as_str().into();
@@ -225,16 +212,7 @@ mod tests {
         }
 
         fn ask<T: serde::de::DeserializeOwned>(&mut self, query: Query, sandboxed: bool) -> T {
-            let caller = Caller {
-                bus: BUS,
-                owner: Owner(":1.1".into()),
-                uid: 1000,
-                pid: 1,
-                app_id: None,
-                sandboxed,
-                owns_service: false,
-                authorization: Authorization::NotAsked,
-            };
+            let caller = Caller { sandboxed, ..caller(BUS, ":1.1") };
             let request = Request::Query(query);
             let actions = self.tell(Event::Bus(BusEvent::Call { call: CallId(1), caller, request }));
             match actions.first() {

@@ -114,7 +114,13 @@ impl Core {
     fn writes_registrations_of(&self, index: usize) -> bool {
         let under_way = self.stores.values().filter_map(|waiting| match waiting {
             Stored::Registration(id) => Some(id),
-            Stored::Message(_) | Stored::Deletion(_) | Stored::Value(..) | Stored::Row(_) | Stored::State => None,
+            Stored::Message(_)
+            | Stored::Deletion(_)
+            | Stored::Value(..)
+            | Stored::Row(_)
+            | Stored::State
+            | Stored::Transfer(_)
+            | Stored::History => None,
         });
         under_way.chain(&self.unsaved.registrations).any(|id| self.upstream_of(*id) == Some(index))
     }
@@ -271,35 +277,18 @@ mod tests {
     use crate::{
         action::Action,
         config::Settings,
-        core::upstream::IncomingBody,
+        core::{
+            fixtures::{BROKER, NOW, at_the_broker, kept},
+            upstream::IncomingBody,
+        },
         event::{Event, StoreError},
-        model::{AppKey, ConnectorVersion, Registration, Snapshot},
-        time::UnixTime,
+        model::AppKey,
     };
 
     fn core() -> (Core, Now) {
-        let settings =
-            Settings::parse("[[upstream]]\nname = \"b\"\nkind = \"mqtt\"\nurl = \"mqtt://b.example/\"\n").unwrap();
-        let registration = Registration {
-            id: RegistrationId(1),
-            app: AppKey::new(Bus::Session(1000), "org.example.App"),
-            token: "token".into(),
-            description: "".into(),
-            vapid: None,
-            version: ConnectorVersion::V2,
-            upstream: "b".into(),
-            channel: "up/one".into(),
-            endpoint: "mqtt://b.example/up/one".into(),
-            told: true,
-        };
-        let snapshot = Snapshot {
-            registrations: vec![registration],
-            next_registration: 2,
-            next_message: 1,
-            ..Snapshot::default()
-        };
-        let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(1_000_000) };
-        (Core::new(settings, [7; 32], snapshot, now), now)
+        let app = AppKey::new(Bus::Session(1000), "org.example.App");
+        let snapshot = kept([at_the_broker(1, app)]);
+        (Core::new(Settings::parse(BROKER).unwrap(), [7; 32], snapshot, NOW), NOW)
     }
 
     fn message(id: &str) -> IncomingMessage {

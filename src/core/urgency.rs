@@ -123,7 +123,8 @@ fn needs(urgency: Urgency) -> &'static str {
     }
 }
 
-fn is_low(surroundings: &Surroundings, settings: &UrgencySettings) -> bool {
+/// Whether the battery is nearly empty.
+pub(super) fn is_low(surroundings: &Surroundings, settings: &UrgencySettings) -> bool {
     surroundings.on_mains == Some(false) && surroundings.battery.is_some_and(|charge| charge <= settings.low_battery)
 }
 

@@ -48,12 +48,7 @@ impl Core {
 
     /// Delivery has the app asked for, or not. While it waits for its turn it is left as it is.
     pub(super) fn pending(&mut self, app: &AppKey, pending: bool, now: Now) {
-        if !pending {
-            self.wakes.done(app);
-        }
-        if !self.wakes.is_waiting(app) {
-            self.lifecycle.set_pending(app, pending, now);
-        }
+        self.pending_because(app, pending, now);
     }
 
     /// Wakes the next app whose turn it is. True when there is one.
@@ -67,8 +62,10 @@ impl Core {
             None => self.wakes.next(now.boot),
         };
         let Some(app) = next else { return false };
-        if self.delivery.turn_has_come(&app, now) {
-            self.lifecycle.set_pending(&app, true, now);
+        let message = self.delivery.turn_has_come(&app, now);
+        if message || self.transfers.is_asked(&app) {
+            let cause = self.cause_of_wake(&app);
+            self.lifecycle.set_pending_because(&app, true, cause, now);
             self.wake(&app, now);
         } else {
             self.wakes.done(&app);
@@ -79,11 +76,15 @@ impl Core {
     /// The app can be called.
     pub(super) fn ready(&mut self, app: &AppKey, owner: Owner, now: Now) {
         self.wakes.done(app);
-        self.delivery.ready(app, owner, now);
+        self.delivery.ready(app, owner.clone(), now);
+        self.transfers.ready(app, owner, now);
     }
 
     /// The app took a message or an endpoint.
     pub(super) fn delivered(&mut self, app: &AppKey, urgency: Option<Urgency>, now: Now) {
+        if urgency.is_some() {
+            self.stand_in.spoke(app);
+        }
         let urgency = urgency.unwrap_or_default();
         if urgency >= Urgency::High {
             self.demotion.taken(app, now);
@@ -110,6 +111,7 @@ impl Core {
         let apps: Vec<AppKey> = self.apps.keys().filter(by).cloned().collect();
         for app in apps {
             self.demotion.shown(&app, now);
+            self.stand_in.spoke(&app);
         }
         self.mind_demotion(now);
     }
@@ -136,6 +138,7 @@ impl Core {
     /// The app is seen in front: it shows itself.
     pub(super) fn seen_in_front(&mut self, app: &AppKey, now: Now) {
         self.demotion.shown(app, now);
+        self.stand_in.spoke(app);
         self.mind_demotion(now);
     }
 
@@ -169,8 +172,13 @@ impl Core {
                 }
             }
         }
+        self.mind_watching();
+    }
+
+    /// Watches for notifications where that is of use: to judge by them, or to see that an app speaks for itself.
+    pub(super) fn mind_watching(&mut self) {
         for bus in self.buses.iter().copied().filter(|bus| matches!(bus, Bus::Session(_))) {
-            match (self.demotion.wants(bus), self.watched.contains_key(&bus)) {
+            match (self.demotion.wants(bus) || self.stand_in.wants(bus), self.watched.contains_key(&bus)) {
                 (true, false) => {
                     self.watched.insert(bus, Watched::Asked);
                     self.actions.push_back(Action::WatchNotifications(bus, true));
@@ -186,7 +194,7 @@ impl Core {
     }
 
     /// Whether the app can be called without waking it.
-    fn runs(&self, app: &AppKey, now: Now) -> bool {
+    pub(super) fn runs(&self, app: &AppKey, now: Now) -> bool {
         let state = self.lifecycle.show(app, now).map(|shown| shown.state);
         self.apps.get(app).is_some_and(|presence| presence.owner.is_some())
             && matches!(state, Some(State::Foreground | State::Background | State::Awake))
@@ -194,8 +202,9 @@ impl Core {
 
     /// Makes an app ready for a delivery: thaws it, starts it, or finds that it is ready.
     fn wake(&mut self, app: &AppKey, now: Now) {
+        let cause = self.cause_of_wake(app);
         let Some(presence) = self.apps.get_mut(app) else { return };
-        let readiness = self.lifecycle.wanted(app, now);
+        let readiness = self.lifecycle.wanted_because(app, cause, now);
         if readiness == Readiness::Thawing || (readiness == Readiness::NotRunning && presence.starting.is_none()) {
             self.pressure.woken(app, now.boot);
         }
@@ -206,7 +215,7 @@ impl Core {
             (None, Readiness::Ready | Readiness::NotRunning | Readiness::Thawing) => {
                 if presence.starting.is_none() && self.ending.is_none() {
                     presence.starting = Some(now.boot + START_TIME);
-                    self.lifecycle.note(app, "start", "a message is waiting for it", now);
+                    self.lifecycle.note(app, "start", cause.unwrap_or("a message is waiting for it"), now);
                     self.actions.push_back(Action::Start(app.clone()));
                 }
             }
@@ -221,7 +230,8 @@ pub(super) enum Watched {
     Failed,
 }
 
-fn name_of(app: &AppKey) -> String {
+/// An app's name in what is kept by app beside what upstreams remember.
+pub(super) fn name_of(app: &AppKey) -> String {
     format!("{}/{}", app.bus.to_number(), app.service)
 }
 
@@ -238,8 +248,9 @@ mod tests {
     use super::*;
     use crate::{
         config::{AppSettings, Settings},
+        core::fixtures::{NOW, kept, registration},
         event::{BusEvent, CallOutcome, DeliveryTicket, Event, LinkEvent, LinkId},
-        model::{ConnectorVersion, Registration, RegistrationId, Snapshot},
+        model::Snapshot,
         time::UnixTime,
     };
 
@@ -262,28 +273,13 @@ mod tests {
             Self::with(apps, Vec::new(), Settings::default())
         }
 
-        fn with(apps: u64, kept: Vec<(Arc<str>, Arc<str>, Arc<str>)>, settings: Settings) -> Self {
+        fn with(apps: u64, remembered: Vec<(Arc<str>, Arc<str>, Arc<str>)>, settings: Settings) -> Self {
             let upstream = Arc::clone(&settings.upstreams[0].name);
-            let registration = |n| Registration {
-                id: RegistrationId(n),
-                app: app(n),
-                token: "token".into(),
-                description: "".into(),
-                vapid: None,
-                version: ConnectorVersion::V2,
-                upstream: Arc::clone(&upstream),
-                channel: format!("channel{n}").into(),
-                endpoint: format!("https://push.example/{n}").into(),
-                told: true,
-            };
             let snapshot = Snapshot {
-                registrations: (1..=apps).map(registration).collect(),
-                upstreams: [vec![(Arc::clone(&upstream), "uaid".into(), "u1".into())], kept].concat(),
-                next_registration: apps + 1,
-                next_message: 1,
-                ..Snapshot::default()
+                upstreams: [vec![(Arc::clone(&upstream), "uaid".into(), "u1".into())], remembered].concat(),
+                ..kept((1..=apps).map(|n| registration(n, app(n), Arc::clone(&upstream))))
             };
-            let now = Now { boot: Instant::from_nanos(1_000_000_000_000), wall: UnixTime::from_secs(20_000 * 86_400) };
+            let now = Now { wall: UnixTime::from_secs(20_000 * 86_400), ..NOW };
             let core = Core::new(settings, [7; 32], snapshot, now);
             let mut world = Self { core, now, link: LinkId(0), pushed: 0 };
             world.tell(Event::Bus(BusEvent::Up(BUS)));

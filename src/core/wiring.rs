@@ -4,17 +4,16 @@
 use std::sync::Arc;
 
 use super::{
-    Core, Purpose, Stored,
+    Core, Stored,
     delivery::{self, Admission, Arrival, ArrivalBody, Handover},
-    leases::{self, Facts},
-    lifecycle::{self, Squeeze, State},
-    pressure::{Candidate, Deep},
+    lifecycle,
     upstream::{self, IncomingBody, IncomingMessage},
     urgency::Minimum,
 };
 use crate::{
     action::{Action, ConnectorCall, StoreOp},
-    model::{AppKey, Bus, Ending, Pressure, RegistrationId, TargetId, Urgency, VetoKind},
+    model::{Bus, Ending, RegistrationId, TargetId, Urgency},
+    notification::HelperJob,
     time::Now,
     view::{LinkState, Messages},
 };
@@ -37,10 +36,14 @@ impl Core {
                 self.on_lifecycle(output, now);
             } else if let Some(output) = self.delivery.poll_output() {
                 self.on_delivery(output, now);
+            } else if let Some(output) = self.transfers.poll_output() {
+                self.on_transfers(output, now);
             } else if !self.settle_moves(now)
                 && !self.brief_sessions(now)
                 && !self.hand_over_held(now)
+                && !self.tell_of_transfers(now)
                 && !self.wake_next(now)
+                && !self.mind_stand_ins(now)
             {
                 self.observe_leased(now);
                 if !self.leases.has_output() {
@@ -48,12 +51,13 @@ impl Core {
                 }
             }
         }
+        self.keep_books(now);
         self.mind_sleep(now);
         self.release_held();
         self.say_farewells(now);
         let answered = self.answers_until.is_none() || self.delivery.is_quiet();
         if self.ending.is_some() && answered && self.lifecycle.is_quiet() {
-            self.exit();
+            self.exit(now);
         }
     }
 
@@ -73,6 +77,7 @@ impl Core {
             upstream::Output::Close(link) => self.actions.push_back(Action::Close(link)),
             upstream::Output::Registered { registration, channel, endpoint } => {
                 self.registered(index, registration, channel, endpoint, now);
+                self.count_beats(now);
             }
             upstream::Output::RegisterFailed { registration, reason, text } => {
                 self.register_failed(index, registration, reason, text, now);
@@ -89,6 +94,7 @@ impl Core {
             upstream::Output::RememberBehind { key, value } => self.remember_behind(index, key, value.into()),
             upstream::Output::StateChanged(state) => {
                 self.panels_changed(index);
+                self.count_beats(now);
                 match state {
                     LinkState::Idle => log::info!("upstream {name}: idle, no app is registered"),
                     LinkState::Connecting => log::debug!("upstream {name}: connecting"),
@@ -106,6 +112,7 @@ impl Core {
     pub(super) fn on_message(&mut self, index: usize, message: IncomingMessage, now: Now) {
         let latest = now.wall + self.settings.limits.max_age;
         let registration = message.registration;
+        let from = self.registry.get(registration).and_then(|registration| self.lifecycle.outward(&registration.app));
         let by_policy = message.urgency.is_none();
         let urgency = message.urgency.unwrap_or_else(|| self.counts_as(registration));
         let arrival = Arrival {
@@ -120,10 +127,15 @@ impl Core {
             topic: message.topic,
             urgency,
             by_policy,
+            from: from.map_or("gone", |outward| outward.state.as_str()),
         };
         match self.delivery.arrived(arrival, now) {
             Admission::Queued => {
                 self.count(registration).received += 1;
+                self.message_waits(registration, urgency, now);
+                if let Some(registration) = self.registry.get(registration) {
+                    self.journal.received(registration.app.bus);
+                }
                 if by_policy {
                     self.note_policy(registration, urgency, now);
                 }
@@ -149,8 +161,11 @@ impl Core {
                 let seq = message.seq;
                 self.store(StoreOp::PutMessage(message), Some(Stored::Message(seq)));
             }
-            delivery::Output::End(bus, seq, ending) => {
-                self.messages.entry(bus).or_default().ended(ending);
+            delivery::Output::End(app, seq, ending) => {
+                if ending == Ending::GivenUp {
+                    self.stand_in.given_up(&app);
+                }
+                self.messages.entry(app.bus).or_default().ended(ending);
                 if ending != Ending::Unregistered {
                     self.store(StoreOp::EndMessage(seq, ending), None);
                 }
@@ -171,6 +186,10 @@ impl Core {
                 }
             }
             delivery::Output::Wake(app, urgency) => self.want(&app, urgency, now),
+            delivery::Output::Help { seq, app, token, id, urgency, body } => {
+                let command = Arc::default();
+                self.ask_helper(HelperJob { seq, app, command, network: false, token, id, urgency, body }, now);
+            }
             delivery::Output::Call { ticket, app, owner, version, call, urgency } => {
                 if urgency == Some(Urgency::High) {
                     self.judge_from_now(&app, now);
@@ -193,11 +212,13 @@ impl Core {
                     self.former_routes_fade(id, now);
                 }
             }
+            delivery::Output::Reached { app, from, took, urgency } => self.reached(&app, from, took, urgency, now),
             delivery::Output::Delivered(app, urgency) => self.delivered(&app, urgency, now),
             delivery::Output::Pending(app, pending) => self.pending(&app, pending, now),
             delivery::Output::Held { app, urgency, why: delivery::Why::Budget, .. } => {
                 self.lifecycle.note(&app, "hold", Minimum::hold_for_budget(urgency), now);
             }
+            delivery::Output::Held { why: delivery::Why::Helper, .. } => {}
             delivery::Output::Held { app, urgency, by_policy, why: delivery::Why::Surroundings } => {
                 let own = self.delivery.has_own_minimum(&app).then(|| self.delivery.minimum_for(&app));
                 let reason = self.minimum().hold(urgency, by_policy, own, self.settings.urgency.hold_at_most);
@@ -241,7 +262,7 @@ impl Core {
                 self.report_target_done(target, now);
                 self.actions.push_back(Action::Forget(target));
             }
-            lifecycle::Output::Sample(target, _) => self.sample(target, Purpose::Lifecycle),
+            lifecycle::Output::Sample(target, kind) => self.sample_for_lifecycle(target, kind, now),
             lifecycle::Output::Runnable(app) => {
                 if let Some(owner) = self.apps.get(&app).and_then(|presence| presence.owner.clone()) {
                     self.ready(&app, owner, now);
@@ -261,77 +282,11 @@ impl Core {
         }
     }
 
-    /// Memory was read: one frozen app goes deeper, if it must.
-    pub(super) fn pressed(&mut self, reading: &Pressure, now: Now) {
-        if self.ending.is_some() {
-            return;
-        }
-        let mut busy = self.lifecycle.is_ending_any();
-        let (mut held, mut going) = (Vec::new(), Vec::new());
-        for app in self.lifecycle.held() {
-            busy |= app.paging;
-            going.extend(app.going.map(|_| app.app.clone()));
-            held.push(Candidate {
-                frozen: app.since,
-                unseen: app.unseen.unwrap_or(app.since),
-                uss: app.uss,
-                paged_out: app.paged_out,
-                can_page_out: app.can_page_out,
-                can_end: app.can_end,
-                app: app.app,
-            });
-        }
-        let was_pressed = self.pressure.is_pressed();
-        let order = self.pressure.read(reading, &held, busy, now.boot);
-        match (was_pressed, self.pressure.is_pressed()) {
-            (false, true) => log::info!("{}", self.pressure.sentence()),
-            (true, false) => {
-                log::info!("{}", self.pressure.sentence());
-                for app in going {
-                    self.lifecycle.unsqueeze(&app, now);
-                }
-            }
-            _ => {}
-        }
-        if let Some(order) = order {
-            let squeeze = match order.deep {
-                Deep::PageOut => Squeeze::PageOut,
-                Deep::End => Squeeze::Kill,
-            };
-            self.lifecycle.squeeze(&order.app, squeeze, &order.reason, now);
-        }
-    }
-
-    fn on_leases(&mut self, output: leases::Output, now: Now) {
-        match output {
-            leases::Output::Keeps(app, sentence) => self.lifecycle.leased(&app, sentence, now),
-            leases::Output::Ending { bus, holder, lease, within } => {
-                self.actions.push_back(Action::LeaseEnding { bus, holder, lease, within });
-            }
-            leases::Output::Ended(bus, lease) => self.actions.push_back(Action::EndLease(bus, lease)),
-            leases::Output::Note(app, verdict, reason) => self.lifecycle.note(&app, verdict, reason, now),
-        }
-    }
-
-    /// What is to be seen of the apps that hold leases: their time runs by it.
-    fn observe_leased(&mut self, now: Now) {
-        let leased: Vec<AppKey> = self.leases.apps().cloned().collect();
-        for app in leased {
-            let state = self.lifecycle.show(&app, now).map(|shown| shown.state);
-            let vetoed = |kinds: &[VetoKind]| self.lifecycle.vetoes(&app).iter().any(|veto| kinds.contains(&veto.kind));
-            let facts = Facts {
-                background: matches!(state, Some(State::Background | State::Awake)),
-                audio: vetoed(&[VetoKind::Playback, VetoKind::Capture, VetoKind::MediaPlayer]),
-                call: vetoed(&[VetoKind::Call]),
-            };
-            self.leases.observe(&app, facts, now.boot);
-        }
-    }
-
     /// No calls to an app that is about to be held still or ended.
     fn call_off(&mut self, target: TargetId, now: Now) {
         if let Some(app) = self.lifecycle.app_of(target).cloned() {
             self.delivery.unready(&app, now);
+            self.transfers.unready(&app, now);
         }
     }
 }

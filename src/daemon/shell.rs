@@ -18,8 +18,8 @@ use crate::{
     event::{BusEvent, Event, FetchError, HttpError, LinkEvent, LinkId},
     model::{Bus, Profile, Snapshot, Stall, TargetId},
     sys::{
-        bus::{BusAddress, BusThread},
-        clock, fetch, http,
+        bus::{BusAddress, BusThread, Handed},
+        clock, fetch, helper, http,
         inbox::{self, Inbox, Incoming},
         jobs::Jobs,
         link::Links,
@@ -32,10 +32,12 @@ use crate::{
         store::{Holdback, Store},
         surroundings::Surroundings,
         timer::{Alarm, OneResume, ResumeWatch},
+        transfers::Transfers,
         users,
         windows::{self, Whose},
     },
     time::{Instant, earliest},
+    transfer::{TransferEvent, TransferOrder},
 };
 
 const INBOX: Token = Token(0);
@@ -65,8 +67,11 @@ pub(super) struct Shell {
     inbox: Inbox,
     sender: inbox::Sender,
     downloads: Jobs,
+    transfers: Transfers,
     /// Of their own: an answer must not wait for an attachment.
     requests: Jobs,
+    /// Payload helpers, as many as the core has run at a time.
+    helpers: Jobs,
     links: Links,
     targets: Targets,
     bus: BusThread,
@@ -131,6 +136,14 @@ impl Shell {
         let (sender, inbox) = inbox::channel(poll.registry(), INBOX).map_err(system("cannot make a channel"))?;
         // First of all: its lock keeps a second daemon from thawing what the first has frozen.
         let (store, snapshot) = Store::open(state_dir, sender.clone())?;
+        let transfers = Transfers::open(
+            &state_dir.join("transfers"),
+            &snapshot.transfers,
+            settings.transfers.at_a_time,
+            settings.network.proxy.clone(),
+            sender.clone(),
+        )
+        .map_err(system("cannot use the spool of transfers in the state directory"))?;
         make_private_dir(&runtime_dir).map_err(system("cannot make the runtime directory"))?;
         let targets = Targets::new(
             registry()?,
@@ -172,7 +185,9 @@ impl Shell {
             inbox,
             sender,
             downloads: Jobs::new(1),
+            transfers,
             requests: Jobs::default(),
+            helpers: Jobs::default(),
             links,
             targets,
             bus,
@@ -265,6 +280,7 @@ impl Shell {
                 };
                 self.pending.extend(failed);
             }
+            Action::Transfer(order) => self.transfer(order),
             Action::Configure(settings) => self.configure(*settings),
             Action::Store(op, ticket) => self.store.apply(op, ticket, clock::boot()),
             Action::Freeze(target) => {
@@ -298,12 +314,35 @@ impl Shell {
             | Action::PanelChanged(_)
             | Action::EndLease(..)
             | Action::LeaseEnding { .. }
-            | Action::WatchNotifications(..) => {
+            | Action::WatchNotifications(..)
+            | Action::Activate { .. }
+            | Action::Notify(..) => {
                 self.bus.perform(action);
             }
+            Action::Help(job) => self.pending.extend(helper::help(&self.helpers, &self.sender, *job)),
             Action::StayAwake(stay_awake) => self.surroundings.stay_awake(stay_awake),
             Action::AllowSleep => self.surroundings.allow_sleep(),
             Action::Exit => {}
+        }
+    }
+
+    fn transfer(&mut self, order: TransferOrder) {
+        match order {
+            TransferOrder::Start(attempt) => self.pending.extend(self.transfers.start(*attempt)),
+            TransferOrder::Stop(id) => self.transfers.stop(id),
+            TransferOrder::Remove(id) => self.transfers.remove(id),
+            TransferOrder::Take { call, id, size } => {
+                let file = self.transfers.take(id, size).map(|file| (file, id.0)).map_err(|error| error.to_string());
+                if let Err(error) = &file {
+                    let event = TransferEvent::Spooled(Err(error.as_str().into()));
+                    self.pending.push_back(Event::Transfer(id, event));
+                }
+                self.bus.hand(Handed { call, id, file, collected: false });
+            }
+            TransferOrder::Collect { call, id, direction } => {
+                let file = self.transfers.file(id, direction).map_err(|error| error.to_string());
+                self.bus.hand(Handed { call, id, file, collected: true });
+            }
         }
     }
 

@@ -45,7 +45,7 @@ fn days_between(one: UnixTime, other: UnixTime) -> i32 {
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT`, the one form servers may send.
-fn http_date(text: &str) -> Option<UnixTime> {
+pub(super) fn http_date(text: &str) -> Option<UnixTime> {
     const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let (_, text) = text.trim().strip_suffix(" GMT")?.split_once(", ")?;
     let mut parts = text.split(' ');

@@ -1,7 +1,7 @@
 //! HTTP requests to upstreams, on a worker thread.
 
 pub(super) mod client;
-mod resolver;
+pub(super) mod resolver;
 #[cfg(test)]
 pub(super) mod stand_in;
 

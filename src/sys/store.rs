@@ -1,14 +1,18 @@
 //! SQLite on its own thread: registrations, messages until they end, and what upstreams and the ledger must remember.
 //!
 //! Group commit: the thread takes what is queued, writes it in one transaction and answers every ticket in order once
-//! that is on the disk. Lazy operations alone wait up to 2 s for company. With nothing queued the thread sleeps
-//! without a timeout.
+//! that is on the disk. Lazy operations alone wait up to 2 s for company, history up to an hour. With nothing queued and
+//! no history waiting the thread sleeps without a timeout.
 
 mod database;
+mod history;
 mod holdback;
+mod later;
+mod means;
 mod routes;
 mod rows;
 mod states;
+mod transfers;
 
 use std::{
     io,
@@ -22,13 +26,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::database::{Database, WriteError};
 pub use self::holdback::Holdback;
+use self::{
+    database::{Database, WriteError},
+    later::Later,
+};
 use crate::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
-    model::{AppKey, Ending, Message, MessageSeq, Snapshot},
+    model::{Ending, HistoryRow, Message, MessageSeq, Snapshot},
     sys::inbox::{Incoming, Sender},
+    time::UnixTime,
 };
 
 /// How long lazy operations wait for company.
@@ -122,6 +130,7 @@ impl Store {
             database,
             sender,
             shared: Arc::clone(&shared),
+            later: Later::default(),
             since_release: 0,
             failing: false,
             loop_gone: false,
@@ -134,8 +143,9 @@ impl Store {
         Ok((Self { queue, shared, thread }, snapshot))
     }
 
-    /// Queues `op`. Never blocks. With a `ticket`, [`Event::Stored`] follows, in the order of the calls;
-    /// [`StoreOp::LoadBody`] is answered with [`Event::Body`], [`StoreOp::LoadState`] with [`Event::State`].
+    /// Queues `op`. Never blocks. With a `ticket`, [`Event::Stored`] follows, in the order of the calls but for
+    /// [`StoreOp::PutHistory`], which may wait for an hour. [`StoreOp::LoadBody`] is answered with [`Event::Body`],
+    /// [`StoreOp::LoadState`] with [`Event::State`], [`StoreOp::LoadHistory`] with [`Event::History`].
     pub fn apply(&self, op: StoreOp, ticket: Option<StoreTicket>) {
         self.send(Work::Op(op), ticket);
     }
@@ -145,7 +155,10 @@ impl Store {
         // The channel itself has no bound because the loop must not block; this is its bound.
         let refused = match &work {
             Work::Op(StoreOp::PutMessage(_)) => queued >= MESSAGES_QUEUED,
-            Work::Op(StoreOp::PutUpstream { .. } | StoreOp::PutApp(_)) | Work::Ended(..) => queued >= LAZY_QUEUED,
+            Work::Op(
+                StoreOp::PutUpstream { .. } | StoreOp::PutApp(_) | StoreOp::PutHistory(_) | StoreOp::NoteTransfer(_),
+            )
+            | Work::Ended(..) => queued >= LAZY_QUEUED,
             Work::Op(_) | Work::Refused => false,
         };
         if refused && !self.shared.refusing.swap(true, Ordering::Relaxed) {
@@ -195,9 +208,25 @@ impl Entry {
         matches!(&self.work, Work::Op(op) if op.is_lazy())
     }
 
+    /// Whether it changes anything.
+    const fn is_write(&self) -> bool {
+        !matches!(
+            self.work,
+            Work::Refused | Work::Op(StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::LoadHistory(_))
+        )
+    }
+
     /// Whether it makes room in the database. These get a second chance on a full disk.
     const fn gives_space(&self) -> bool {
-        matches!(self.work, Work::Op(StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_)))
+        matches!(
+            self.work,
+            Work::Op(
+                StoreOp::EndMessage(..)
+                    | StoreOp::DeleteRegistration(_)
+                    | StoreOp::DeleteApp(_)
+                    | StoreOp::DeleteTransfer(_)
+            )
+        )
     }
 }
 
@@ -205,6 +234,8 @@ struct Writer {
     database: Database,
     sender: Sender,
     shared: Arc<Shared>,
+    /// History that waits for another write.
+    later: Later,
     since_release: usize,
     failing: bool,
     loop_gone: bool,
@@ -212,14 +243,24 @@ struct Writer {
 
 impl Writer {
     fn run(mut self, queue: &Receiver<Entry>) {
-        while let Ok(first) = queue.recv() {
-            let batch = self.collect(first, queue);
+        loop {
+            let first = match self.later.due() {
+                None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => queue.recv_timeout(due.saturating_duration_since(Instant::now())),
+            };
+            let batch = match first {
+                Ok(first) => self.collect(first, queue),
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
             self.write(batch);
             if self.since_release >= BURST && self.shared.queued.load(Ordering::Relaxed) == 0 {
                 self.since_release = 0;
                 self.database.release();
             }
         }
+        let rest = std::mem::take(&mut self.later);
+        self.write_history(rest, &[]);
         self.database.close();
     }
 
@@ -232,7 +273,13 @@ impl Writer {
         loop {
             if let Some(entry) = next {
                 self.taken();
-                if let (false, Entry { work: Work::Op(StoreOp::LoadBody(seq)), ticket: None }) = (eager, &entry) {
+                if let Work::Op(StoreOp::DeleteApp(app)) = &entry.work {
+                    self.later.forget(app);
+                }
+                if let Work::Op(StoreOp::PutHistory(rows)) = &entry.work {
+                    self.later.add(rows, entry.ticket, Instant::now());
+                } else if let (false, Entry { work: Work::Op(StoreOp::LoadBody(seq)), ticket: None }) = (eager, &entry)
+                {
                     // Nothing queued before it can have brought the message, so reading needs no commit first.
                     self.answer_body(*seq, &batch);
                 } else {
@@ -272,31 +319,23 @@ impl Writer {
     }
 
     fn write(&mut self, batch: Vec<Entry>) {
+        let history = self.later.take(batch.iter().any(Entry::is_write), Instant::now());
+        if !history.is_empty() {
+            // Should it not go, the others are written without it.
+            if let Some(bodies) = self.write_history(history, &batch) {
+                return self.written(batch, bodies);
+            }
+        }
         if batch.is_empty() {
             return;
         }
-        let mut result = self.database.write(batch.iter().map(|entry| &entry.work));
+        let works = || batch.iter().map(|entry| &entry.work);
+        let mut result = self.database.write(works(), &[]);
         if matches!(result, Err(WriteError::Full)) && self.database.reuse_journal() {
-            result = self.database.write(batch.iter().map(|entry| &entry.work));
+            result = self.database.write(works(), &[]);
         }
         let error = match result {
-            Ok(bodies) => {
-                self.note(None);
-                let mut bodies = bodies.into_iter();
-                for entry in batch {
-                    match &entry.work {
-                        Work::Op(StoreOp::LoadBody(seq)) => self.tell(Event::Body(*seq, bodies.next().flatten())),
-                        Work::Op(StoreOp::LoadState(app)) => {
-                            self.answer_state(entry.ticket, app);
-                            continue;
-                        }
-                        _ => {}
-                    }
-                    let refused = matches!(entry.work, Work::Refused);
-                    self.answer(entry.ticket, if refused { Err(too_slow()) } else { Ok(()) });
-                }
-                return;
-            }
+            Ok(bodies) => return self.written(batch, bodies),
             Err(error) => error,
         };
         self.note(Some(&error));
@@ -312,18 +351,55 @@ impl Writer {
         for entry in batch {
             // What makes room may fit alone; nothing relies on it having come after what failed before it.
             let stored = helping && entry.gives_space() && {
-                helping = self.database.write([&entry.work].into_iter()).is_ok();
+                helping = self.database.write([&entry.work].into_iter(), &[]).is_ok();
                 helping
             };
             if let Work::Op(StoreOp::LoadBody(seq)) = entry.work {
                 let body = self.database.body(seq);
                 self.tell(Event::Body(seq, body));
             }
-            if let Work::Op(StoreOp::LoadState(app)) = &entry.work {
-                self.answer_state(entry.ticket, app);
+            if !self.answer_read(&entry) {
+                self.answer(entry.ticket, if stored { Ok(()) } else { Err(error.clone()) });
+            }
+        }
+    }
+
+    /// Writes history with company; the bodies that asks for, if it went.
+    fn write_history(&mut self, history: Later, company: &[Entry]) -> Option<Vec<Option<Arc<[u8]>>>> {
+        let result = self.database.write(company.iter().map(|entry| &entry.work), &history.rows);
+        let told = result.as_ref().map(|_| ()).map_err(|error| StoreError::from(error.clone()));
+        for ticket in &history.tickets {
+            self.answer(Some(*ticket), told.clone());
+        }
+        match result {
+            Ok(bodies) => Some(bodies),
+            Err(error) => {
+                // The company says so itself, if it is the reason.
+                if company.is_empty() {
+                    self.note(Some(&error));
+                }
+                if company.is_empty() && matches!(error, WriteError::Constraint(_)) {
+                    log::error!("{} rows of history make no sense and are dropped: {error}", history.rows.len());
+                } else {
+                    self.later.put_back(history, Instant::now());
+                }
+                None
+            }
+        }
+    }
+
+    fn written(&mut self, batch: Vec<Entry>, bodies: Vec<Option<Arc<[u8]>>>) {
+        self.note(None);
+        let mut bodies = bodies.into_iter();
+        for entry in batch {
+            if let Work::Op(StoreOp::LoadBody(seq)) = &entry.work {
+                self.tell(Event::Body(*seq, bodies.next().flatten()));
+            }
+            if self.answer_read(&entry) {
                 continue;
             }
-            self.answer(entry.ticket, if stored { Ok(()) } else { Err(error.clone()) });
+            let refused = matches!(entry.work, Work::Refused);
+            self.answer(entry.ticket, if refused { Err(too_slow()) } else { Ok(()) });
         }
     }
 
@@ -343,12 +419,29 @@ impl Writer {
         }
     }
 
-    /// After the commit: what an app saved meanwhile is as good.
-    fn answer_state(&mut self, ticket: Option<StoreTicket>, app: &AppKey) {
-        if let Some(ticket) = ticket {
-            let state = self.database.state(app).map(Option::unwrap_or_default);
-            self.tell(Event::State(ticket, state));
+    /// Answers what is read after the commit; false when it is nothing of that kind. What was saved meanwhile is as good.
+    fn answer_read(&mut self, entry: &Entry) -> bool {
+        let event = match &entry.work {
+            Work::Op(StoreOp::LoadState(app)) => {
+                let state = self.database.state(app).map(Option::unwrap_or_default);
+                entry.ticket.map(|ticket| Event::State(ticket, state))
+            }
+            Work::Op(StoreOp::LoadHistory(since)) => {
+                entry.ticket.map(|ticket| Event::History(ticket, self.history(*since)))
+            }
+            _ => return false,
+        };
+        if let Some(event) = event {
+            self.tell(event);
         }
+        true
+    }
+
+    /// With what is not written yet: reading is no reason to write.
+    fn history(&mut self, since: UnixTime) -> Result<Vec<HistoryRow>, StoreError> {
+        // It went through all of it.
+        self.since_release += BURST;
+        self.database.history(since, &self.later.rows)
     }
 
     fn tell(&mut self, event: Event) {

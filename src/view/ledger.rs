@@ -18,7 +18,14 @@ pub struct Report {
     /// Kernel memory of the daemon's sockets.
     #[serde(default)]
     pub sockets: u64,
-    /// Real memory behind what our page-outs put into zram.
+    /// Pages of files among `resident - now`: page cache, which the kernel drops when it needs room, with or without us, and
+    /// keeps when an app ends. It does not count as saved.
+    #[serde(default)]
+    pub cache: i64,
+    /// Kernel memory (page tables, stacks, slab, sockets) the apps are charged less than resident, where that is known.
+    #[serde(default)]
+    pub kernel: i64,
+    /// Real memory behind what is in swap of the apps beyond their baselines, as far as that is zram.
     pub zram: u64,
     /// How `zram` is known: `ratio` as soon as it is for one app.
     #[serde(default)]
@@ -27,7 +34,7 @@ pub struct Report {
     pub resident: u64,
     /// What those same apps cost now (PSS; swap is in `zram`).
     pub now: u64,
-    /// `resident - now - zram - daemon - sockets`; negative when the daemon costs more than it saves.
+    /// `resident - now - cache + kernel - zram - daemon - sockets`; negative when the daemon costs more than it saves.
     pub saved: i64,
     /// Apps without a baseline yet: they count neither way.
     pub unmeasured: usize,
@@ -59,13 +66,19 @@ pub struct LedgerRow {
     /// What its cgroup is charged now, where it has one of its own with the memory controller.
     #[serde(default)]
     pub charged: Option<Charged>,
+    /// Pages of files among `resident.pss - now.pss`: not counted as saved, as in [`Report::cache`].
+    #[serde(default)]
+    pub cache: i64,
+    /// Kernel memory it is charged less than resident, where that is known.
+    #[serde(default)]
+    pub kernel: i64,
     /// Its share of zram's real memory.
     #[serde(default)]
     pub zram: u64,
     /// How that is known; none while it is zero.
     #[serde(default)]
     pub zram_source: Option<ZramSource>,
-    /// `resident.pss - now.pss - zram`, where both are known.
+    /// `resident.pss - now.pss - cache + kernel - zram`, where both are known.
     pub saved: Option<i64>,
     /// MiB·h saved since the ledger's account began.
     #[serde(default)]
@@ -206,8 +219,11 @@ pub struct WhatIf {
     pub saved_mib_hours: f64,
     /// On the mean over the time observed, in KiB.
     pub saved_mean: u64,
-    /// How well zram is taken to compress what is paged out, for the estimates.
+    /// How well zram is taken to compress what is paged out, for the estimates: 1 where there is no swap.
     pub compression: f64,
+    /// Whether that is this machine's own figure; else it is assumed, for nothing is in zram yet.
+    #[serde(default)]
+    pub compression_measured: bool,
 }
 
 /// One app of [`WhatIf`].

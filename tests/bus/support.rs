@@ -1,11 +1,12 @@
 //! A private dbus-daemon, the loop's side of the bus thread, and apps of every kind.
 
+#[path = "../support/dbus.rs"]
+mod dbus;
+
 use std::{
     collections::VecDeque,
     fs,
     future::Future,
-    io::{BufRead, BufReader},
-    path::PathBuf,
     process::{Child, Command, Stdio},
     sync::mpsc,
     thread::{self, JoinHandle},
@@ -25,17 +26,13 @@ use nightporter::{
 use serde::Serialize;
 use zbus::{Connection, DynamicType, Message, MessageStream, connection::Builder, message::Type};
 
+pub(crate) use self::dbus::Daemon;
+
 pub(crate) const UID: u32 = 4242;
 pub(crate) const BUS: Bus = Bus::Session(UID);
 pub(crate) const DISTRIBUTOR: &str = "org.unifiedpush.Distributor.nightporter";
 pub(crate) const DISTRIBUTOR_PATH: &str = "/org/unifiedpush/Distributor";
 pub(crate) const CONNECTOR_PATH: &str = "/org/unifiedpush/Connector";
-
-/// A real dbus-daemon with a configuration of its own.
-pub(crate) struct Daemon {
-    child: Option<Child>,
-    dir: tempfile::TempDir,
-}
 
 impl Daemon {
     pub(crate) fn new() -> Self {
@@ -65,52 +62,15 @@ impl Daemon {
         );
         fs::write(dir.path().join("bus.conf"), config).unwrap();
         fs::write(dir.path().join("policy.conf"), included).unwrap();
-        let mut daemon = Self { child: None, dir };
+        let mut daemon = Self::configured(dir);
         daemon.start();
         daemon
-    }
-
-    pub(crate) fn start(&mut self) {
-        let _ = fs::remove_file(self.dir.path().join("socket"));
-        let mut child = Command::new("dbus-daemon")
-            .args(["--nofork", "--print-address", "--config-file"])
-            .arg(self.dir.path().join("bus.conf"))
-            .stdout(Stdio::piped())
-            // It tells of every start there, and of limits a container does not let it raise.
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("dbus-daemon must be installed");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.starts_with("unix:"), "dbus-daemon said {line:?}");
-        self.child = Some(child);
-    }
-
-    pub(crate) fn stop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
-    }
-
-    pub(crate) fn address(&self) -> String {
-        format!("unix:path={}/socket", self.dir.path().display())
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
     }
 
     /// Puts a D-Bus service file for `name`.
     pub(crate) fn service(&self, name: &str, lines: &str) {
         let text = format!("[D-BUS Service]\nName={name}\n{lines}\n");
         fs::write(self.path(&format!("services/{name}.service")), text).unwrap();
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.stop();
     }
 }
 

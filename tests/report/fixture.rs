@@ -154,6 +154,8 @@ pub(crate) fn report(profile: Profile) -> Report {
             zram: last.zram,
             zram_source: (last.zram > 0).then_some(ZramSource::Measured),
             saved: last.saved,
+            cache: 0,
+            kernel: 0,
             saved_mib_hours: if profile == Profile::Observe {
                 0.0
             } else {
@@ -204,6 +206,8 @@ pub(crate) fn report(profile: Profile) -> Report {
         resident,
         now,
         saved: i64::try_from(resident).unwrap() - i64::try_from(now + zram + daemon + sockets).unwrap(),
+        cache: 0,
+        kernel: 0,
         unmeasured: 1,
         account: Some(Account {
             since: "2026-11-20T06:12:00Z".into(),
@@ -262,5 +266,6 @@ pub(crate) fn what_if() -> WhatIf {
         saved_mib_hours,
         saved_mean: (saved_mib_hours / 24.0 * 1024.0) as u64,
         compression: 3.1,
+        compression_measured: true,
     }
 }

@@ -1,6 +1,9 @@
 //! A machine with several users: a system bus with a stand-in for logind, a real session bus for each user under that
 //! user's uid with the rules every distribution ships, and the system's daemon.
 
+#[path = "../support/patience.rs"]
+mod patience;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
@@ -19,7 +22,6 @@ use std::{
         mpsc,
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
 use futures_core::Stream;
@@ -34,19 +36,8 @@ use crate::{
     services::Daemon as SystemBus,
 };
 
-/// Far more than anything takes on a slow machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-
-pub(crate) fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited {} s for {what}", PATIENCE.as_secs());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
+use self::patience::PATIENCE;
+pub(crate) use self::patience::wait;
 
 /// Everything; it ends with this.
 pub(crate) struct Machine {
@@ -74,6 +65,21 @@ impl Machine {
         fs::write(dir.path().join("nightporter.toml"), config).unwrap();
         let logind = Logind::start(system.address());
         Self { daemon: None, users: Vec::new(), logind, relay, system, dir }
+    }
+
+    /// More of the configuration; it holds from the daemon's next start on.
+    pub(crate) fn configure(&self, more: &str) {
+        let path = self.dir.path().join("nightporter.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + more).unwrap();
+    }
+
+    /// A file that everybody may read and run.
+    pub(crate) fn place(&self, name: &str, text: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        open_to_all(&path, 0o755);
+        path
     }
 
     pub(crate) fn start_daemon(&mut self) {

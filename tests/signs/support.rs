@@ -1,5 +1,8 @@
 //! Users with real session buses and real sound servers, and stand-ins for what needs a phone.
 
+#[path = "../support/patience.rs"]
+mod patience;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
@@ -30,19 +33,7 @@ use nightporter::{
 use tempfile::TempDir;
 use zbus::{Message, MessageStream, connection::Builder, message::Type};
 
-/// Far more than anything takes on a slow machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-
-pub(crate) fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited {} s for {what}", PATIENCE.as_secs());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
+pub(crate) use self::patience::{PATIENCE, wait};
 
 /// A user with a runtime directory; what runs in it ends with this.
 pub(crate) struct Home {

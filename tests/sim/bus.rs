@@ -8,6 +8,7 @@ use nightporter::{
         Authorization, BusEvent, CallOutcome, Caller, Claim, Command, DeliveryTicket, Event, Request, StartOutcome,
     },
     model::{AppKey, ConnectorVersion, Owner, Registration},
+    notification::NotifyWhen,
 };
 
 use crate::{
@@ -30,6 +31,7 @@ pub(crate) struct AppState {
     latest: Option<u64>,
     started_in: Option<u32>,
     listens: bool,
+    notify: Option<NotifyWhen>,
     pub(crate) states: States,
 }
 
@@ -105,6 +107,7 @@ pub(crate) fn apps(rng: &mut Rng) -> Vec<AppState> {
             latest: None,
             started_in: None,
             listens: rng.chance(6000),
+            notify: rng.pick(&[None, Some(NotifyWhen::Never), Some(NotifyWhen::Always)]).copied().flatten(),
             states: States::default(),
         })
         .collect()
@@ -253,6 +256,7 @@ impl World {
         if !owner_first {
             self.owner_changed(instance.app);
         }
+        self.transfers_of_dead(n);
         self.targets_of_dead(n);
     }
 
@@ -270,6 +274,11 @@ impl World {
     pub(crate) fn call_app(&mut self, ticket: DeliveryTicket, key: &AppKey, owner: &Owner, what: ConnectorCall) {
         let app = self.app_index(key);
         self.count("calls to apps");
+        if let ConnectorCall::Message { .. } = &what {
+            self.stand_ins.called.insert(ticket, key.clone());
+            // What an app that ran did not take is for itself all the same.
+            self.stand_ins.declined.insert(key.clone());
+        }
         let life = self.life;
         if let ConnectorCall::NewEndpoint { token, .. } = &what {
             self.endpoint_calls.insert(ticket, (app, Arc::clone(token)));
@@ -431,6 +440,7 @@ impl World {
             pid: u32::try_from(n).unwrap_or(1),
             app_id: None,
             sandboxed: false,
+            networked: true,
             owns_service: true,
             authorization: Authorization::NotAsked,
         })
@@ -458,6 +468,7 @@ impl World {
             vapid: state.wishes[index].vapid.clone(),
             version: state.version,
             upstream: None,
+            notify: self.apps[app].notify,
         };
         if !self.call(caller, request, what) {
             self.retry_register(what);
@@ -546,6 +557,7 @@ impl World {
                 }
             }
             BusEvent::CallDone(ticket, CallOutcome::Accepted) => {
+                self.stand_ins.took = self.stand_ins.called.remove(ticket);
                 if let Some((app, token)) = self.endpoint_calls.remove(ticket) {
                     self.apps[app].wishes.iter_mut().filter(|w| w.token == token).for_each(|w| w.owed = false);
                 }
@@ -584,8 +596,10 @@ impl World {
         self.note(|| "the bus goes".to_owned());
         self.count("bus losses");
         self.forget_calls();
+        self.transfer_flights_end();
         self.bus_up = false;
         self.bus_age += 1;
+        self.stand_ins.shown.clear();
         self.watched.clear();
         for instance in self.instances.values_mut() {
             instance.owner = None;

@@ -165,7 +165,8 @@ impl World {
                 }
             }),
             600..740 => self.any_instance(Self::app_declares),
-            740..780 => self.user_acts(),
+            740..765 => self.user_acts(),
+            765..780 => self.any_instance(Self::app_transfers),
             780..800 => self.lease_comes_or_goes(),
             800..815 => self.bus_goes(),
             815..850 => {
@@ -182,9 +183,11 @@ impl World {
             870..880 => self.shutdown(),
             880..900 => self.trim_ntfy(),
             900..945 => {
-                let query = match self.rng.below(3) {
+                let query = match self.rng.below(5) {
                     0 => Query::Apps,
                     1 => Query::Status,
+                    2 => Query::History { hours: 1 },
+                    3 => Query::WhatIf { hours: 1 },
                     _ => Query::Report,
                 };
                 self.call(tool(), Request::Query(query), What::Json);

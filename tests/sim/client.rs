@@ -127,6 +127,9 @@ impl World {
     }
 
     pub(crate) fn call_client(&mut self, key: &AppKey, owner: &Owner, call: ClientCall) {
+        if matches!(call, ClientCall::TransferDone { .. }) {
+            return self.tell_of_transfer(owner, &call);
+        }
         let Some(n) = self.instance_of_owner(owner) else {
             if let ClientCall::WillSuspend { ticket, .. } = call {
                 self.bus_event(BusEvent::Prepared(key.clone(), ticket));
@@ -137,6 +140,7 @@ impl World {
         let at = self.at;
         let Some(instance) = self.instances.get_mut(&n) else { return };
         match call {
+            ClientCall::TransferDone { .. } => {}
             ClientCall::Resumed { .. } => {
                 assert!(instance.notices.told.take().is_some(), "instance {n} resumes from nothing");
                 self.count("apps told that they run again");

@@ -4,11 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use nightporter::{
     event::{BusEvent, Command, Event, Outcome},
-    model::{Freezer, Memory, ProcessFacts, Profile, TargetId, Veto, VetoKind, ZramSource},
+    model::{Charged, Freezer, Memory, ProcessFacts, Profile, Sample, TargetId, Veto, VetoKind, ZramSource},
 };
 
 use crate::{
-    clock::{At, MS, SEC},
+    clock::{At, MS, SEC, START},
     world::{Due, World},
 };
 
@@ -190,7 +190,12 @@ impl World {
             KernelOp::Sample if unlucky || !lives => Event::Sampled(target, Err("no such process".into())),
             KernelOp::Sample => {
                 let pss = self.rng.between(4000, 60_000);
-                Event::Sampled(target, Ok(Memory { pss, uss: pss - 1000, swap: 0 }.into()))
+                let memory = Memory { pss, uss: pss - 1000, swap: self.rng.below(9000) };
+                let file = self.rng.below(3000);
+                let cpu = Duration::from_nanos(self.at - START);
+                let faults = (self.at - START) / SEC;
+                let charged = Some(Charged { kernel: 300, ..Charged::default() });
+                Event::Sampled(target, Ok(Sample { anon: pss - file, file, charged, cpu, faults, ..memory.into() }))
             }
         };
         self.tell(event);

@@ -44,7 +44,8 @@ pub(crate) fn policies(rng: &mut Rng) -> Vec<AppSettings> {
             let urgency = *rng.pick(&any).expect("four");
             let min_urgency = if rng.chance(3000) { rng.pick(&any).copied() } else { None };
             let name: Arc<str> = format!("org.example.App{n}").into();
-            policies.push(AppSettings { urgency, min_urgency, ..AppSettings::new(name) });
+            let payload_helper = rng.chance(5000).then(crate::stand_in::helper);
+            policies.push(AppSettings { urgency, min_urgency, payload_helper, ..AppSettings::new(name) });
         }
     }
     policies
@@ -78,6 +79,13 @@ impl World {
     /// Faults are over; whether the phone is on mains is left to chance: everything must arrive all the same.
     pub(crate) fn comes_home(&mut self) {
         self.phone.around.network.roaming = false;
+        self.tell_surroundings();
+    }
+
+    /// Nothing stands against a transfer any more.
+    pub(crate) fn is_well(&mut self) {
+        let around = &mut self.phone.around;
+        (around.network.reach, around.network.metered, around.on_mains) = (Reach::Full, false, Some(true));
         self.tell_surroundings();
     }
 
@@ -121,8 +129,19 @@ impl World {
             .any(|sent| sent.urgency.unwrap_or(counts_as) >= least || sent.at + hold <= at || sent.topic.is_some());
         let endpoint = self.reference.endpoint_is_owed(app) || self.wish_is_owed(app);
         let leaving = self.deleted.contains(app);
+        let helped = policy.is_some_and(|policy| policy.payload_helper.is_some());
+        let held_too_long = waiting.iter().any(|sent| sent.at + hold <= at || sent.topic.is_some());
         assert!(
-            may || endpoint || leaving || waiting.len() >= half,
+            !helped
+                || self.stand_ins.declined.contains(app)
+                || held_too_long
+                || endpoint
+                || leaving
+                || waiting.len() >= half,
+            "{app} was woken ({how}) although its helper did not want it to be"
+        );
+        assert!(
+            may || endpoint || leaving || waiting.len() >= half || self.has_ended_transfer(app),
             "{app} was woken ({how}) for {} messages that are to be held below {least:?}",
             waiting.len()
         );

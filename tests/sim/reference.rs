@@ -193,6 +193,9 @@ impl Reference {
             | StoreOp::PutApp(_)
             | StoreOp::DeleteApp(_)
             | StoreOp::PutState(..)
+            | StoreOp::PutTransfer(_)
+            | StoreOp::NoteTransfer(_)
+            | StoreOp::DeleteTransfer(_)
             | StoreOp::LoadState(_)
             | StoreOp::PutHistory(_)
             | StoreOp::LoadHistory(_) => {}
@@ -290,6 +293,10 @@ impl Reference {
 
     pub(crate) fn app_of(&self, id: RegistrationId) -> Option<&AppKey> {
         self.alive.get(&id).map(|registration| &registration.app)
+    }
+
+    pub(crate) fn app_of_message(&self, seq: u64) -> Option<&AppKey> {
+        self.seqs.get(&seq).and_then(|(registration, _)| self.app_of(*registration))
     }
 
     /// The server has thrown the message away.

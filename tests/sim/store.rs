@@ -10,9 +10,10 @@ use nightporter::{
     action::StoreOp,
     event::{Event, StoreError, StoreTicket},
     model::{
-        AppKey, AppRecord, Bus, FormerRoute, Message, MessageSeq, Preference, Registration, RegistrationId, Snapshot,
-        StoredMessage,
+        AppKey, AppRecord, Bus, FormerRoute, History, HistoryRow, Message, MessageSeq, Preference, Registration,
+        RegistrationId, Snapshot, StoredMessage,
     },
+    transfer::{Transfer, TransferId},
 };
 
 use crate::clock::{At, MS, Rng, SEC};
@@ -31,6 +32,9 @@ pub(crate) struct Store {
     former: BTreeMap<(RegistrationId, Arc<str>), FormerRoute>,
     preferences: BTreeMap<(Bus, Option<Arc<str>>), Preference>,
     states: BTreeMap<AppKey, Arc<[u8]>>,
+    pub(crate) transfers: BTreeMap<TransferId, Transfer>,
+    next_transfer: u64,
+    history: Vec<HistoryRow>,
     next_registration: u64,
     next_message: u64,
     next_ended: u64,
@@ -75,11 +79,17 @@ impl Store {
         let (mut events, mut written) = (Vec::new(), Vec::new());
         let mut helping = true;
         for (op, ticket) in std::mem::take(&mut self.queue) {
-            let gives_space =
-                matches!(op, StoreOp::EndMessage(..) | StoreOp::DeleteRegistration(_) | StoreOp::DeleteApp(_));
+            let gives_space = matches!(
+                op,
+                StoreOp::EndMessage(..)
+                    | StoreOp::DeleteRegistration(_)
+                    | StoreOp::DeleteApp(_)
+                    | StoreOp::DeleteTransfer(_)
+            );
             if let StoreOp::LoadBody(seq) = op {
                 events.push(Event::Body(seq, self.body(seq)));
             }
+            let since = if let StoreOp::LoadHistory(since) = &op { Some(*since) } else { None };
             let loaded = if let StoreOp::LoadState(app) = &op { Some(app.clone()) } else { None };
             let stored = !self.full || (gives_space && helping && rng.chance(7000));
             if stored {
@@ -90,6 +100,10 @@ impl Store {
             }
             if let (Some(app), Some(ticket)) = (loaded, ticket) {
                 events.push(Event::State(ticket, Ok(self.states.get(&app).cloned().unwrap_or_default())));
+            } else if let (Some(since), Some(ticket)) = (since, ticket) {
+                let rows = self.history.iter().filter(|row| row.at >= since).cloned().collect();
+                let failed = self.full && rng.chance(3000);
+                events.push(Event::History(ticket, if failed { Err(StoreError::Full) } else { Ok(rows) }));
             } else if let Some(ticket) = ticket {
                 events.push(Event::Stored(ticket, if stored { Ok(()) } else { Err(StoreError::Full) }));
             }
@@ -116,8 +130,11 @@ impl Store {
         self.rows.retain(|_, row| self.registrations.contains_key(&row.message.registration.0));
         self.by_id.retain(|(registration, _), _| self.registrations.contains_key(registration));
         let registered = |app: &AppKey| self.registrations.values().any(|registration| registration.app == *app);
+        let gone: Vec<TransferId> =
+            self.transfers.values().filter(|transfer| !registered(&transfer.app)).map(|transfer| transfer.id).collect();
         let orphans: Vec<AppKey> = self.states.keys().filter(|app| !registered(app)).cloned().collect();
         orphans.iter().for_each(|app| drop(self.states.remove(app)));
+        gone.iter().for_each(|id| drop(self.transfers.remove(id)));
         let mut ended: Vec<&Row> = self.rows.values().filter(|row| row.ended.is_some()).collect();
         ended.sort_by_key(|row| row.ended);
         let mut count: BTreeMap<RegistrationId, usize> = BTreeMap::new();
@@ -139,6 +156,8 @@ impl Store {
             former: self.former.values().cloned().collect(),
             preferences: self.preferences.values().cloned().collect(),
             states: self.states.iter().map(|(app, state)| (app.clone(), state.len() as u32)).collect(),
+            transfers: self.transfers.values().cloned().collect(),
+            next_transfer: self.next_transfer,
             next_registration: self.next_registration,
             next_message: self.next_message,
             damaged: None,
@@ -180,7 +199,11 @@ impl Store {
                     self.prune(registration);
                 }
             }
-            StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::PutHistory(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::LoadBody(_) | StoreOp::LoadState(_) | StoreOp::LoadHistory(_) => {}
+            StoreOp::PutHistory(rows) => {
+                self.history.extend(rows.iter().cloned());
+                self.history.sort_by_key(|row| row.at);
+            }
             StoreOp::PutState(app, state) if state.is_empty() => {
                 self.states.remove(app);
             }
@@ -208,7 +231,21 @@ impl Store {
             StoreOp::PutApp(record) => {
                 self.apps.insert(record.app.clone(), record.clone());
             }
+            StoreOp::PutTransfer(transfer) | StoreOp::NoteTransfer(transfer) => {
+                self.next_transfer = self.next_transfer.max(transfer.id.0 + 1);
+                self.transfers.insert(transfer.id, (**transfer).clone());
+            }
+            StoreOp::DeleteTransfer(id) => {
+                self.transfers.remove(id);
+            }
             StoreOp::DeleteApp(app) => {
+                self.transfers.retain(|_, transfer| transfer.app != *app);
+                self.history.retain(|row| match &row.what {
+                    History::Total { .. } => true,
+                    History::App { app: of, .. } | History::Wake { app: of, .. } | History::Would { app: of, .. } => {
+                        of != app
+                    }
+                });
                 self.apps.remove(app);
                 self.states.remove(app);
             }

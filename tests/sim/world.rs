@@ -16,6 +16,8 @@ use nightporter::{
         Authorization, BusEvent, CallId, Caller, DeliveryTicket, Event, LinkError, LinkEvent, LinkId, Query, Request,
     },
     model::{AppKey, Bus, LeaseId, LifecycleTimes, Owner, Profile, SelfSample, TargetId, Zram},
+    notification::{HelperJob, NotifyNews},
+    transfer::TransferId,
     view,
 };
 
@@ -23,12 +25,15 @@ use crate::{
     bus::{AppState, Instance},
     clock::{Agenda, At, MS, Rng, SEC, START, now as both},
     kernel::{KernelOp, Target},
+    ledger::Written,
     ntfy::Ntfy,
     phone::Phone,
     pressure::Shortage,
     reference::{MessageNumber, Processed, Reference, Rules},
     server::{Autopush, Deed},
+    stand_in::{HelperDeed, StandIns},
     store::Store,
+    transfers::{Told, Transfers},
 };
 
 pub(crate) const BUS: Bus = Bus::Session(1000);
@@ -67,12 +72,20 @@ pub(crate) enum Due {
     Declare(u64),
     /// An app answers the notice before a freeze.
     Prepared(u64, crate::client::Noticed),
+    /// An attempt at a transfer ends; whether it was stopped.
+    Attempt(u32, TransferId, u64, bool),
+    /// An app answers the news of a transfer.
+    Told(u64, Told),
     Exit(u64),
     BusUp,
     Publish,
     Chaos,
     /// The daemon of this life is told of its surroundings.
     Around(u32),
+    /// A payload helper answers.
+    Helped(u32, Box<HelperJob>, HelperDeed),
+    /// Something becomes of a notification.
+    Notified(u32, u32, AppKey, Arc<str>, u64, NotifyNews),
     /// The kernel says that tasks wait for memory.
     Stall(u32),
     /// The machine sleeps, if this is the time it was about to.
@@ -130,6 +143,7 @@ pub(crate) enum What {
     Listen { instance: u64, listens: bool },
     Save { app: usize, number: u64, forgotten: u64 },
     Restore { app: usize, at_least: u64, forgotten: u64 },
+    Transfer { app: usize },
     Other,
     Json,
 }
@@ -167,6 +181,9 @@ pub(crate) struct World {
     pub(crate) record: BTreeSet<u64>,
     pub(crate) phone: Phone,
     pub(crate) shortage: Shortage,
+    pub(crate) transfers: Transfers,
+    pub(crate) stand_ins: StandIns,
+    pub(crate) ledger: Written,
     /// Apps of registrations deleted with this event.
     pub(crate) deleted: BTreeSet<AppKey>,
     /// Which app is told of its endpoint with which call.
@@ -223,6 +240,9 @@ impl World {
             record: BTreeSet::new(),
             phone: Phone::default(),
             shortage: Shortage::default(),
+            transfers: Transfers::default(),
+            stand_ins: StandIns::default(),
+            ledger: Written::default(),
             deleted: BTreeSet::new(),
             endpoint_calls: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -350,6 +370,7 @@ impl World {
             }
         }
         self.reference.check_owed();
+        self.check_notifications();
         self.check_sleep();
         self.check_why();
     }
@@ -399,8 +420,12 @@ impl World {
             Action::SendBytes(..) | Action::Http { .. } | Action::Configure(_) => {
                 panic!("no server here needs {action:?}")
             }
+            Action::Transfer(order) => self.transfer_order(order),
             Action::StayAwake(keep) => self.stay_awake(keep),
             Action::AllowSleep => self.sleep_allowed(),
+            Action::Help(job) => self.help(*job),
+            Action::Notify(app, order) => self.notify(&app, order),
+            Action::Activate { app, owner, .. } => self.activate(&app, owner),
             Action::PanelChanged(_) | Action::LeaseEnding { .. } | Action::WatchNotifications(..) => {}
             Action::EndLease(_, lease) => {
                 let held = self.leases.remove(&(self.life, lease));
@@ -413,16 +438,23 @@ impl World {
                     StoreOp::DeleteRegistration(id) => {
                         if let Some(app) = self.reference.app_of(*id).cloned() {
                             self.state_may_go(&app);
+                            self.transfers_may_go(&app);
                         }
                     }
+                    StoreOp::PutHistory(rows) => self.check_rows(rows),
                     StoreOp::DeleteApp(app) => {
+                        self.ledger.forget(app);
                         self.state_may_go(app);
+                        self.transfers_may_go(app);
                         self.listens_no_more(app);
                     }
                     _ => {}
                 }
                 if let StoreOp::DeleteRegistration(id) = &op {
                     self.deleted.extend(self.reference.app_of(*id).cloned());
+                }
+                if let StoreOp::EndMessage(seq, nightporter::model::Ending::GivenUp) = &op {
+                    self.stand_ins.given_up.extend(self.reference.app_of_message(seq.0).cloned());
                 }
                 self.reference.ordered(&op, self.at, rules, &self.store);
                 if let StoreOp::EndMessage(_, ending) = &op {
@@ -465,7 +497,7 @@ impl World {
                 let memory = nightporter::model::Memory { pss: 3000, uss: 2000, swap: 0 };
                 let event = Event::SampledSelf {
                     daemon: SelfSample { memory, ..SelfSample::default() },
-                    zram: Zram { used: 1000, stored: 3000 },
+                    zram: Zram { used: crate::ledger::ZRAM, stored: 3 * crate::ledger::ZRAM },
                 };
                 let at = self.soon(MS, 50 * MS);
                 self.agenda.add(at, Due::Core(self.life, event));
@@ -514,6 +546,7 @@ impl World {
     fn fall(&mut self) {
         self.verdicts.clear();
         self.inhibits_no_more();
+        self.attempts_end();
         self.endpoint_calls.clear();
         self.apps.iter_mut().flat_map(|app| &mut app.wishes).for_each(|wish| wish.owed = false);
         self.reference.cancel_owed(self.plan.rules);
@@ -542,6 +575,7 @@ impl World {
         }
         self.life += 1;
         self.count("daemon starts");
+        self.ledger = Written::default();
         self.thaw_record();
         for (n, instance) in &self.instances {
             assert!(!instance.frozen, "instance {n} is frozen and in no record");
@@ -551,6 +585,7 @@ impl World {
         }
         let snapshot = self.store.snapshot();
         self.reference.begin(self.life, &self.store);
+        self.stand_ins = StandIns::default();
         let life = self.life;
         self.note(|| format!("daemon starts, life {life}"));
         let core = Core::new(self.settings.clone(), self.rng.seed(), snapshot, both(self.at));
@@ -629,7 +664,13 @@ impl World {
             Due::Continue(n) => self.go_on(n),
             Due::Register(app, n, registration) => self.app_registers(app, n, registration),
             Due::Declare(n) => self.app_declares(n),
+            Due::Helped(life, job, deed) => self.helper_answers(life, &job, deed),
+            Due::Notified(life, bus, app, tag, number, news) => {
+                self.notification_news((life, bus), app, tag, number, news);
+            }
             Due::Prepared(n, noticed) => self.prepared(n, noticed),
+            Due::Attempt(life, id, number, stopped) => self.attempt_ends(life, id, number, stopped),
+            Due::Told(n, told) => self.transfer_told(n, told),
             Due::Exit(n) => self.die(n, "exits"),
             Due::BusUp => self.bus_returns(),
             Due::Publish => self.publish(),
@@ -953,11 +994,20 @@ impl World {
             }
             (What::Json, Reply::Json(text)) => self.check_json(text),
             (What::Listen { .. } | What::Save { .. } | What::Restore { .. }, reply) => self.saved(asked.what, reply),
-            (What::Json | What::Other, _) => {}
+            (What::Transfer { app }, Reply::Transfer(id)) => self.transfer_accepted(app, *id),
+            (What::Json | What::Other | What::Transfer { .. }, _) => {}
         }
     }
 
+    /// A call whose answer is a file. What it was, if its caller still is.
+    pub(crate) fn answered_otherwise(&mut self, call: CallId) -> Option<What> {
+        let asked = self.calls.remove(&call);
+        let asked = asked.unwrap_or_else(|| panic!("call {} was answered twice, or was none", call.0));
+        (asked.bus == self.bus_age).then_some(asked.what)
+    }
+
     fn check_json(&mut self, text: &str) {
+        self.check_books(text);
         if let Ok(apps) = serde_json::from_str::<Vec<view::App>>(text) {
             for app in apps {
                 if app.held > 0 {
@@ -1016,6 +1066,7 @@ pub(crate) fn tool() -> Caller {
         pid: 77,
         app_id: None,
         sandboxed: false,
+        networked: true,
         owns_service: false,
         authorization: Authorization::NotAsked,
     }

@@ -155,6 +155,16 @@ impl Client {
         }
     }
 
+    /// What it is told next of a transfer: which, how it ended, and more about that. Other calls are passed over.
+    pub(crate) fn told(&self) -> (u64, String, String) {
+        loop {
+            let call = self.calls.recv_timeout(PATIENCE).expect("it is told of no transfer");
+            if call.header().member().is_some_and(|member| member.as_str() == "TransferDone") {
+                return call.body().deserialize().unwrap();
+            }
+        }
+    }
+
     /// Whether the connector is not called for a while.
     pub(crate) fn hears_nothing(&self) -> bool {
         self.calls.recv_timeout(SILENCE).map(|call| eprintln!("{:?}", read(&call))).is_err()

@@ -70,6 +70,8 @@ pub(crate) struct World {
     pub(crate) front: Front,
     bus: Bus,
     system: bool,
+    /// What else the daemon finds in its environment.
+    pub(crate) environment: Vec<(&'static str, String)>,
     reports: Reports,
     control: Connection,
     relay_arguments: Vec<String>,
@@ -106,6 +108,7 @@ impl World {
             relay: None,
             front,
             system: setup.system,
+            environment: Vec::new(),
             reports: Reports::listen(&dir.path().join("report")),
             control: block_on(connect(&bus.address())),
             bus,
@@ -184,6 +187,8 @@ impl World {
         let mut command = nightporterd();
         command.arg("--config").arg(self.dir.path().join("nightporter.toml")).arg("--state-dir").arg(&self.state);
         command.args((!self.system).then_some("--user")).env(self.bus_variable(), self.bus.address());
+        command.env("XDG_DATA_HOME", self.dir.path().join("share"));
+        command.envs(self.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         command
     }

@@ -3,12 +3,14 @@
 //! The stand-ins answer GetAll and Inhibit and send signals as the D-Bus APIs of the real ones say: UPower 1.90, NetworkManager
 //! 1.42, ModemManager 1.20, systemd 252.
 
+#[path = "../support/dbus.rs"]
+mod dbus;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    io::{BufRead, BufReader, PipeReader, Read},
+    io::{PipeReader, Read},
     os::fd::{AsFd, OwnedFd},
-    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -30,6 +32,8 @@ use nightporter::{
     },
 };
 use zbus::{Connection, Message, MessageStream, ObjectPath, Variant, connection::Builder, message::Type};
+
+pub(crate) use self::dbus::Daemon;
 
 pub(crate) const LOW_BATTERY: u8 = 15;
 /// Longer than anything here takes on a busy machine.
@@ -53,12 +57,6 @@ pub(crate) const MODEM_PATH: &str = "/org/freedesktop/ModemManager1/Modem/0";
 pub(crate) const MODEM_3GPP: &str = "org.freedesktop.ModemManager1.Modem.Modem3gpp";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
-/// A real dbus-daemon.
-pub(crate) struct Daemon {
-    child: Option<Child>,
-    dir: tempfile::TempDir,
-}
-
 impl Daemon {
     /// Not started yet.
     pub(crate) fn prepared() -> Self {
@@ -73,45 +71,13 @@ impl Daemon {
             dir.path().display()
         );
         fs::write(dir.path().join("bus.conf"), config).unwrap();
-        Self { child: None, dir }
+        Self::configured(dir)
     }
 
     pub(crate) fn new() -> Self {
         let mut daemon = Self::prepared();
         daemon.start();
         daemon
-    }
-
-    pub(crate) fn start(&mut self) {
-        let _ = fs::remove_file(self.dir.path().join("socket"));
-        let mut child = Command::new("dbus-daemon")
-            .args(["--nofork", "--print-address", "--config-file"])
-            .arg(self.dir.path().join("bus.conf"))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("dbus-daemon must be installed");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.starts_with("unix:"), "dbus-daemon said {line:?}");
-        self.child = Some(child);
-    }
-
-    pub(crate) fn stop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
-    }
-
-    pub(crate) fn address(&self) -> String {
-        format!("unix:path={}/socket", self.dir.path().display())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        self.stop();
     }
 }
 

@@ -1,5 +1,8 @@
 //! One user's session: home, runtime directory, bus, cgroups, daemon and apps, all with that user's rights.
 
+#[path = "../support/patience.rs"]
+mod patience;
+
 use std::{
     collections::HashSet,
     ffi::OsStr,
@@ -21,8 +24,9 @@ use crate::{
     reports::Reports,
 };
 
-/// Far more than anything takes on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+use self::patience::PATIENCE;
+pub(crate) use self::patience::wait;
+
 const LIFECYCLE: &str =
     "grace = \"200ms\"\npage-out-after = \"1h\"\ntombstone-after = \"2h\"\nawake-window = \"200ms\"\n";
 /// What the user's systemd does for an app, with the user's rights; and a child of the app that does not end when asked.
@@ -36,17 +40,6 @@ shift 2
 exec "$@"
 "#;
 static NUMBER: AtomicU32 = AtomicU32::new(0);
-
-pub(crate) fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited {} s for {what}", PATIENCE.as_secs());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// Which cgroups the session runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,9 @@
 //! A user with a runtime directory of that user's own, real compositors in it without a screen, real windows, and everything
 //! that is told of them.
 
+#[path = "../support/patience.rs"]
+mod patience;
+
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read, Write},
@@ -19,7 +22,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use mio::{Events, Poll, Token};
@@ -34,21 +37,11 @@ use nightporter::{
 };
 use tempfile::TempDir;
 
-/// Far more than anything takes on a slow machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+use self::patience::PATIENCE;
+pub(crate) use self::patience::wait;
+
 /// sway does not run as root.
 const SOMEBODY: u32 = 64321;
-
-pub(crate) fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited {} s for {what}", PATIENCE.as_secs());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// A user's runtime directory.
 pub(crate) struct Home {

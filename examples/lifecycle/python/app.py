@@ -1,13 +1,16 @@
 #!/usr/bin/python3
-"""An app that sleeps well: docs/lifecycle.md in 150 lines of Python, with nothing but GLib (Debian: python3-gi).
+"""An app that sleeps well: docs/lifecycle.md in 190 lines of Python, with nothing but GLib (Debian: python3-gi).
 
     app.py org.example.App
 
 It registers for push, says that it is in the background, saves what it knows when it is about to be frozen, and has it back
-when a push starts it again. What it knows is how many messages it has seen. An app with windows says "foreground" when one
+when a push starts it again. What it knows is how many messages it has seen. A message "fetch URL" has it download a file
+without staying awake for that. An app with windows says "foreground" when one
 is shown, and "background" when the last is hidden.
 """
 
+import hashlib
+import os
 import sys
 
 from gi.repository import Gio, GLib
@@ -32,6 +35,11 @@ INTERFACES = """<node>
   <interface name="org.nightporter1.Client">
     <method name="WillSuspend"><arg name="milliseconds" type="t" direction="in"/></method>
     <method name="Resumed"><arg name="frozen_milliseconds" type="t" direction="in"/></method>
+    <method name="TransferDone">
+      <arg name="id" type="t" direction="in"/>
+      <arg name="status" type="s" direction="in"/>
+      <arg name="text" type="s" direction="in"/>
+    </method>
   </interface>
 </node>"""
 
@@ -90,7 +98,10 @@ class App:
         answer = {}
         if method == "Message":
             self.seen += 1
-            say(f"message {self.seen}: {bytes(arguments['message']).decode()}")
+            text = bytes(arguments["message"]).decode()
+            say(f"message {self.seen}: {text}")
+            if text.startswith("fetch "):
+                self.fetch(text.removeprefix("fetch "))
             # The answer says that the message is this app's own now. An app that shows notifications shows it first.
             answer = {"id": GLib.Variant("s", arguments["id"])} if "id" in arguments else {}
         elif method == "NewEndpoint":
@@ -100,7 +111,31 @@ class App:
             say("unregistered")
         invocation.return_value(GLib.Variant("(a{sv})", (answer,)))
 
+    def fetch(self, url):
+        """Has a file downloaded, which goes on while this app is frozen or dead."""
+        options = {"title": GLib.Variant("s", "What the message is about")}
+        arguments = GLib.Variant("(sa{ss}a{sv})", (url, {}, options))
+        (transfer,) = self.call(PORTER, "/org/nightporter1", "org.nightporter1.Transfers", "Download", arguments)
+        say(f"transfer {transfer}")
+
+    def collect(self, transfer):
+        """The file is this app's own before the daemon is told so: it is deleted there with the answer to TransferDone."""
+        reply, files = self.bus.call_with_unix_fd_list_sync(
+            PORTER, "/org/nightporter1", "org.nightporter1.Transfers", "Collect", GLib.Variant("(t)", (transfer,)),
+            None, Gio.DBusCallFlags.NONE, 30_000, None, None)
+        (index, _size) = reply.unpack()
+        with os.fdopen(files.get(index), "rb") as file:
+            content = file.read()
+        say(f"fetched {len(content)} bytes: {hashlib.sha256(content).hexdigest()[:16]}")
+
     def client_called(self, _bus, _sender, _path, _interface, method, parameters, invocation):
+        if method == "TransferDone":
+            (transfer, status, text) = parameters.unpack()
+            if status == "done":
+                self.collect(transfer)
+            else:
+                say(f"transfer {transfer} {status}: {text}")
+            return invocation.return_value(None)
         (milliseconds,) = parameters.unpack()
         if method == "WillSuspend":
             # With the answer, or when the time is over, nothing runs here any more: so what matters is saved before.

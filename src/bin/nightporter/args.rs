@@ -68,6 +68,23 @@ pub(crate) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// List what is downloaded and uploaded for apps, and how far it has come
+    ///
+    /// An app hands a transfer over through D-Bus (org.nightporter1.Transfers). It goes on while the app is frozen or ended,
+    /// and wakes the app when it is done. `[transfers]` in nightporter.toml(5) says how much of that there may be.
+    Transfers {
+        /// The app's bus name, or the end of it; all apps without it
+        app: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// End a transfer; the app is told that it was cancelled
+    CancelTransfer {
+        /// The transfer's number, as `nightporter transfers` lists it
+        id: u64,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Have an app, or all apps, reached through another push server from now on
     ///
     /// The app is told its new endpoint, and what is on its way along the old one still arrives. `nightporter status`
@@ -104,6 +121,17 @@ pub(crate) enum Command {
     Doctor(Output),
     /// Run the whole main job on a private bus, with real processes, and show what it saves
     Demo(Demo),
+    /// Measure what the daemon saves, in an experiment with the same apps run with it and without
+    ///
+    /// nightporter-measure(5) describes the file. Everything is started and ended by this command, on a private bus and
+    /// against a push server of its own. Run it as root on a machine with nothing else to do, such as a virtual one: then
+    /// apps have cgroups of their own, memory can be paged out, and caches are dropped before each measurement.
+    ///
+    /// The exit status is 1 when something the file expects was missed.
+    Measure(Measure),
+    /// The child of the ballast test
+    #[command(hide = true)]
+    MeasureBallast(Ballast),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -217,7 +245,9 @@ It reports JSON datagrams, each with \"app\" (its bus name) and \"event\":
                                         org.nightporter1.App.SetState(\"background\")
   {\"event\":\"message\",\"body\":TEXT,\"id\":ID,\"boottime_ns\":N}
                                         for each push, with CLOCK_BOOTTIME on arrival
-In shared mode it must own its name, serve org.unifiedpush.Connector2 and register the same token at each start.";
+In shared mode it must own its name, serve org.unifiedpush.Connector2 and register the same token at each start.
+A program that knows nothing of this is wrapped: nightporter-sample --exec CMD ARGS… does all of it, and runs CMD below
+itself. It is ready once CMD is idle, after NIGHTPORTER_SAMPLE_IDLE_WITHIN seconds (60) at the latest.";
 
 #[derive(Args, Debug)]
 #[command(after_long_help = CONTRACT)]
@@ -234,6 +264,32 @@ pub(crate) struct Demo {
     /// How many pushes to send to each app in each state
     #[arg(long, value_name = "M", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=20))]
     pub(crate) messages: u16,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Measure {
+    /// What to do, as TOML: nightporter-measure(5)
+    pub(crate) experiment: PathBuf,
+    /// Find out how many apps can be kept reachable, instead of measuring the arms
+    #[arg(long)]
+    pub(crate) reach: bool,
+    /// Check the file, say what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Write all figures and all raw samples to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Write the figures to this file as a section of Markdown
+    #[arg(long, value_name = "FILE")]
+    pub(crate) markdown: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Ballast {
+    /// Whose child it is
+    pub(crate) parent: u32,
+    /// The file that takes it into its cgroup
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 #[cfg(test)]

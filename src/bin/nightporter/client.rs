@@ -131,6 +131,11 @@ impl Daemon {
         self.call("EndLease", &id)
     }
 
+    /// Has a transfer come to its end.
+    pub(crate) fn cancel_transfer(&self, id: u64) -> Result<(), Failure> {
+        self.call("CancelTransfer", &id)
+    }
+
     /// Has the system's daemon forget a user.
     pub(crate) fn forget_user(&self, uid: u32) -> Result<(), Failure> {
         self.call("ForgetUser", &uid)

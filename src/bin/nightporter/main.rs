@@ -6,12 +6,15 @@ mod client;
 mod demo;
 mod doctor;
 mod exit;
+mod lab;
 mod log;
 mod man;
+mod measure;
 mod push;
 mod render;
 mod report;
 mod resolve;
+mod transfers;
 
 use std::{
     io::{self, Write},
@@ -86,6 +89,22 @@ fn run(cli: Cli) -> Result<String, Failure> {
                 false => format!("Lease {id}: taken away\n"),
             })
         }
+        Command::Transfers { app, output } => {
+            let daemon = daemon()?;
+            let app = app.map(|app| resolve::app(&daemon, &app)).transpose()?;
+            let text = daemon.ask("Transfers", Some(app.as_deref().unwrap_or_default()))?;
+            match output.json {
+                true => Ok(line(text)),
+                false => Ok(transfers::list(&client::decode::<Vec<view::Transfer>>(&text)?, style)),
+            }
+        }
+        Command::CancelTransfer { id, output } => {
+            daemon()?.cancel_transfer(id)?;
+            Ok(match output.json {
+                true => line(serde_json::json!({ "transfer": id, "done": true }).to_string()),
+                false => format!("Transfer {id}: cancelled\n"),
+            })
+        }
         Command::Move(args) => relocate(&daemon()?, &args),
         Command::ForgetUser { uid } => {
             daemon()?.forget_user(uid)?;
@@ -94,6 +113,8 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Push(args) => push::run(&daemon()?, &args),
         Command::Doctor(output) => Ok(doctor::run(cli.bus, output, style).0),
         Command::Demo(args) => demo::run(&args),
+        Command::Measure(args) => measure::run(&args),
+        Command::MeasureBallast(args) => measure::ballast(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "nightporter", &mut script);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     Admission, Arrival, ArrivalBody, Delivery, FETCH_TRIES, INLINE_BUDGET, MESSAGE_MAX, Output, STORE_RETRY,
     UNSTORED_BUDGET, backoff,
-    queue::{Body, Entry},
+    queue::{Body, Entry, Help},
 };
 use crate::{
     event::{FetchError, FetchTicket},
@@ -72,6 +72,7 @@ impl Delivery {
             id: arrival.id,
             body,
             received: now.wall,
+            arrived: Some((now.boot, arrival.from)),
             expires: arrival.expires,
             urgency: arrival.urgency,
             by_policy: arrival.by_policy,
@@ -80,6 +81,7 @@ impl Delivery {
             persisted: false,
             unsafe_count: 1,
             attempts: 0,
+            help: Help::Untried,
         };
         self.inline_bytes += entry.body.inline_len();
         self.unstored_bytes += entry.body.inline_len();

@@ -135,6 +135,14 @@ impl Delivery {
                 let urgency = match flight.cargo {
                     Cargo::Message(seq) => {
                         let urgency = lane.queue.entry(seq).map(|entry| entry.urgency);
+                        if let Some((since, from)) = lane.queue.entry(seq).and_then(|entry| entry.arrived) {
+                            self.outputs.push_back(Output::Reached {
+                                app: key.clone(),
+                                from,
+                                took: now.boot.since(since),
+                                urgency: urgency.unwrap_or_default(),
+                            });
+                        }
                         self.end(seq, Ending::Accepted);
                         urgency
                     }
@@ -198,6 +206,7 @@ impl Delivery {
 
     /// An app that is away is asked for when something is worth waking it.
     fn ask_or_hold(&mut self, key: &AppKey, now: Now) {
+        self.ask_helper(key, now);
         let Some(app) = self.apps.get_mut(key) else { return };
         match app.reach {
             Reach::Away => {}

@@ -5,7 +5,7 @@
 
 use super::{
     App, BATCH, Delivery, Lane, Output, Reach,
-    queue::{Body, Entry},
+    queue::{Body, Entry, Help},
 };
 use crate::{
     model::{AppKey, Ending, Urgency},
@@ -36,6 +36,8 @@ pub enum Why {
     Surroundings,
     /// The app's budget of wake-ups.
     Budget,
+    /// That the app runs for another reason: its payload helper has it, or has told the user.
+    Helper,
 }
 
 /// What an app's messages wait for.
@@ -56,6 +58,10 @@ pub(super) struct Gate {
     most: Urgency,
     /// Nothing up to normal urgency wakes it, for it has used up its budget.
     batching: bool,
+    /// The app's payload helper comes first.
+    pub(super) helped: bool,
+    /// Half of what is kept for one app waits, so the helper comes first no more.
+    pub(super) full: bool,
 }
 
 impl Gate {
@@ -65,10 +71,15 @@ impl Gate {
     }
 
     /// Whether the message may wake its app, however long it has waited.
-    fn passes(self, entry: &Entry) -> bool {
+    pub(super) fn passes(self, entry: &Entry) -> bool {
         let urgency = self.weigh(entry);
         let affordable = !self.batching || urgency > Urgency::Normal;
         self.crowded || affordable && urgency >= self.minimum
+    }
+
+    /// The same when the app's helper has had its say.
+    fn wakes(self, entry: &Entry) -> bool {
+        self.passes(entry) && (!self.helped || self.full || entry.help == Help::Declined)
     }
 }
 
@@ -126,11 +137,16 @@ impl Delivery {
         !self.fetches.is_empty() || self.apps.values().any(|app| app.pending_told)
     }
 
+    /// Whether something is on its way to this app.
+    pub fn is_pending(&self, app: &AppKey) -> bool {
+        self.apps.get(app).is_some_and(|app| app.pending_told)
+    }
+
     /// Whether something waits that is worth waking the app for.
     pub(super) fn is_wanted(&self, key: &AppKey, now: Now) -> bool {
         let Some(app) = self.apps.get(key) else { return false };
         let gate = self.gate(key);
-        let wakes = |entry: &Entry| entry.expires > now.wall && (gate.passes(entry) || entry.held_until <= now.boot);
+        let wakes = |entry: &Entry| entry.expires > now.wall && (gate.wakes(entry) || entry.held_until <= now.boot);
         let wants = |lane: &Lane| lane.is_free(now.boot) && (lane.endpoint.is_some() || lane.reachable().any(wakes));
         self.lanes_of(app).any(wants)
     }
@@ -151,9 +167,12 @@ impl Delivery {
         let mut count = 0;
         let (mut first, mut highest) = (None::<(&Entry, Urgency)>, Urgency::VeryLow);
         for lane in self.lanes_of(app).filter(idle) {
-            for entry in lane.reachable().filter(|entry| !gate.passes(entry)) {
+            for entry in lane.reachable().filter(|entry| !gate.wakes(entry)) {
                 count += 1;
                 highest = highest.max(gate.weigh(entry));
+                if gate.passes(entry) {
+                    continue;
+                }
                 if first.is_none_or(|(other, _)| other.seq > entry.seq) {
                     first = Some((entry, gate.weigh(entry)));
                 }
@@ -161,7 +180,8 @@ impl Delivery {
         }
         let told = first.map(|(entry, urgency)| (urgency, entry.by_policy));
         let Some(app) = self.apps.get_mut(key) else { return };
-        let held = told.map(|_| Held { highest, count, why });
+        let why = if told.is_some() { why } else { Why::Helper };
+        let held = (count > 0).then_some(Held { highest, count, why });
         let news = app.held.is_none_or(|before| before.why != why);
         app.held = held;
         if let Some((urgency, by_policy)) = told.filter(|_| news) {
@@ -172,23 +192,35 @@ impl Delivery {
     /// The app is asked for, or runs: nothing is held any more.
     pub(super) fn release(&mut self, key: &AppKey, running: bool, now: Now) {
         let Some(Held { highest, count, why }) = self.apps.get_mut(key).and_then(|app| app.held.take()) else { return };
+        self.count_from_now(key, now.boot);
         let Some(app) = self.apps.get(key) else { return };
         let gate = self.gate(key);
-        let too_long = |entry: &Entry| !gate.passes(entry) && entry.held_until <= now.boot;
+        let too_long = |entry: &Entry| !gate.wakes(entry) && entry.held_until <= now.boot;
         let why = if running {
             Release::Running
         } else if why == Why::Budget && !gate.batching {
             Release::Batch
-        } else if !gate.batching && highest >= gate.minimum {
+        } else if why != Why::Helper && !gate.batching && highest >= gate.minimum {
             Release::Allowed
         } else if self.lanes_of(app).any(|lane| lane.reachable().any(too_long)) {
             Release::TimeUp
-        } else if gate.crowded {
+        } else if gate.crowded || gate.helped && gate.full {
             Release::Crowded
         } else {
             Release::Company
         };
         self.outputs.push_back(Output::Released { app: key.clone(), count, why });
+    }
+
+    /// Held is not late: what has waited was not on its way.
+    fn count_from_now(&mut self, key: &AppKey, now: Instant) {
+        let lanes = self.apps.get(key).map(|app| app.lanes.clone()).unwrap_or_default();
+        for id in lanes {
+            let entries = self.lanes.get_mut(&id).into_iter().flat_map(|lane| lane.queue.iter_mut());
+            for (since, _) in entries.filter_map(|entry| entry.arrived.as_mut()) {
+                *since = now;
+            }
+        }
     }
 
     /// When the first of the held messages will have been held for too long.
@@ -204,7 +236,7 @@ impl Delivery {
         let app = self.apps.get(key).filter(|app| app.held.is_some() && app.quiet_until.is_none())?;
         let gate = self.gate(key);
         let free = self.lanes_of(app).filter(|lane| lane.flight.is_none() && lane.retry_at.is_none());
-        free.flat_map(Lane::reachable).filter(|entry| !gate.passes(entry)).map(|entry| entry.held_until).min()
+        free.flat_map(Lane::reachable).filter(|entry| !gate.wakes(entry)).map(|entry| entry.held_until).min()
     }
 
     /// When something is due with the call in flight. One that nobody is to be woken for has time.
@@ -214,22 +246,23 @@ impl Delivery {
             return Some(flight.deadline);
         }
         let gate = self.gate(&lane.app);
-        let held_until = match lane.reachable().any(|entry| gate.passes(entry)) {
+        let held_until = match lane.reachable().any(|entry| gate.wakes(entry)) {
             true => None,
             false => lane.reachable().map(|entry| entry.held_until).min(),
         };
         Some(held_until.map_or(flight.deadline, |until| until.max(flight.deadline)))
     }
 
-    fn gate(&self, key: &AppKey) -> Gate {
+    pub(super) fn gate(&self, key: &AppKey) -> Gate {
         let minimum = self.minimum_for(key);
         let half = (self.limits.messages_per_app / 2).max(1);
         let app = self.apps.get(key);
         let batching = app.is_some_and(|app| app.normal.is_closed());
         let demoted = app.is_some_and(|app| app.demoted || app.urgent.is_closed());
         let most = if demoted { Urgency::Normal } else { Urgency::High };
-        let crowded = !batching && minimum > Urgency::VeryLow && self.waiting_for(key) >= half;
-        Gate { minimum, crowded, most, batching }
+        let full = self.waiting_for(key) >= half;
+        let crowded = !batching && minimum > Urgency::VeryLow && full;
+        Gate { minimum, crowded, most, batching, helped: self.helped.contains(&key.service), full }
     }
 
     /// What the most urgent of the messages that wait for the app counts as; endpoints are of normal urgency.
@@ -269,7 +302,7 @@ impl Delivery {
         false
     }
 
-    fn lanes_of<'a>(&'a self, app: &'a App) -> impl Iterator<Item = &'a Lane> {
+    pub(super) fn lanes_of<'a>(&'a self, app: &'a App) -> impl Iterator<Item = &'a Lane> {
         app.lanes.iter().filter_map(|id| self.lanes.get(id))
     }
 }

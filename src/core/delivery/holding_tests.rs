@@ -152,6 +152,7 @@ fn what_has_expired_meanwhile_wakes_nobody() {
         topic: None,
         urgency: Urgency::Low,
         by_policy: true,
+        from: "background",
     };
     world.delivery.arrived(arrival, world.now);
     assert!(world.drain().iter().any(|output| matches!(output, Output::Held { by_policy: true, .. })));
@@ -258,6 +259,7 @@ fn attachments_wait_while_roaming() {
         topic: None,
         urgency: Urgency::High,
         by_policy: false,
+        from: "background",
     };
     let fetches = |outputs: &[Output]| outputs.iter().filter(|o| matches!(o, Output::Fetch { .. })).count();
     world.delivery.arrived(attachment("a", world.now.wall + DAY * 2), world.now);
@@ -374,6 +376,7 @@ impl Model {
                     topic: topic.then(|| "t".into()),
                     urgency,
                     by_policy: false,
+                    from: "background",
                 };
                 self.sent.push(Sent { id, lane, urgency, at: world.now.boot, expires });
                 world.delivery.arrived(arrival, world.now);

@@ -13,17 +13,19 @@
 mod arrivals;
 mod attempts;
 mod budget;
+mod helping;
 mod holding;
 mod queue;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
 pub use self::{
     budget::BATCH,
+    helping::Helped,
     holding::{Release, Why},
 };
 use self::{
@@ -35,7 +37,7 @@ use crate::{
     config::{Limits, Settings, UrgencySettings},
     event::{DeliveryTicket, FetchTicket},
     model::{
-        AppKey, Bus, ConnectorVersion, Ending, Message, MessageSeq, Owner, Registration, RegistrationId, StoredMessage,
+        AppKey, ConnectorVersion, Ending, Message, MessageSeq, Owner, Registration, RegistrationId, StoredMessage,
         Urgency,
     },
     time::{Instant, Now, UnixTime, earliest},
@@ -61,6 +63,8 @@ pub struct Delivery {
     urgency: UrgencySettings,
     /// What single apps may be woken for, by name, instead of `minimum`.
     own_minimums: BTreeMap<Arc<str>, Urgency>,
+    /// Apps that have a payload helper, by name.
+    helped: BTreeSet<Arc<str>>,
     /// What an app may be woken for now.
     minimum: Urgency,
     /// Whether attachments may be downloaded now.
@@ -110,6 +114,8 @@ pub struct Arrival {
     pub urgency: Urgency,
     /// The urgency is what the app's messages count as, because the upstream's protocol says none.
     pub by_policy: bool,
+    /// What its app is doing, for [`Output::Reached`].
+    pub from: &'static str,
 }
 
 /// The bytes of a message to hand in.
@@ -133,8 +139,8 @@ pub enum ArrivalBody {
 pub enum Output {
     /// Write the message; answer with [`Delivery::stored`].
     Persist(Message),
-    /// The message's life ended; `persisted` says whether the store knows it.
-    End(Bus, MessageSeq, Ending),
+    /// The message's life ended.
+    End(AppKey, MessageSeq, Ending),
     /// Read the body back; answer with [`Delivery::body`].
     LoadBody(MessageSeq),
     /// Download an attachment; answer with [`Delivery::fetched`].
@@ -152,6 +158,21 @@ pub enum Output {
     /// comes. Answer with [`Delivery::ready`],
     /// [`Delivery::start_failed`] or, when its owner changes, [`Delivery::appeared`] or [`Delivery::vanished`].
     Wake(AppKey, Urgency),
+    /// The app's payload helper is to see the message; answer with [`Delivery::helped`].
+    Help {
+        /// Which message.
+        seq: MessageSeq,
+        /// For which app.
+        app: AppKey,
+        /// The app's name for the registration.
+        token: Arc<str>,
+        /// The upstream's id.
+        id: Arc<str>,
+        /// RFC 8030 §5.3.
+        urgency: Urgency,
+        /// Exactly as received.
+        body: Arc<[u8]>,
+    },
     /// Call a connector; answer with [`Delivery::call_done`].
     Call {
         /// To answer with.
@@ -171,6 +192,17 @@ pub enum Output {
     EndpointTold(RegistrationId, Arc<str>),
     /// The app took something: a message of this urgency, or an endpoint.
     Delivered(AppKey, Option<Urgency>),
+    /// The app took a message that came in this life.
+    Reached {
+        /// Whose.
+        app: AppKey,
+        /// [`Arrival::from`].
+        from: &'static str,
+        /// Since it came, or since it was let go of where it was held.
+        took: Duration,
+        /// Of the message.
+        urgency: Urgency,
+    },
     /// Whether a delivery to the app is under way or asked for, which vetoes freezing and killing it.
     Pending(AppKey, bool),
     /// A message is held, the first since there were none: for the app's `why`.
@@ -287,10 +319,12 @@ impl Delivery {
     /// [`Delivery::set_minimum`].
     pub fn new(settings: &Settings, next_seq: u64) -> Self {
         let own = settings.apps.iter().filter_map(|app| Some((Arc::clone(&app.name), app.min_urgency?)));
+        let helped = settings.apps.iter().filter(|app| app.payload_helper.is_some());
         Self {
             limits: settings.limits,
             urgency: settings.urgency,
             own_minimums: own.collect(),
+            helped: helped.map(|app| Arc::clone(&app.name)).collect(),
             minimum: Urgency::VeryLow,
             fetching: true,
             lanes: BTreeMap::new(),
@@ -362,7 +396,7 @@ impl Delivery {
             for _ in 0..entry.unsafe_count {
                 self.outputs.push_back(Output::Safe(registration, Arc::clone(&entry.id)));
             }
-            self.outputs.push_back(Output::End(lane.app.bus, entry.seq, Ending::Unregistered));
+            self.outputs.push_back(Output::End(lane.app.clone(), entry.seq, Ending::Unregistered));
         }
         if let Some(app) = self.apps.get_mut(&lane.app) {
             app.lanes.retain(|id| *id != registration);
@@ -510,7 +544,7 @@ impl Delivery {
     fn end(&mut self, seq: MessageSeq, ending: Ending) {
         let Some(registration) = self.waiting.remove(&seq) else { return };
         let Some(lane) = self.lanes.get_mut(&registration) else { return };
-        let bus = lane.app.bus;
+        let app = lane.app.clone();
         let Some(entry) = lane.queue.remove(seq) else { return };
         let flies = lane.flight.as_ref().is_some_and(|flight| flight.cargo == Cargo::Message(seq));
         self.inline_bytes -= entry.body.inline_len();
@@ -523,7 +557,7 @@ impl Delivery {
         for _ in 0..entry.unsafe_count {
             self.outputs.push_back(Output::Safe(registration, Arc::clone(&entry.id)));
         }
-        self.outputs.push_back(Output::End(bus, seq, ending));
+        self.outputs.push_back(Output::End(app, seq, ending));
     }
 
     fn entry_mut(&mut self, seq: MessageSeq) -> Option<(RegistrationId, &mut Entry)> {

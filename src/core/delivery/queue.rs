@@ -33,6 +33,8 @@ pub(super) struct Entry {
     pub(super) body: Body,
     /// When it arrived here.
     pub(super) received: UnixTime,
+    /// Since when its app may have it, and what that was doing when it came; none: it came in an earlier life.
+    pub(super) arrived: Option<(Instant, &'static str)>,
     /// When it is of no use any more.
     pub(super) expires: UnixTime,
     /// RFC 8030 §5.3.
@@ -49,6 +51,22 @@ pub(super) struct Entry {
     pub(super) unsafe_count: u32,
     /// Tries that failed.
     pub(super) attempts: u32,
+    /// Whether its app's payload helper has had it, where the app has one.
+    pub(super) help: Help,
+}
+
+/// What an app's payload helper has to do with a message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Help {
+    /// Nothing yet.
+    #[default]
+    Untried,
+    /// It has it.
+    Asked,
+    /// The user knows of the message.
+    Spoken,
+    /// The message is for the app itself.
+    Declined,
 }
 
 /// Where a message's bytes are.
@@ -88,6 +106,7 @@ impl Queue {
             id: stored.id,
             body: Body::Stored,
             received: stored.received,
+            arrived: None,
             expires: stored.expires,
             urgency: stored.urgency,
             by_policy: false,
@@ -96,6 +115,7 @@ impl Queue {
             persisted: true,
             unsafe_count: 0,
             attempts: 0,
+            help: Help::Untried,
         });
     }
 

@@ -90,6 +90,7 @@ impl World {
             topic: topic.map(Arc::from),
             urgency,
             by_policy: false,
+            from: "background",
         };
         self.delivery.arrived(arrival, self.now)
     }
@@ -407,6 +408,7 @@ fn empty_oversized_and_undecodable_messages_are_dropped_with_a_reason_and_acknow
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
+            from: "background",
         };
         assert_eq!(world.delivery.arrived(arrival, world.now), Admission::Unusable);
         let outputs = world.drain();
@@ -426,6 +428,7 @@ fn an_attachment_keeps_its_place_and_is_not_safe_before_it_is_here() {
         topic: None,
         urgency: Urgency::Normal,
         by_policy: false,
+        from: "background",
     };
     world.delivery.arrived(arrival, world.now);
     world.push("b");
@@ -457,6 +460,7 @@ fn an_attachment_that_is_gone_is_given_up() {
         topic: None,
         urgency: Urgency::Normal,
         by_policy: false,
+        from: "background",
     };
     world.delivery.arrived(arrival, world.now);
     world.drain();
@@ -492,6 +496,7 @@ fn a_full_disk_loses_nothing_and_turns_away_what_memory_cannot_hold() {
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
+            from: "background",
         };
         match world.delivery.arrived(arrival, world.now) {
             Admission::Queued => {
@@ -529,6 +534,7 @@ fn bodies_that_are_durable_do_not_fill_the_memory() {
             topic: None,
             urgency: Urgency::Normal,
             by_policy: false,
+            from: "background",
         };
         world.delivery.arrived(arrival, world.now);
         world.delivery.stored(MessageSeq(n), true, world.now);

@@ -10,7 +10,7 @@ use self::{
     instance::{Claimed, Instance, Looked, claimed, finish_all},
 };
 use super::{
-    AppView, Held, Output, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
+    AppView, Held, Output, Outward, Readiness, Refusal, RefusalKind, SampleKind, Seen, State,
     decisions::{Decision, Decisions},
     policy::{self, Baseline, Hold, Inspection, Notice, Paged, Process, Retry, Squeeze},
 };
@@ -26,6 +26,7 @@ const EARLY_CLAIM: Duration = Duration::from_secs(5);
 /// Pause before an app with something against freezing it is inspected again, doubled each time, and how often doubled.
 const INSPECT_AGAIN: Duration = Duration::from_secs(30);
 const INSPECT_DOUBLINGS: u32 = 4;
+const MESSAGE: &str = "a message came for it";
 const NAMELESS: &str = "it gave up its name on the bus";
 const NO_CLAIM: &str = "nothing says that it is in the background";
 const NEVER_DECLARES: &str = "it has never said whether it is in the foreground, so it may be";
@@ -44,6 +45,8 @@ pub(super) struct Env<'a> {
 pub(super) struct App {
     declares: bool,
     pending: bool,
+    /// What is pending, where it is no message.
+    cause: Option<Arc<str>>,
     /// Whether anything says how to start it again, once that is known.
     startable: Option<bool>,
     instance: Option<Instance>,
@@ -65,6 +68,7 @@ impl App {
         Self {
             declares,
             pending: false,
+            cause: None,
             startable: None,
             instance: None,
             rest: State::Gone,
@@ -114,6 +118,25 @@ impl App {
             Hold::Thawing { .. } => instance.thaw_fails > THAW_SOON.len(),
             Hold::Freezing { .. } | Hold::Frozen { .. } => false,
         })
+    }
+
+    pub(super) fn outward(&self) -> Outward {
+        let would_be = self.instance.as_ref().and_then(|instance| match instance.hold {
+            Hold::WouldBeFrozen { paged: Paged::Done, .. } => Some(State::Reclaimed),
+            Hold::WouldBeFrozen { .. } => Some(State::Frozen),
+            Hold::WouldBeKilled => Some(State::Tombstone),
+            Hold::Running
+            | Hold::Freezing { .. }
+            | Hold::Frozen { .. }
+            | Hold::Thawing { .. }
+            | Hold::Killing { .. } => None,
+        });
+        Outward { state: self.shown.0, would_be, left: self.left.clone() }
+    }
+
+    /// Since when nobody looks at it, if that is known.
+    pub(super) fn unseen(&self) -> Option<Instant> {
+        self.instance.as_ref()?.unseen()
     }
 
     pub(super) fn view(&self, now: Now) -> AppView {
@@ -371,13 +394,14 @@ impl App {
         })
     }
 
-    pub(super) fn wanted(&mut self, env: &mut Env<'_>) -> Readiness {
+    pub(super) fn wanted(&mut self, cause: Option<&str>, env: &mut Env<'_>) -> Readiness {
+        self.cause = cause.map(Into::into);
         let Some(instance) = &mut self.instance else { return Readiness::NotRunning };
         if matches!(instance.hold, Hold::Killing { .. }) {
             instance.wanted = true;
             return Readiness::Ending;
         }
-        instance.let_go("a message came for it", env);
+        instance.let_go(cause.unwrap_or(MESSAGE), env);
         let named = instance.owner.is_some();
         instance.wanted = named;
         self.settle(env);
@@ -393,10 +417,11 @@ impl App {
         }
     }
 
-    pub(super) fn set_pending(&mut self, pending: bool, env: &mut Env<'_>) {
+    pub(super) fn set_pending(&mut self, pending: bool, cause: Option<&str>, env: &mut Env<'_>) {
         self.pending = pending;
+        self.cause = cause.map(Into::into);
         if pending && let Some(instance) = &mut self.instance {
-            instance.let_go("a message came for it", env);
+            instance.let_go(cause.unwrap_or(MESSAGE), env);
         }
         self.settle(env);
     }
@@ -469,7 +494,7 @@ impl App {
         let instance = self.instance.as_mut()?;
         let (kind, _) = instance.sampling.take()?;
         if kind == SampleKind::Resident {
-            instance.baseline = Baseline::Done;
+            (instance.baseline, instance.measured) = (Baseline::Done, Some(env.now.boot));
         }
         match memory {
             Ok(memory) if kind != SampleKind::PagedOut => {

@@ -50,6 +50,8 @@ pub struct Lifecycle {
     declared: BTreeSet<AppKey>,
     /// Being killed, and no app's any more: another instance has the name, or the app was removed.
     leaving: BTreeSet<TargetId>,
+    /// Apps that are another [`Outward`] since somebody asked.
+    changed: BTreeSet<AppKey>,
     out: VecDeque<Output>,
 }
 
@@ -220,6 +222,17 @@ impl fmt::Display for State {
     }
 }
 
+/// What an app is seen from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outward {
+    /// Its state.
+    pub state: State,
+    /// Under the profile `observe`, the state it would be in, if it were held still or ended: frozen, reclaimed or tombstone.
+    pub would_be: Option<State>,
+    /// Why it was last left to run, as a sentence, while nothing else was decided since.
+    pub left: Option<Arc<str>>,
+}
+
 /// What is shown of an app.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AppView {
@@ -250,6 +263,7 @@ impl Lifecycle {
             apps: BTreeMap::new(),
             declared: records.iter().filter(|record| record.declares).map(|record| record.app.clone()).collect(),
             leaving: BTreeSet::new(),
+            changed: BTreeSet::new(),
             out: VecDeque::new(),
         }
     }
@@ -259,6 +273,7 @@ impl Lifecycle {
         if !self.apps.contains_key(app) {
             let declares = self.declared.remove(app);
             self.apps.insert(app.clone(), App::new(declares, now));
+            self.changed.insert(app.clone());
         }
     }
 
@@ -272,6 +287,7 @@ impl Lifecycle {
         });
         self.leaving.extend(dying.flatten());
         self.apps.remove(app);
+        self.changed.remove(app);
         self.reshare(pid, now);
     }
 
@@ -397,12 +413,22 @@ impl Lifecycle {
 
     /// A delivery waits for the app: a frozen one is thawed.
     pub fn wanted(&mut self, app: &AppKey, now: Now) -> Readiness {
-        self.with(app, now, |app, env| app.wanted(env)).unwrap_or(Readiness::NotRunning)
+        self.wanted_because(app, None, now)
+    }
+
+    /// [`Lifecycle::wanted`] for something that is no message: what, as a sentence.
+    pub fn wanted_because(&mut self, app: &AppKey, cause: Option<&str>, now: Now) -> Readiness {
+        self.with(app, now, |app, env| app.wanted(cause, env)).unwrap_or(Readiness::NotRunning)
     }
 
     /// Whether a delivery is pending: vetoes freeze, page-out and kill, and thaws. Whoever sets it bounds how long.
     pub fn set_pending(&mut self, app: &AppKey, pending: bool, now: Now) {
-        self.with(app, now, |app, env| app.set_pending(pending, env));
+        self.set_pending_because(app, pending, None, now);
+    }
+
+    /// [`Lifecycle::set_pending`] for something that is no message: what, as a sentence.
+    pub fn set_pending_because(&mut self, app: &AppKey, pending: bool, cause: Option<&str>, now: Now) {
+        self.with(app, now, |app, env| app.set_pending(pending, cause, env));
     }
 
     /// The app took a message: in the background it may run for a window, three times as long after one of high priority
@@ -499,6 +525,21 @@ impl Lifecycle {
         self.apps.get(app).into_iter().flat_map(|app| app.decisions().iter())
     }
 
+    /// An app that is not what it was when it was last given back here, or is new.
+    pub fn take_changed(&mut self) -> Option<AppKey> {
+        self.changed.pop_first()
+    }
+
+    /// What an app is seen from outside.
+    pub fn outward(&self, app: &AppKey) -> Option<Outward> {
+        self.apps.get(app).map(App::outward)
+    }
+
+    /// How long nobody has looked at the app, if that is known.
+    pub fn unseen(&self, app: &AppKey, now: Now) -> Option<Duration> {
+        self.apps.get(app)?.unseen().map(|since| now.boot.since(since))
+    }
+
     /// All apps, sorted.
     pub fn apps(&self) -> impl Iterator<Item = &AppKey> {
         self.apps.keys()
@@ -527,13 +568,22 @@ impl Lifecycle {
     fn with<R>(&mut self, key: &AppKey, now: Now, act: impl FnOnce(&mut App, &mut Env<'_>) -> R) -> Option<R> {
         let app = self.apps.get_mut(key)?;
         let rules = self.own_rules.get(&key.service).unwrap_or(&self.rules);
-        Some(act(app, &mut Env { key, rules, ending: self.ending, now, out: &mut self.out }))
+        let before = app.outward();
+        let result = act(app, &mut Env { key, rules, ending: self.ending, now, out: &mut self.out });
+        if app.outward() != before {
+            self.changed.insert(key.clone());
+        }
+        Some(result)
     }
 
     fn each(&mut self, now: Now, mut act: impl FnMut(&mut App, &mut Env<'_>)) {
         for (key, app) in &mut self.apps {
             let rules = self.own_rules.get(&key.service).unwrap_or(&self.rules);
+            let before = app.outward();
             act(app, &mut Env { key, rules, ending: self.ending, now, out: &mut self.out });
+            if app.outward() != before {
+                self.changed.insert(key.clone());
+            }
         }
     }
 

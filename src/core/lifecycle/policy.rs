@@ -51,6 +51,8 @@ pub(super) struct Snapshot<'a> {
     pub(super) awake_after: Option<(Priority, Duration)>,
     /// A message waits for it.
     pub(super) pending: bool,
+    /// What else waits for it, where it is no message.
+    pub(super) cause: Option<&'a str>,
     /// Who asked to freeze it by hand, as long as that stands.
     pub(super) by_hand: Option<&'a str>,
     pub(super) baseline: Baseline,
@@ -276,7 +278,7 @@ fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
         return run("Night Porter is ending");
     }
     if app.pending && app.hold != Hold::Running {
-        return run(MESSAGE);
+        return run(app.cause.unwrap_or(MESSAGE).to_owned());
     }
     if let Process::Untouchable(reason) = app.process {
         return run(reason.to_owned());
@@ -298,7 +300,8 @@ fn why_run(app: &Snapshot<'_>, now: Instant) -> Option<Run> {
         return run(reason.to_owned());
     }
     if app.pending {
-        return Some(Run { reason: MESSAGE.into(), until: None, told: freeze_due(app).is_some_and(|due| due <= now) });
+        let reason = app.cause.unwrap_or(MESSAGE).to_owned().into();
+        return Some(Run { reason, until: None, told: freeze_due(app).is_some_and(|due| due <= now) });
     }
     match app.awake_until {
         Some(until) if app.by_hand.is_none() && now < until => {
@@ -524,6 +527,7 @@ mod tests {
             awake_until: None,
             awake_after: None,
             pending: false,
+            cause: None,
             vetoes: &[],
             exempt: None,
             leased: None,

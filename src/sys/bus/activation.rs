@@ -36,9 +36,14 @@ pub(in crate::sys) fn find(bus: Bus, name: &str) -> Option<ServiceFile> {
 
 /// The service file of `name` on another user's session bus. To be called with that user's rights.
 pub(in crate::sys) fn find_of(user: &User, name: &str) -> Option<ServiceFile> {
+    services(shares_of_user(user)).iter().find_map(|directory| find_in(directory, name))
+}
+
+/// Where another user's shared files are, most important first. To be called with that user's rights.
+pub(super) fn shares_of_user(user: &User) -> Vec<PathBuf> {
     // The password database may be asked over the network; this thread may wait for it.
     let home = nix::unistd::User::from_uid(user.uid.into()).ok().flatten().map(|user| user.dir);
-    services(shares_of(user, home.as_deref())).iter().find_map(|directory| find_in(directory, name))
+    shares_of(user, home.as_deref())
 }
 
 fn find_in(directory: &Path, name: &str) -> Option<ServiceFile> {
@@ -85,7 +90,7 @@ fn parse(text: &str, name: &str) -> Option<ServiceFile> {
 }
 
 /// Splits as a POSIX shell would, without any expansion, as the bus itself does. `None` for an open quote.
-fn split_words(text: &str) -> Option<Vec<String>> {
+pub(super) fn split_words(text: &str) -> Option<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut chars = text.chars();
@@ -153,7 +158,7 @@ fn shares_of(user: &User, home: Option<&Path>) -> Vec<PathBuf> {
 }
 
 /// `$XDG_RUNTIME_DIR`, `$XDG_DATA_HOME` and `$XDG_DATA_DIRS` with their defaults (XDG base directory specification).
-fn own_shares(variable: impl Fn(&str) -> Option<String>) -> Vec<PathBuf> {
+pub(super) fn own_shares(variable: impl Fn(&str) -> Option<String>) -> Vec<PathBuf> {
     let mut shares: Vec<PathBuf> = variable("XDG_RUNTIME_DIR").into_iter().map(PathBuf::from).collect();
     let data_home = variable("XDG_DATA_HOME").map(PathBuf::from);
     shares.extend(data_home.or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local/share"))));
@@ -163,7 +168,7 @@ fn own_shares(variable: impl Fn(&str) -> Option<String>) -> Vec<PathBuf> {
 }
 
 /// A regular file's text. Anything else under that name (a FIFO that would block us) counts as absent.
-fn read(path: &Path) -> Option<String> {
+pub(super) fn read(path: &Path) -> Option<String> {
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = fs::OpenOptions::new().read(true).custom_flags(i32::try_from(flags.bits()).ok()?).open(path).ok()?;
     if !file.metadata().ok()?.is_file() {

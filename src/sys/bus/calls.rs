@@ -16,6 +16,7 @@ use super::{
     polkit::Authority,
     process::{self, Identity, Purpose},
     request::{self, About, Answer, Call, Fault, INVALID_ARGS, LIMITS_EXCEEDED, Wording},
+    transfers::Handed,
     wire::{Pending, Response, Wire},
 };
 use crate::{
@@ -219,6 +220,16 @@ impl Calls {
         word(wire, &message, wording, reply);
     }
 
+    /// The loop answers with a file.
+    pub(super) fn hand(&mut self, wire: &mut Wire, handed: Handed) {
+        let Some(asked) = self.asked.remove(&handed.call.0) else {
+            Handed::outcome(handed.id, handed.collected, false).into_iter().for_each(|incoming| wire.tell(incoming));
+            return;
+        };
+        self.done(&asked);
+        wire.hand(asked.message, handed);
+    }
+
     /// The loop wants to know what polkit says before it answers.
     fn authorize(
         &mut self,
@@ -308,6 +319,7 @@ impl Calls {
                 pid: identity.pid,
                 app_id: identity.app_id.clone(),
                 sandboxed: identity.sandboxed,
+                networked: identity.networked,
                 owns_service,
                 authorization: Authorization::NotAsked,
             };
@@ -392,6 +404,7 @@ fn word(wire: &mut Wire, call: &Message, wording: Wording, answer: Reply) {
         (Reply::Done, Wording::Empty | Wording::SetProvider) => reply(wire, call, &()),
         (Reply::Done, Wording::EmptyDict) => reply(wire, call, &HashMap::<&str, zbus::Variant<'_>>::new()),
         (Reply::Lease(lease), Wording::Lease) => wire.lease(call, lease),
+        (Reply::Transfer(id), Wording::Transfer) => reply(wire, call, &id.0),
         // `Authorize` does not come here.
         (answer, wording) => {
             log::error!("a reply {answer:?} does not fit a call that wants {wording:?}");

@@ -12,6 +12,7 @@ use crate::{
     event::{Authorization, Privilege, Query, Request},
     model::Bus,
     sys::inbox::Process,
+    transfer::TransferRequest,
 };
 
 /// Questions about one caller at most.
@@ -125,11 +126,16 @@ impl<C> Checks<C> {
 fn details(request: &Request) -> std::collections::HashMap<&'static str, String> {
     let detail = match request {
         Request::Query(
-            Query::Show(service) | Query::Why(service) | Query::Endpoints(service) | Query::Leases(Some(service)),
+            Query::Show(service)
+            | Query::Why(service)
+            | Query::Endpoints(service)
+            | Query::Leases(Some(service))
+            | Query::Transfers(Some(service)),
         )
         | Request::Move { service: Some(service), .. }
         | Request::Command { service, .. } => Some(("service", service.to_string())),
         Request::ForgetUser(uid) => Some(("uid", uid.to_string())),
+        Request::Transfer(TransferRequest::Cancel(id)) => Some(("transfer", id.0.to_string())),
         Request::EndLease(lease) => Some(("lease", lease.0.to_string())),
         _ => None,
     };

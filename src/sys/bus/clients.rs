@@ -1,16 +1,19 @@
 //! Calls to apps that listen (`org.nightporter1.Client`): to the connection that is meant, and never starting anything.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     time::Duration,
 };
 
 use zbus::{Message, message::Flags};
 
-use super::wire::{Pending, Response, Wire};
+use super::{
+    deliver,
+    wire::{Pending, Response, Wire},
+};
 use crate::{
     action::ClientCall,
-    event::{BusEvent, NoticeTicket},
+    event::{BusEvent, CallOutcome, NoticeTicket, TransferTicket},
     model::{AppKey, Owner},
 };
 
@@ -23,6 +26,8 @@ pub(super) struct Clients {
     /// Who has not answered the notice it was given last, with that notice. The bus keeps a place for every reply that is
     /// still to come, 128 on a system bus, so there is one for each app at most.
     open: HashMap<AppKey, (Owner, NoticeTicket)>,
+    /// One for each app at most: the core waits for an answer before the next.
+    transfers: HashSet<TransferTicket>,
 }
 
 impl Clients {
@@ -30,10 +35,34 @@ impl Clients {
     pub(super) fn call(&mut self, wire: &mut Wire, app: AppKey, owner: Owner, call: ClientCall) {
         match call {
             ClientCall::WillSuspend { ticket, within } => self.notify(wire, app, owner, ticket, within),
+            ClientCall::TransferDone { ticket, id, status, text } => {
+                let text = text.replace('\0', "");
+                match done(&owner, &(id.0, status, text.as_str())) {
+                    Ok(message) => {
+                        wire.call(owner.0, message, Pending::Transfer(ticket));
+                        self.transfers.insert(ticket);
+                    }
+                    Err(error) => {
+                        let outcome = CallOutcome::NotSent(format!("cannot make the message: {error}"));
+                        wire.event(BusEvent::TransferTold(ticket, outcome));
+                    }
+                }
+            }
             ClientCall::Resumed { frozen } => match message(&owner, true, "Resumed", frozen) {
                 Ok(message) => wire.send(message),
                 Err(error) => log::error!("cannot make a call of Resumed: {error}"),
             },
+        }
+    }
+
+    /// The app answered `TransferDone`, or the bus did for one that is gone.
+    pub(super) fn told(&mut self, wire: &Wire, ticket: TransferTicket, response: Response) {
+        if self.transfers.remove(&ticket) {
+            let outcome = match response {
+                Ok(_) => CallOutcome::Accepted,
+                Err(failure) => deliver::outcome(&failure),
+            };
+            wire.event(BusEvent::TransferTold(ticket, outcome));
         }
     }
 
@@ -74,7 +103,15 @@ impl Clients {
         for (app, (_, ticket)) in self.open {
             wire.event(BusEvent::Prepared(app, ticket));
         }
+        for ticket in self.transfers {
+            wire.event(BusEvent::TransferTold(ticket, CallOutcome::Vanished));
+        }
     }
+}
+
+fn done(owner: &Owner, arguments: &(u64, &str, &str)) -> zbus::Result<Message> {
+    let call = Message::method_call(PATH, "TransferDone").destination(&*owner.0).interface(INTERFACE);
+    call.with_flags(Flags::NO_AUTO_START).build(arguments)
 }
 
 /// `t`: milliseconds.

@@ -151,7 +151,7 @@ fn remember(owners: &mut HashSet<Owner>, owner: &Owner) {
     owners.insert(owner.clone());
 }
 
-fn outcome(failure: &Failure) -> CallOutcome {
+pub(super) fn outcome(failure: &Failure) -> CallOutcome {
     const GONE: [&str; 4] = [
         "org.freedesktop.DBus.Error.ServiceUnknown",
         "org.freedesktop.DBus.Error.NameHasNoOwner",

@@ -14,6 +14,7 @@ pub(super) const NAMES: [&str; 2] = ["org.unifiedpush.Distributor.nightporter", 
 pub(super) const DISTRIBUTOR1: &str = "org.unifiedpush.Distributor1";
 pub(super) const DISTRIBUTOR2: &str = "org.unifiedpush.Distributor2";
 pub(super) const APP: &str = "org.nightporter1.App";
+pub(super) const TRANSFERS: &str = "org.nightporter1.Transfers";
 pub(super) const MANAGER: &str = "org.nightporter1.Manager";
 pub(super) const MANAGEMENT: &str = "org.kde.kunifiedpush.Management";
 pub(super) const INTROSPECTABLE: &str = "org.freedesktop.DBus.Introspectable";
@@ -28,7 +29,7 @@ pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub(super) fn interfaces(path: &str, panel: bool) -> Option<&'static [&'static str]> {
     match path {
         DISTRIBUTOR_PATH => Some(&[DISTRIBUTOR1, DISTRIBUTOR2]),
-        NIGHTPORTER_PATH => Some(&[APP, MANAGER]),
+        NIGHTPORTER_PATH => Some(&[APP, TRANSFERS, MANAGER]),
         MANAGEMENT_PATH if panel => Some(&[MANAGEMENT]),
         "/" | "/org" | "/org/unifiedpush" => Some(&[]),
         _ => None,
@@ -40,12 +41,15 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
     match interface {
         DISTRIBUTOR1 | DISTRIBUTOR2 => &["Register", "Unregister"],
         APP => &["SetState", "SetStateOf", "Lease", "Listen", "SaveState", "RestoreState"],
+        TRANSFERS => &["Download", "Upload", "Collect", "Cancel", "List"],
         MANAGER => &[
             "Status",
             "Apps",
             "Show",
             "Why",
             "Report",
+            "History",
+            "WhatIf",
             "Log",
             "Endpoints",
             "Freeze",
@@ -55,6 +59,8 @@ pub(super) fn members(interface: &str) -> &'static [&'static str] {
             "ForgetUser",
             "Leases",
             "EndLease",
+            "Transfers",
+            "CancelTransfer",
         ],
         MANAGEMENT => &[
             "status",
@@ -161,6 +167,29 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
   <method name="SaveState"><arg name="state" type="ay" direction="in"/></method>
   <method name="RestoreState"><arg name="state" type="ay" direction="out"/></method>
 </interface>
+<interface name="org.nightporter1.Transfers">
+  <method name="Download">
+    <arg name="url" type="s" direction="in"/>
+    <arg name="headers" type="a{ss}" direction="in"/>
+    <arg name="options" type="a{sv}" direction="in"/>
+    <arg name="id" type="t" direction="out"/>
+  </method>
+  <method name="Upload">
+    <arg name="url" type="s" direction="in"/>
+    <arg name="size" type="t" direction="in"/>
+    <arg name="headers" type="a{ss}" direction="in"/>
+    <arg name="options" type="a{sv}" direction="in"/>
+    <arg name="content" type="h" direction="out"/>
+    <arg name="id" type="t" direction="out"/>
+  </method>
+  <method name="Collect">
+    <arg name="id" type="t" direction="in"/>
+    <arg name="file" type="h" direction="out"/>
+    <arg name="size" type="t" direction="out"/>
+  </method>
+  <method name="Cancel"><arg name="id" type="t" direction="in"/></method>
+  <method name="List"><arg name="json" type="s" direction="out"/></method>
+</interface>
 <interface name="org.nightporter1.Manager">
   <method name="Status"><arg name="json" type="s" direction="out"/></method>
   <method name="Apps"><arg name="json" type="s" direction="out"/></method>
@@ -173,6 +202,14 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="json" type="s" direction="out"/>
   </method>
   <method name="Report"><arg name="json" type="s" direction="out"/></method>
+  <method name="History">
+    <arg name="hours" type="u" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
+  <method name="WhatIf">
+    <arg name="hours" type="u" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
   <method name="Log">
     <arg name="after" type="t" direction="in"/>
     <arg name="json" type="s" direction="out"/>
@@ -194,6 +231,11 @@ const NIGHTPORTER_XML: &str = r#"<interface name="org.nightporter1.App">
     <arg name="json" type="s" direction="out"/>
   </method>
   <method name="EndLease"><arg name="id" type="u" direction="in"/></method>
+  <method name="Transfers">
+    <arg name="service" type="s" direction="in"/>
+    <arg name="json" type="s" direction="out"/>
+  </method>
+  <method name="CancelTransfer"><arg name="id" type="t" direction="in"/></method>
   <property name="Version" type="s" access="read">
     <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
   </property>

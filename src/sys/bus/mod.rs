@@ -7,8 +7,10 @@
 //! - `process`, `sandbox`, `unit`: from a bus name to a process, and what the kernel vouches for.
 //! - `watch`, `deliver`, `clients`, `start`, `activation`: the apps: who is there, calling them, starting them.
 //! - `leases`: the ends of the leases apps hold.
+//! - `transfers`: what apps have downloaded and uploaded for them, and the files that go to them.
 //! - `manager`: the bus's systemd: the units of the apps, what is done to them, stopping them.
 //! - `notified`: who notifies the user, while that is wanted.
+//! - `notifications`, `desktop`: notifying the user in an app's stead, and by what name users know an app.
 //! - `wire`: what waits to be written and what waits for a reply.
 
 pub(super) mod activation;
@@ -16,9 +18,11 @@ mod calls;
 mod checks;
 mod clients;
 mod deliver;
+mod desktop;
 mod interfaces;
 mod leases;
 mod manager;
+mod notifications;
 mod notified;
 mod panel;
 mod polkit;
@@ -27,6 +31,7 @@ mod request;
 mod sandbox;
 mod session;
 mod start;
+mod transfers;
 mod unit;
 mod watch;
 mod wire;
@@ -47,6 +52,7 @@ use async_channel::Receiver;
 use futures_core::Stream;
 use zruntime::{Shared, Task};
 
+pub use self::transfers::Handed;
 use self::{manager::UnitOrder, polkit::Authority, session::Way};
 use super::{
     inbox::{Incoming, Sender},
@@ -136,7 +142,7 @@ impl BusThread {
     }
 
     /// Does `action`, which must be one of `Reply`, `Watch`, `Unwatch`, `Call`, `CallClient`, `Start`, `PanelChanged`,
-    /// `EndLease`, `LeaseEnding`, `WatchNotifications`. Never blocks.
+    /// `EndLease`, `LeaseEnding`, `WatchNotifications`, `Activate`, `Notify`. Never blocks.
     pub fn perform(&self, action: Action) {
         self.send(Order::Act(action));
     }
@@ -151,6 +157,11 @@ impl BusThread {
     /// `Incoming::Sightings`. It is done by itself when the process is found. Never blocks.
     pub fn look_at_unit(&self, app: AppKey, pid: u32) {
         self.send(Order::Unit(UnitOrder::Look { app, pid }));
+    }
+
+    /// Answers a call with a file. Never blocks.
+    pub fn hand(&self, handed: Handed) {
+        self.send(Order::File(handed));
     }
 
     fn send(&self, order: Order) {
@@ -172,6 +183,7 @@ impl BusThread {
 enum Order {
     Act(Action),
     Unit(UnitOrder),
+    File(Handed),
 }
 
 enum Input {
@@ -329,7 +341,7 @@ impl Routes {
         }
         let of = |bus: Bus| self.open.values().find(|route| route.bus == bus);
         let route = match &order {
-            Order::Act(Action::Reply(CallId(call), _)) => {
+            Order::Act(Action::Reply(CallId(call), _)) | Order::File(Handed { call: CallId(call), .. }) => {
                 u16::try_from(call >> INDEX_SHIFT).ok().and_then(|index| self.open.get(&index))
             }
             Order::Act(
@@ -338,6 +350,8 @@ impl Routes {
                 | Action::Call { app: AppKey { bus, .. }, .. }
                 | Action::CallClient { app: AppKey { bus, .. }, .. }
                 | Action::Start(AppKey { bus, .. })
+                | Action::Activate { app: AppKey { bus, .. }, .. }
+                | Action::Notify(AppKey { bus, .. }, _)
                 | Action::PanelChanged(bus)
                 | Action::EndLease(bus, _)
                 | Action::LeaseEnding { bus, .. },

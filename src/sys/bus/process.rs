@@ -36,6 +36,7 @@ pub(super) struct Identity {
     pub(super) pid: u32,
     pub(super) app_id: Option<Arc<str>>,
     pub(super) sandboxed: bool,
+    pub(super) networked: bool,
 }
 
 /// Asks for the process of `owner`; ends with [`credentials`], [`user`], [`number`] or [`alive`].
@@ -144,11 +145,14 @@ pub(super) fn identify(process: &Process) -> Result<Identity, Arc<str>> {
         Sandbox::Other => (placement.app_id, true),
         Sandbox::None => (placement.app_id, placement.sandbox),
     };
+    let network = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let own = network("self");
+    let networked = own.is_some() && own == network(&process.pid.to_string());
     // All of it was read by pid: it holds only if the process behind the pidfd still has that pid.
     if has_ended(process) {
         return Err("its process ended".into());
     }
-    Ok(Identity { uid: process.uid, pid: process.pid, app_id: app_id.map(Into::into), sandboxed })
+    Ok(Identity { uid: process.uid, pid: process.pid, app_id: app_id.map(Into::into), sandboxed, networked })
 }
 
 /// A process on the session bus of user `uid`, for polkit. That bus is the user's to fake: of nobody else's process it

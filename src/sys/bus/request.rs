@@ -8,14 +8,17 @@ use zbus::{Message, Variant, message::Body, names::BusName};
 
 use super::{
     interfaces::{
-        APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGEMENT, MANAGER, PEER, PROPERTIES, VERSION, interfaces,
-        introspection, members,
+        APP, DISTRIBUTOR1, DISTRIBUTOR2, INTROSPECTABLE, MANAGEMENT, MANAGER, PEER, PROPERTIES, TRANSFERS, VERSION,
+        interfaces, introspection, members,
     },
     panel::{self, Shown},
+    transfers,
 };
 use crate::{
     event::{Claim, Command, Query, Request, STATE_MAX},
     model::{ConnectorVersion, LeaseId, LeaseKind},
+    notification::NotifyWhen,
+    transfer::{TransferId, TransferRequest},
 };
 
 /// What to do with a call.
@@ -70,6 +73,10 @@ pub(super) enum Wording {
     Panel(Shown),
     /// `(hu)`: the lease and its number.
     Lease,
+    /// `t`: the number of a transfer.
+    Transfer,
+    /// `(ht)`: a file, with a number.
+    File,
 }
 
 /// Whose service name a request is about.
@@ -133,6 +140,7 @@ pub(super) fn read(message: &Message, panel: bool) -> Result<Call, Fault> {
         DISTRIBUTOR1 => distributor1(member, &body),
         DISTRIBUTOR2 => distributor2(member, &body),
         APP => app(member, &body),
+        TRANSFERS => transfers::read(member, &body),
         MANAGER => manager(member, &body),
         MANAGEMENT => panel::read(member, &body),
         _ => Err(fault("org.freedesktop.DBus.Error.UnknownInterface", format!("no interface {interface}"))),
@@ -183,7 +191,7 @@ fn properties(own: &[&str], member: &str, body: &Body) -> Result<Answer, Fault> 
 fn distributor1(member: &str, body: &Body) -> Result<Call, Fault> {
     if member == "Register" {
         let (service, token, description) = arguments::<(&str, &str, &str)>(body)?;
-        return register(service, token, description, None, ConnectorVersion::V1, None);
+        return register(service, token, description, None, ConnectorVersion::V1, (None, None));
     }
     unregister(arguments::<&str>(body)?, ConnectorVersion::V1)
 }
@@ -200,7 +208,8 @@ fn distributor2(member: &str, body: &Body) -> Result<Call, Fault> {
         let (service, token) = (needed("service")?, needed("token")?);
         let description = text("description")?.unwrap_or_default();
         let upstream = text("org.nightporter.upstream")?;
-        return register(service, token, description, text("vapid")?, ConnectorVersion::V2, upstream);
+        let wishes = (upstream, text("org.nightporter.notify")?);
+        return register(service, token, description, text("vapid")?, ConnectorVersion::V2, wishes);
     }
     unregister(needed("token")?, ConnectorVersion::V2)
 }
@@ -211,7 +220,7 @@ fn register(
     description: &str,
     vapid: Option<&str>,
     version: ConnectorVersion,
-    upstream: Option<&str>,
+    (upstream, notify): (Option<&str>, Option<&str>),
 ) -> Result<Call, Fault> {
     check_service(service)?;
     check_token(token)?;
@@ -224,6 +233,14 @@ fn register(
     if let Some(name) = upstream {
         check_upstream(name)?;
     }
+    let notify = match notify.map(|word| (NotifyWhen::parse(word), word)) {
+        None => None,
+        Some((Some(when), _)) => Some(when),
+        Some((None, word)) => {
+            let known = "never, unstartable or always";
+            return Err(invalid(format!("\"org.nightporter.notify\" is {known}, not \"{}\"", start_of(word))));
+        }
+    };
     let service: Arc<str> = service.into();
     Ok(Call::Ask {
         about: About::Service(Arc::clone(&service)),
@@ -238,6 +255,7 @@ fn register(
             vapid: vapid.map(Into::into),
             version,
             upstream: upstream.map(Into::into),
+            notify,
         },
     })
 }
@@ -332,12 +350,25 @@ fn manager(member: &str, body: &Body) -> Result<Call, Fault> {
             (Request::Move { service, upstream: upstream.into() }, Wording::Empty)
         }
         "Log" => (Request::Query(Query::Log { after: arguments::<u64>(body)? }), Wording::Text),
+        "History" => (Request::Query(Query::History { hours: arguments::<u32>(body)? }), Wording::Text),
+        "WhatIf" => (Request::Query(Query::WhatIf { hours: arguments::<u32>(body)? }), Wording::Text),
         "Leases" => {
             let service = arguments::<&str>(body)?;
             if !service.is_empty() {
                 check_service(service)?;
             }
             (Request::Query(Query::Leases((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "Transfers" => {
+            let service = arguments::<&str>(body)?;
+            if !service.is_empty() {
+                check_service(service)?;
+            }
+            (Request::Query(Query::Transfers((!service.is_empty()).then(|| service.into()))), Wording::Text)
+        }
+        "CancelTransfer" => {
+            let id = TransferId(arguments::<u64>(body)?);
+            (Request::Transfer(TransferRequest::Cancel(id)), Wording::Empty)
         }
         "EndLease" => (Request::EndLease(LeaseId(arguments::<u32>(body)?)), Wording::Empty),
         "ForgetUser" => (Request::ForgetUser(arguments::<u32>(body)?), Wording::Empty),
@@ -496,6 +527,12 @@ mod tests {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()));
             assert_eq!((request, wording), (Request::Query(query), Wording::Text));
             assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &"x").unwrap_err().name, INVALID_ARGS);
+        }
+        for (member, query) in [("History", Query::History { hours: 24 }), ("WhatIf", Query::WhatIf { hours: 24 })] {
+            let (request, wording, about) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &24_u32));
+            assert_eq!((request, wording, about), (Request::Query(query), Wording::Text, About::Nobody));
+            assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &()).unwrap_err().name, INVALID_ARGS);
+            assert_eq!(call(NIGHTPORTER_PATH, Some(MANAGER), member, &-24_i32).unwrap_err().name, INVALID_ARGS);
         }
         for (member, command) in [("Freeze", Command::Freeze), ("Thaw", Command::Thaw), ("Kill", Command::Kill)] {
             let (request, wording, _) = asked(call(NIGHTPORTER_PATH, Some(MANAGER), member, &"org.a.B"));

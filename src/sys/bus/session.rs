@@ -23,10 +23,12 @@ use super::{
     interfaces::NAMES,
     leases::{self, Ends},
     manager::Manager,
+    notifications::Notifications,
     panel::{self, KDE_NAME},
     polkit::Authority,
     process::{self, Purpose},
     start,
+    transfers::Handed,
     watch::{self, Watches},
     wire::{BUS_NAME, Pending, Response, Wire},
 };
@@ -219,10 +221,21 @@ pub(super) fn refuse(order: Order, tell: impl FnOnce(Incoming)) {
         Order::Act(Action::CallClient { app, call: ClientCall::WillSuspend { ticket, .. }, .. }) => {
             BusEvent::Prepared(app, ticket)
         }
-        Order::Act(Action::Start(app)) => BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into())),
+        Order::Act(Action::Start(app) | Action::Activate { app, owner: None, .. }) => {
+            BusEvent::Started(app, StartOutcome::Failed("the bus is not there".into()))
+        }
         Order::Unit(order) => {
             if let Some(refusal) = order.refusal() {
                 tell(refusal);
+            }
+            return;
+        }
+        Order::Act(Action::CallClient { call: ClientCall::TransferDone { ticket, .. }, .. }) => {
+            BusEvent::TransferTold(ticket, CallOutcome::NotSent("the bus is not there".into()))
+        }
+        Order::File(handed) => {
+            if let Some(outcome) = Handed::outcome(handed.id, handed.collected, false) {
+                tell(outcome);
             }
             return;
         }
@@ -251,6 +264,7 @@ struct Session<'a> {
     clients: Clients,
     manager: Manager,
     leases: Ends,
+    notifications: Notifications,
     starts: HashMap<AppKey, Task<(), zruntime::Shared>>,
     startable: HashMap<AppKey, Task<(), zruntime::Shared>>,
     // Pinned once and for all, to be polled as it is.
@@ -304,6 +318,7 @@ impl<'a> Session<'a> {
             clients: Clients::default(),
             manager: Manager::default(),
             leases: Ends::default(),
+            notifications: Notifications::default(),
             starts: HashMap::new(),
             _signs,
             startable: HashMap::new(),
@@ -323,6 +338,9 @@ impl<'a> Session<'a> {
         let mut orders_first = false;
         loop {
             self.tell_panel();
+            if let Err(error) = self.hand_out_files().await {
+                return self.lost(format!("the connection broke: {error}"));
+            }
             if let Err(error) = self.hand_out_leases().await {
                 return self.lost(format!("the connection broke: {error}"));
             }
@@ -387,7 +405,34 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    async fn hand_out_files(&mut self) -> zbus::Result<()> {
+        for (call, Handed { id, file, collected, .. }) in self.wire.drain_files() {
+            let answer = file.and_then(|(file, number)| match calls::wants_reply(&call) {
+                true => Handed::answer(file, number, &call),
+                false => Err("nobody takes it".into()),
+            });
+            let failed = match answer {
+                Ok(answer) => match self.connection.send(&answer).await {
+                    Ok(()) => None,
+                    Err(zbus::Error::Unsupported) => Some("this bus does not pass file descriptors".into()),
+                    Err(error) => return Err(error),
+                },
+                Err(text) => Some(text),
+            };
+            Handed::outcome(id, collected, failed.is_none()).into_iter().for_each(|incoming| self.wire.tell(incoming));
+            if let Some(failed) = failed {
+                let text = format!("no file can be given: {failed}");
+                calls::reply_error(&mut self.wire, &call, "org.freedesktop.DBus.Error.Failed", &text);
+            }
+        }
+        Ok(())
+    }
+
     async fn say_last_words(&mut self) {
+        if let Ok(runtime) = SharedRuntime::current() {
+            // Nobody could be asked about them any more.
+            let _ = runtime.timeout(LAST_WORDS, self.notifications.close()).await;
+        }
         let out = self.wire.drain();
         let sent = self.connection.send_all(&out);
         let sent = match SharedRuntime::current() {
@@ -420,6 +465,7 @@ impl<'a> Session<'a> {
         let action = match order {
             Order::Act(action) => action,
             Order::Unit(order) => return self.manager.order(&mut self.wire, order),
+            Order::File(handed) => return self.calls.hand(&mut self.wire, handed),
         };
         match action {
             Action::Reply(call, reply) => {
@@ -438,7 +484,15 @@ impl<'a> Session<'a> {
                 self.deliveries.call(&mut self.wire, ticket, app, owner, version, call);
             }
             Action::CallClient { app, owner, call } => self.clients.call(&mut self.wire, app, owner, call),
-            Action::Start(app) => self.start(app),
+            Action::Start(app) => self.start(app, None),
+            Action::Activate { app, owner: None, token } => self.start(app, Some(token)),
+            Action::Activate { app, owner: Some(owner), token } => {
+                start::present(&mut self.wire, &app, &owner.0, token.as_deref());
+            }
+            Action::Notify(app, order) => {
+                let Lasting { way, inbox, .. } = &*self.lasting;
+                self.notifications.order(app, order, &self.connection, way, inbox);
+            }
             Action::PanelChanged(_) => self.panel.changed = true,
             Action::EndLease(_, lease) => self.leases.close(lease),
             Action::LeaseEnding { .. } => {
@@ -450,7 +504,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn start(&mut self, app: AppKey) {
+    /// With `shown` because the user wants to see it, by the activation token if there is one.
+    fn start(&mut self, app: AppKey, shown: Option<Option<Arc<str>>>) {
         self.starts.retain(|_, task| !task.is_finished());
         if self.starts.contains_key(&app) {
             return;
@@ -458,7 +513,10 @@ impl<'a> Session<'a> {
         let (connection, inbox, starting) = (self.connection.clone(), self.lasting.inbox.clone(), app.clone());
         let way = self.lasting.way.clone();
         let task = zruntime::spawn(async move {
-            let outcome = start::start(connection, way, starting.clone()).await;
+            let outcome = match shown {
+                None => start::start(connection, way, starting.clone()).await,
+                Some(token) => start::start_shown(connection, way, starting.clone(), token).await,
+            };
             let _ = inbox.send(Incoming::Event(Event::Bus(BusEvent::Started(starting, outcome))));
         });
         self.starts.insert(app, task);
@@ -548,6 +606,7 @@ impl<'a> Session<'a> {
             }
             Pending::Delivery(number) => self.deliveries.answered(&mut self.wire, number, response),
             Pending::Ping(number) => self.deliveries.pinged(&mut self.wire, number, response),
+            Pending::Transfer(ticket) => self.clients.told(&self.wire, ticket, response),
             Pending::Notice(app, ticket) => self.clients.answered(&self.wire, app, ticket, response),
             Pending::Manager(asked) => self.manager.answered(&mut self.wire, asked, response),
         }

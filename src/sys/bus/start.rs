@@ -3,6 +3,7 @@
 //! frozen.
 
 use std::{
+    collections::HashMap,
     future::{Future, poll_fn},
     pin::pin,
     sync::Arc,
@@ -11,15 +12,19 @@ use std::{
 
 use futures_core::Stream;
 use serde::Serialize;
-use zbus::{Connection, DynamicType, MatchRule, Message, MessageStream, OwnedObjectPath, Variant, message::Type};
+use zbus::{
+    Connection, DynamicType, MatchRule, Message, MessageStream, OwnedObjectPath, Variant,
+    message::{Flags, Type},
+};
 use zruntime::SharedRuntime;
 
 use super::{
     activation::{self, ServiceFile},
+    desktop,
     manager::{MANAGER, PATH, SYSTEMD},
     session::Way,
     unit,
-    wire::BUS_NAME,
+    wire::{BUS_NAME, Wire},
 };
 use crate::{
     event::StartOutcome,
@@ -49,6 +54,93 @@ pub(super) async fn start(connection: Connection, way: Way, app: AppKey) -> Star
         Err(_) if has_owner(&connection, &app.service).await => StartOutcome::Started,
         Err(_) => StartOutcome::Failed(format!("it did not come up within {} s", LIMIT.as_secs())),
     }
+}
+
+/// Starts the app because the user wants to see it, and has it show itself: by its D-Bus service, or else by the command of its
+/// desktop file, in a unit of its own.
+pub(super) async fn start_shown(
+    connection: Connection,
+    way: Way,
+    app: AppKey,
+    token: Option<Arc<str>>,
+) -> StartOutcome {
+    match start(connection.clone(), way.clone(), app.clone()).await {
+        StartOutcome::Started => {
+            let message = presentation(&app, &app.service, token.as_deref());
+            if let Some(message) = message {
+                let _ = connection.send(&message).await;
+            }
+            StartOutcome::Started
+        }
+        StartOutcome::Failed(text) => StartOutcome::Failed(text),
+        StartOutcome::NotActivatable => {
+            let file = desktop::find(&way, &app, "").await.filter(|file| !file.exec.is_empty());
+            let Some(file) = file else { return StartOutcome::NotActivatable };
+            if !has_owner(&connection, SYSTEMD).await {
+                return StartOutcome::Failed("without systemd its desktop file cannot be carried out".into());
+            }
+            let launch = launch(&connection, &app, &file.exec, token.as_deref());
+            match SharedRuntime::current() {
+                Ok(runtime) => runtime.timeout(LIMIT, launch).await.unwrap_or_else(|_| {
+                    StartOutcome::Failed(format!("systemd did not start it within {} s", LIMIT.as_secs()))
+                }),
+                Err(error) => StartOutcome::Failed(format!("no runtime: {error}")),
+            }
+        }
+    }
+}
+
+/// Has an app that runs come to the front, if it can be asked to (Desktop Entry Specification, "D-Bus Activation").
+pub(super) fn present(wire: &mut Wire, app: &AppKey, owner: &str, token: Option<&str>) {
+    if let Some(message) = presentation(app, owner, token) {
+        wire.send(message);
+    }
+}
+
+fn presentation(app: &AppKey, owner: &str, token: Option<&str>) -> Option<Message> {
+    if app.is_unique_name() {
+        return None;
+    }
+    let path = format!("/{}", app.service.replace('.', "/").replace('-', "_"));
+    let mut platform: HashMap<&str, Variant<'_>> = HashMap::new();
+    if let Some(token) = token {
+        // GTK 3 knows it by the older name.
+        platform.insert("activation-token", Variant::from(token));
+        platform.insert("desktop-startup-id", Variant::from(token));
+    }
+    let message = Message::method_call(path.as_str(), "Activate")
+        .destination(owner)
+        .interface("org.freedesktop.Application")
+        .with_flags(Flags::NO_REPLY_EXPECTED | Flags::NO_AUTO_START)
+        .build(&platform);
+    message.inspect_err(|error| log::debug!("{app}: it cannot be asked to show itself: {error}")).ok()
+}
+
+async fn launch(connection: &Connection, app: &AppKey, exec: &[String], token: Option<&str>) -> StartOutcome {
+    let mut random = [0; 4];
+    if let Err(error) = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()) {
+        return StartOutcome::Failed(format!("no random number for the unit's name: {error}"));
+    }
+    let Some((unit, program)) = unit::unit_for(&app.service, u32::from_ne_bytes(random)).zip(exec.first()) else {
+        return StartOutcome::NotActivatable;
+    };
+    let words: Vec<String> = exec.iter().map(|word| word.replace('$', "$$")).collect();
+    let environment: Vec<String> = token
+        .into_iter()
+        .flat_map(|token| [format!("XDG_ACTIVATION_TOKEN={token}"), format!("DESKTOP_STARTUP_ID={token}")])
+        .collect();
+    let properties = vec![
+        ("Description", Variant::from(format!("{app}, started by Night Porter for the user"))),
+        ("ExecStart", Variant::from(vec![(program.clone(), words, false)])),
+        ("Type", Variant::from("exec")),
+        ("CollectMode", Variant::from("inactive-or-failed")),
+        ("Environment", Variant::from(environment)),
+        ("Slice", Variant::from("app.slice")),
+    ];
+    let none: Vec<(&str, Vec<(&str, Variant<'_>)>)> = Vec::new();
+    let outcome = run_job(connection, &unit, "StartTransientUnit", &(unit.as_str(), "fail", properties, none)).await;
+    let denied = || StartOutcome::Failed("systemd does not let us start it".into());
+    ended(connection, app, &unit, outcome).await.unwrap_or_else(denied)
 }
 
 /// Whether anything says how to start the app: the bus, or a service file it has not read yet. `None` when that cannot be

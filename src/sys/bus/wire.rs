@@ -8,9 +8,9 @@ use std::{collections::HashMap, num::NonZeroU32, sync::Arc};
 use serde::Serialize;
 use zbus::{DynamicType, Message, message::Type};
 
-use super::{manager::Asked, process::Purpose};
+use super::{manager::Asked, process::Purpose, transfers::Handed};
 use crate::{
-    event::{BusEvent, Event, NoticeTicket},
+    event::{BusEvent, Event, NoticeTicket, TransferTicket},
     model::{AppKey, Bus, LeaseId},
     sys::inbox::{Incoming, Process, Sender},
 };
@@ -28,6 +28,8 @@ pub(super) struct Wire {
     out: Vec<Message>,
     /// Leases to hand out, each with the call that asked for it.
     leases: Vec<(Message, LeaseId)>,
+    /// Files to hand out, each with the call that asked for it.
+    files: Vec<(Message, Handed)>,
     // As many as the core has deliveries and watches, plus one per waiting caller.
     pending: HashMap<NonZeroU32, (Arc<str>, Pending)>,
 }
@@ -60,6 +62,8 @@ pub(super) enum Pending {
     Ping(u64),
     /// WillSuspend, by app and ticket.
     Notice(AppKey, NoticeTicket),
+    /// TransferDone.
+    Transfer(TransferTicket),
     /// Something about systemd.
     Manager(Asked),
 }
@@ -86,7 +90,7 @@ impl std::fmt::Display for Failure {
 
 impl Wire {
     pub(super) fn new(bus: Bus, inbox: Sender, takes_fds: bool) -> Self {
-        Self { bus, takes_fds, inbox, out: Vec::new(), leases: Vec::new(), pending: HashMap::new() }
+        Self { bus, takes_fds, inbox, out: Vec::new(), leases: Vec::new(), files: Vec::new(), pending: HashMap::new() }
     }
 
     /// Tells the loop.
@@ -133,6 +137,16 @@ impl Wire {
     /// The leases that wait to be handed out.
     pub(super) fn drain_leases(&mut self) -> Vec<(Message, LeaseId)> {
         std::mem::take(&mut self.leases)
+    }
+
+    /// Hands out a file as the reply to `call`.
+    pub(super) fn hand(&mut self, call: Message, handed: Handed) {
+        self.files.push((call, handed));
+    }
+
+    /// The files that wait to be handed out.
+    pub(super) fn drain_files(&mut self) -> Vec<(Message, Handed)> {
+        std::mem::take(&mut self.files)
     }
 
     /// Does not wait for a reply any more.

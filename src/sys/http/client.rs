@@ -156,7 +156,7 @@ pub(in crate::sys) fn home(upstream: &UpstreamSettings) -> Option<Origin> {
 }
 
 /// Where a redirect leads to; `None` when it is none, or leads nowhere that can be told.
-fn redirect(from: &Uri, status: StatusCode, headers: &HeaderMap) -> Option<Uri> {
+pub(in crate::sys) fn redirect(from: &Uri, status: StatusCode, headers: &HeaderMap) -> Option<Uri> {
     if !matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308) {
         return None;
     }
@@ -177,7 +177,7 @@ fn redirect(from: &Uri, status: StatusCode, headers: &HeaderMap) -> Option<Uri> 
     absolute.split('#').next()?.parse().ok()
 }
 
-fn describe(error: Error, proxy: Option<&ProxyServer>) -> String {
+pub(in crate::sys) fn describe(error: Error, proxy: Option<&ProxyServer>) -> String {
     match error {
         Error::Rustls(error) => tls::describe(&error),
         Error::Io(error) => tls::tls_error(&error).map_or_else(|| error.to_string(), tls::describe),

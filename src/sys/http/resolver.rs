@@ -26,7 +26,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 /// Puts the address first that connects first (Happy Eyeballs), where there are two families to choose from.
 #[derive(Debug, Default)]
-pub(super) struct Eyeballs {
+pub(in crate::sys) struct Eyeballs {
     plain: DefaultResolver,
 }
 

@@ -7,6 +7,7 @@
 //! (design.md, invariants 3, 4 and 5).
 
 mod cgroup;
+mod connections;
 mod hold;
 mod home;
 mod inspect;
@@ -15,6 +16,7 @@ mod look;
 mod measure;
 mod oom;
 mod open_files;
+mod own;
 mod page_out;
 mod procfs;
 mod record;
@@ -22,7 +24,10 @@ mod role;
 mod target;
 mod targets;
 mod whose;
+mod zram;
 
+pub use cgroup::mount as cgroup_mount;
 pub(in crate::sys) use cgroup::parse_mountinfo;
+pub use page_out::{Paged, page_out_now};
 pub use record::{ThawReport, thaw_leftovers};
 pub use targets::{Options, ProcessError, Targets, UnitOf};

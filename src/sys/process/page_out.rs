@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     os::fd::{AsRawFd, OwnedFd},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,10 +14,11 @@ use sysinfo::{MemoryRefreshKind, System};
 
 use super::{
     cgroup::{Cgroup, number},
-    measure::{Scope, Zram},
-    procfs::{Member, is_gone},
+    measure::{Batch, Scope, Seen},
+    procfs::{Member, ProcDir, is_gone},
+    zram::{self, Crowd},
 };
-use crate::{event::Outcome, model::ZramSource, sys::clock};
+use crate::{event::Outcome, sys::clock};
 
 /// Per call to the kernel: tens of milliseconds of work on a slow phone.
 const CHUNK: u64 = 16 * 1024 * 1024;
@@ -53,14 +55,40 @@ pub(super) fn is_possible(cgroup: Option<&Cgroup>) -> bool {
     swap().is_some_and(|swap| swap.total > 0) && (cgroup.is_some_and(has_reclaim) || has_capability(CAP_SYS_NICE))
 }
 
-/// Pages `scope` out and measures it before and after. Blocks; never call it on the loop.
-pub(super) fn run(scope: &Scope, ticket: &Ticket) -> Outcome {
-    let outcome = page_out(scope, ticket).unwrap_or_else(Outcome::PageOutFailed);
+/// Pages `scope` out and measures it and zram before and after. Blocks; never call it on the loop.
+pub(super) fn run(scope: &Scope, ticket: &Ticket, crowd: &Crowd) -> Outcome {
+    let outcome = page_out(scope, ticket, crowd).unwrap_or_else(Outcome::PageOutFailed);
     ticket.done.store(true, Ordering::Release);
     outcome
 }
 
-fn page_out(scope: &Scope, ticket: &Ticket) -> Result<Outcome, Arc<str>> {
+/// What a page-out has done, in KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Paged {
+    /// PSS before less PSS after.
+    pub freed: u64,
+    /// Growth of what zram really uses.
+    pub zram: u64,
+}
+
+/// Pages out a process and all below it, or what is in its cgroup, just as the daemon does with a frozen app. For
+/// experiments: what it is done to must be held still, and it blocks.
+///
+/// # Errors
+/// As a sentence part: without swap, or a way to move memory there.
+pub fn page_out_now(pid: u32, cgroup: Option<&Path>) -> Result<Paged, Arc<str>> {
+    let stat = ProcDir::open(pid).and_then(|dir| dir.stat()).map_err(|_| "its process has ended")?;
+    let cgroup = cgroup.map(Cgroup::open).transpose().map_err(|error| format!("its cgroup: {error}"))?;
+    if !is_possible(cgroup.as_ref()) {
+        return Err("this machine has no swap, or no way to move an app's memory there".into());
+    }
+    match page_out(&Scope { main: Member::of(&stat), cgroup }, &Ticket::default(), &Crowd::default())? {
+        Outcome::PagedOut { freed, zram, .. } => Ok(Paged { freed, zram }),
+        _ => Ok(Paged::default()),
+    }
+}
+
+fn page_out(scope: &Scope, ticket: &Ticket, crowd: &Crowd) -> Result<Outcome, Arc<str>> {
     match swap() {
         None => return Err("whether there is swap cannot be read".into()),
         Some(Swap { total: 0, .. }) => return Err("there is no swap".into()),
@@ -69,20 +97,25 @@ fn page_out(scope: &Scope, ticket: &Ticket) -> Result<Outcome, Arc<str>> {
     }
     ticket.go_on()?;
     let since = clock::boot();
-    let (before, zram_before) = (scope.measure()?, Zram::now());
+    let turn = crowd.enter();
+    let ((before, charged_before), zram_before) = (Batch::default().memory(scope)?, zram::now());
     match scope.cgroup.as_ref().filter(|cgroup| has_reclaim(cgroup)) {
         Some(cgroup) => reclaim(cgroup, ticket)?,
         None => {
-            for member in scope.members()? {
+            for member in Batch::default().members(scope)?.0.into_iter().filter_map(Seen::member) {
                 madvise(member, ticket)?;
             }
         }
     }
-    let (after, zram_after) = (scope.measure()?, Zram::now());
+    let (zram_after, (after, charged_after)) = (zram::now(), Batch::default().memory(scope)?);
+    // By the account of its cgroup, which knows its shared memory, or by that of its processes, which knows what was still
+    // in swap from before and costs again now that it is in memory no more.
+    let swapped = after.swap.saturating_sub(before.swap).max(charged_after.saturating_sub(charged_before));
+    let (zram, source) = zram::cost(zram_before, zram_after, swapped, turn.is_alone());
     Ok(Outcome::PagedOut {
         freed: before.pss.saturating_sub(after.pss),
-        zram: zram_after.used.saturating_sub(zram_before.used),
-        source: ZramSource::Measured,
+        zram,
+        source,
         took: clock::boot().since(since),
     })
 }

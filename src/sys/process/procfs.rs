@@ -2,9 +2,10 @@
 
 use std::{
     collections::HashMap,
+    ffi::CString,
     fs::{self, File},
     io::{self, Read},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -34,6 +35,10 @@ pub(super) struct Stat {
     /// Zero without a controlling terminal.
     pub(super) terminal: i64,
     pub(super) flags: u64,
+    /// Of its own and of its children that it has waited for.
+    pub(super) major_faults: u64,
+    /// Processor time of its children that it has waited for, in clock ticks.
+    pub(super) waited: u64,
     pub(super) threads: u64,
     /// Clock ticks between boot and the start of the process.
     pub(super) start: u64,
@@ -52,6 +57,7 @@ impl Stat {
         let field = |number: usize| fields.get(number - 3).copied();
         let mut state = field(3)?.chars();
         let (Some(state), None) = (state.next(), state.next()) else { return None };
+        let sum = |a: &str, b: &str| a.parse::<u64>().ok()?.checked_add(b.parse().ok()?);
         Some(Self {
             pid,
             comm,
@@ -60,6 +66,8 @@ impl Stat {
             session: field(6)?.parse().ok()?,
             terminal: field(7)?.parse().ok()?,
             flags: field(9)?.parse().ok()?,
+            major_faults: sum(field(12)?, field(13)?)?,
+            waited: sum(field(16)?, field(17)?)?,
             threads: field(20)?.parse().ok()?,
             start: field(22)?.parse().ok()?,
         })
@@ -99,6 +107,11 @@ impl ProcDir {
         read_text(File::from(fd))
     }
 
+    /// What a link below the directory says.
+    pub(super) fn link(&self, name: &str) -> io::Result<CString> {
+        Ok(readlinkat(&self.fd, name, Vec::new())?)
+    }
+
     /// Never faults a page of the process in: the kernel makes it from its own records.
     pub(super) fn stat(&self) -> io::Result<Stat> {
         Stat::parse(&self.read("stat")?).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
@@ -128,6 +141,12 @@ impl ProcDir {
             return Ok(vec![self.stat()?]);
         }
         Ok(tasks.into_iter().filter_map(|task| Stat::parse(&self.read(&format!("task/{task}/stat")).ok()?)).collect())
+    }
+}
+
+impl AsFd for ProcDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
@@ -307,13 +326,14 @@ fn pids_in(dir: &OwnedFd) -> io::Result<Vec<u32>> {
 mod tests {
     use super::*;
 
-    const TAIL: &str = "1 7 7 34816 7 4194304 1 0 0 0 1 2 0 0 20 0 3 0 160231 5681152 322 18446744073709551615";
+    const TAIL: &str = "1 7 7 34816 7 4194304 1 0 5 6 1 2 3 4 20 0 3 0 160231 5681152 322 18446744073709551615";
 
     #[test]
     fn a_stat_line_is_read() {
         let stat = Stat::parse(&format!("7 (sh) S {TAIL}\n")).unwrap();
         assert_eq!((stat.pid, stat.comm.as_str(), stat.state, stat.parent), (7, "sh", 'S', 1));
         assert_eq!((stat.session, stat.terminal, stat.start), (7, 34816, 160_231));
+        assert_eq!((stat.major_faults, stat.waited), (11, 7));
         assert!(!stat.is_kernel_thread() && !stat.is_dead());
         let first_thread_ended = Stat { state: 'Z', ..stat.clone() };
         assert!(!first_thread_ended.is_dead());

@@ -309,6 +309,8 @@ mod tests {
             session: 60,
             terminal: 0,
             flags: 0x0040_0000,
+            major_faults: 0,
+            waited: 0,
             threads: 1,
             start: 1,
         }

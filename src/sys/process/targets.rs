@@ -1,12 +1,12 @@
 //! All targets: the door the loop uses.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs, io,
     os::fd::AsRawFd,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -18,13 +18,15 @@ use super::{
     cgroup::Cgroup,
     home::{Home, World, remove},
     look::{Looker, Seen},
-    measure,
+    measure::{Batch, Scope},
     oom::Oom,
+    own,
     page_out::{self, Ticket},
     procfs::{Member, ProcDir, parse_uids},
     record::{Record, thaw_leftovers},
     target::{Context, Look, Phase, Target, has_ended, kill_all},
     whose::whose,
+    zram::{self, Crowd},
 };
 use crate::{
     event::{Event, Outcome},
@@ -39,6 +41,11 @@ use crate::{
 
 /// Targets at most.
 const MAX_TARGETS: usize = 4096;
+
+/// Apps measured with one look at what they share, which is a little old by the last of them.
+const BATCH: usize = 64;
+/// Measurements waiting at most: the core asks for one of each app at a time.
+const MAX_SAMPLES: usize = 2 * MAX_TARGETS;
 
 /// After a kill, until its cgroup is removed.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -108,6 +115,8 @@ pub struct Targets {
     first_token: usize,
     sender: Sender,
     jobs: Jobs,
+    samples: Arc<Mutex<Samples>>,
+    page_outs: Arc<Crowd>,
     world: Arc<World>,
     looker: Looker,
     record: Record,
@@ -122,6 +131,13 @@ pub struct Targets {
     /// What was killed takes a moment to leave its cgroup.
     sweep_at: Option<Instant>,
     out: Vec<Event>,
+}
+
+/// Measurements asked for. One worker takes them all.
+#[derive(Default)]
+struct Samples {
+    waiting: VecDeque<(TargetId, Scope)>,
+    running: bool,
 }
 
 /// The rest of an app whose main process ended on SIGTERM.
@@ -161,6 +177,8 @@ impl Targets {
             first_token,
             sender,
             jobs,
+            samples: Arc::default(),
+            page_outs: Arc::default(),
             world: Arc::new(world),
             looker,
             record,
@@ -265,22 +283,12 @@ impl Targets {
         }
     }
 
-    /// Measures it. Ends with `Sampled`, in the inbox.
+    /// Measures it. Ends with `Sampled`, in the inbox. Those asked for at the same time share what they can.
     pub fn sample(&mut self, id: TargetId) {
-        let failed = match self.targets.get(&id) {
-            None => "its process has ended",
-            Some(target) => {
-                let (scope, sender) = (target.scope(), self.sender.clone());
-                let run = move || {
-                    sender.event(Event::Sampled(id, scope.measure().map(Into::into)));
-                };
-                if self.jobs.run(run) {
-                    return;
-                }
-                "too much other work is waiting"
-            }
-        };
-        self.out.push(Event::Sampled(id, Err(failed.into())));
+        let asked = self.ask_sample(id);
+        if let Err(failed) = asked {
+            self.out.push(Event::Sampled(id, Err(failed.into())));
+        }
     }
 
     /// Looks, on a worker, whether something about its processes speaks against holding it still, or on: file locks
@@ -316,11 +324,11 @@ impl Targets {
     pub fn sample_self(&mut self) {
         let sender = self.sender.clone();
         let run = move || {
-            sender.event(measure::this_process());
+            sender.event(this_process());
         };
         if !self.jobs.run(run) {
             // Cheap enough: a daemon of a few MiB.
-            self.out.push(measure::this_process());
+            self.out.push(this_process());
         }
     }
 
@@ -415,11 +423,28 @@ impl Targets {
         }
         let ticket = Arc::new(Ticket::default());
         target.page_out = Some(Arc::clone(&ticket));
-        let (scope, sender) = (target.scope(), self.sender.clone());
+        let (scope, sender, crowd) = (target.scope(), self.sender.clone(), Arc::clone(&self.page_outs));
         let run = move || {
-            sender.event(Event::Outcome(id, page_out::run(&scope, &ticket)));
+            sender.event(Event::Outcome(id, page_out::run(&scope, &ticket, &crowd)));
         };
         if self.jobs.run(run) { Ok(()) } else { Err("too much other work is waiting".into()) }
+    }
+
+    fn ask_sample(&self, id: TargetId) -> Result<(), &'static str> {
+        let target = self.targets.get(&id).ok_or("its process has ended")?;
+        let mut samples = lock(&self.samples);
+        if samples.waiting.len() >= MAX_SAMPLES {
+            return Err("too much other work is waiting");
+        }
+        if !samples.running {
+            let (shared, sender) = (Arc::clone(&self.samples), self.sender.clone());
+            if !self.jobs.run(move || take_samples(&shared, &sender)) {
+                return Err("too much other work is waiting");
+            }
+            samples.running = true;
+        }
+        samples.waiting.push_back((id, target.scope()));
+        Ok(())
     }
 
     /// Ends the care for a target that is gone or forgotten.
@@ -517,6 +542,34 @@ impl Drop for Targets {
     fn drop(&mut self) {
         self.thaw_all();
     }
+}
+
+fn lock(samples: &Mutex<Samples>) -> MutexGuard<'_, Samples> {
+    // Plain data that no panic can leave half-changed.
+    samples.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes measurements until none is asked for. On a worker.
+fn take_samples(shared: &Mutex<Samples>, sender: &Sender) {
+    loop {
+        let mut samples = lock(shared);
+        let count = samples.waiting.len().min(BATCH);
+        let asked: Vec<(TargetId, Scope)> = samples.waiting.drain(..count).collect();
+        if asked.is_empty() {
+            (samples.running, samples.waiting) = (false, VecDeque::new());
+            return;
+        }
+        drop(samples);
+        let mut batch = Batch::default();
+        for (id, scope) in asked {
+            sender.event(Event::Sampled(id, batch.sample(&scope)));
+        }
+    }
+}
+
+/// This daemon and zram.
+fn this_process() -> Event {
+    Event::SampledSelf { daemon: own::sample(), zram: zram::now() }
 }
 
 /// The start time that belongs to the process behind the pidfd.

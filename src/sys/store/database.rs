@@ -17,15 +17,18 @@ use nix::errno::Errno;
 use rusqlite::{Connection, Error, ErrorCode, OpenFlags, Transaction, TransactionBehavior, ffi};
 
 use super::{
-    StoreOpenError, Work, routes,
+    StoreOpenError, Work,
+    history::{self, Tidied},
+    routes,
     rows::{self, Numbers},
-    states, unusable,
+    states, transfers, unusable,
 };
 use crate::{
     action::StoreOp,
     event::StoreError,
-    model::{AppKey, MessageSeq, Snapshot},
+    model::{AppKey, HistoryRow, MessageSeq, Snapshot},
     sys::clock,
+    time::UnixTime,
 };
 
 const FILE: &str = "nightporter.db";
@@ -35,7 +38,8 @@ const APPLICATION_ID: i64 = 0x4e50_7274;
 /// The newest format we know: the number of [`MIGRATIONS`].
 const FORMAT: i64 = MIGRATIONS.len() as i64;
 /// What makes format n+1 of format n.
-const MIGRATIONS: [&str; 3] = [rows::FORMAT_1, routes::FORMAT_2, states::FORMAT_3];
+const MIGRATIONS: [&str; 5] =
+    [rows::FORMAT_1, routes::FORMAT_2, states::FORMAT_3, transfers::FORMAT_4, history::TABLES];
 /// Checking a file this large takes about 0.1 s on eMMC. A larger one is only checked where it is read anyway.
 const CHECKED_SIZE: u64 = 8 * 1024 * 1024;
 /// Free pages (4 KiB) above which the file is shortened after a burst.
@@ -46,6 +50,7 @@ pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     numbers: Numbers,
+    tidied: Tidied,
     /// Locked until dropped.
     _lock: File,
 }
@@ -85,7 +90,8 @@ impl Database {
             match load(&path) {
                 Ok((connection, mut snapshot, numbers)) => {
                     snapshot.damaged = damaged;
-                    return Ok((Self { connection, path, numbers, _lock: lock }, snapshot));
+                    let tidied = Tidied::default();
+                    return Ok((Self { connection, path, numbers, tidied, _lock: lock }, snapshot));
                 }
                 Err(LoadError::Damaged(problem)) if damaged.is_none() => {
                     let aside = keep_aside(&path).map_err(|e| unusable(&path, &e))?;
@@ -106,15 +112,17 @@ impl Database {
         &self.path
     }
 
-    /// Does `works` in order, all or none, and makes them durable. Gives the bodies asked for, in order.
+    /// Adds `history` and does `works` in order, all or none, and makes them durable. Gives the bodies asked for, in order.
     pub(super) fn write<'a>(
         &mut self,
         works: impl Iterator<Item = &'a Work>,
+        history: &[HistoryRow],
     ) -> Result<Vec<Option<Arc<[u8]>>>, WriteError> {
         let result = (|| {
             let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let mut bodies = Vec::new();
             let mut changes = rows::Changes::default();
+            history::put(&transaction, history, &mut self.tidied)?;
             for work in works {
                 match work {
                     Work::Op(StoreOp::LoadBody(seq)) => bodies.push(body(&transaction, *seq)),
@@ -140,6 +148,11 @@ impl Database {
     /// An app's saved state; none when there is none.
     pub(super) fn state(&self, app: &AppKey) -> Result<Option<Arc<[u8]>>, StoreError> {
         states::load(&self.connection, app).map_err(|error| write_error(&self.connection, &error).into())
+    }
+
+    /// The history since then, with the rows that are not written yet.
+    pub(super) fn history(&self, since: UnixTime, waiting: &[HistoryRow]) -> Result<Vec<HistoryRow>, StoreError> {
+        history::load(&self.connection, since, waiting).map_err(|error| write_error(&self.connection, &error).into())
     }
 
     /// Gives memory, and disk when there is much to give, back to the system.

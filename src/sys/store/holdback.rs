@@ -74,6 +74,9 @@ impl Holdback {
             | StoreOp::PutApp(_)
             | StoreOp::DeleteApp(_)
             | StoreOp::PutState(..)
+            | StoreOp::PutTransfer(_)
+            | StoreOp::NoteTransfer(_)
+            | StoreOp::DeleteTransfer(_)
             | StoreOp::LoadState(_)
             | StoreOp::PutHistory(_)
             | StoreOp::LoadHistory(_) => self.store.apply(op, ticket),

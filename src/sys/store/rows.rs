@@ -7,7 +7,7 @@ use std::{
 
 use rusqlite::{Connection, OptionalExtension, Result, Row, params};
 
-use super::{routes, states};
+use super::{history, routes, states, transfers};
 use crate::{
     action::StoreOp,
     model::{
@@ -69,7 +69,7 @@ pub(super) struct Changes {
     deleted: bool,
 }
 
-/// Does what `op` says, except `LoadBody` and `LoadState`, which change nothing.
+/// Does what `op` says, except what loads, which changes nothing, and `PutHistory`, which waits for the others.
 pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, changes: &mut Changes) -> Result<()> {
     match op {
         StoreOp::PutRegistration(registration) => {
@@ -106,9 +106,13 @@ pub(super) fn apply(db: &Connection, op: &StoreOp, numbers: &mut Numbers, change
         StoreOp::DeleteApp(app) => {
             db.prepare_cached("DELETE FROM apps WHERE bus = ?1 AND service = ?2")?
                 .execute(params![app.bus.to_number(), app.service])?;
+            transfers::delete_all(db, app)?;
+            history::delete(db, app)?;
             states::put(db, app, &[])
         }
         StoreOp::PutState(app, state) => states::put(db, app, state),
+        StoreOp::PutTransfer(transfer) | StoreOp::NoteTransfer(transfer) => transfers::put(db, transfer),
+        StoreOp::DeleteTransfer(id) => transfers::delete(db, *id),
     }
 }
 
@@ -178,6 +182,8 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
     numbers.message = numbers.message.max(1);
     drop_orphans(db, &mut numbers)?;
     states::drop_orphans(db)?;
+    transfers::drop_orphans(db)?;
+    let (transfers, next_transfer) = transfers::read(db)?;
     let snapshot = Snapshot {
         registrations: rows(
             db,
@@ -195,10 +201,12 @@ pub(super) fn read(db: &Connection) -> Result<(Snapshot, Numbers)> {
         upstreams: rows(db, "SELECT upstream, key, value FROM upstreams", |row| {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
         })?,
-        apps: rows(db, "SELECT bus, service, declares, pss, uss, swap, measured FROM apps", app)?,
+        apps: rows(db, "SELECT bus, service, declares, pss, uss, swap, measured, conditions FROM apps", app)?,
         former: routes::former(db)?,
         preferences: routes::preferences(db)?,
         states: states::sizes(db)?,
+        transfers,
+        next_transfer,
         next_registration: numbers.registration.unsigned_abs(),
         next_message: numbers.message.unsigned_abs(),
         damaged: None,
@@ -281,15 +289,16 @@ fn put_message(db: &Connection, message: &Message) -> Result<()> {
 }
 
 fn put_app(db: &Connection, record: &AppRecord) -> Result<()> {
-    let AppRecord { app, declares, resident, measured, conditions: _ } = record;
-    db.prepare_cached("INSERT OR REPLACE INTO apps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?.execute(params![
+    let AppRecord { app, declares, resident, measured, conditions } = record;
+    db.prepare_cached("INSERT OR REPLACE INTO apps VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?.execute(params![
         app.bus.to_number(),
         app.service,
         declares,
         resident.map(|m| signed(m.pss)),
         resident.map(|m| signed(m.uss)),
         resident.map(|m| signed(m.swap)),
-        measured.map(|t| signed(t.as_millis()))
+        measured.map(|t| signed(t.as_millis())),
+        conditions
     ])?;
     Ok(())
 }
@@ -368,13 +377,7 @@ fn message(row: &Row<'_>) -> Result<StoredMessage, RowError> {
         received: UnixTime::from_millis(unsigned(row, 7)?),
         expires: UnixTime::from_millis(unsigned(row, 4)?),
         topic: row.get(5)?,
-        urgency: known(row.get(6)?, "urgency", |n| match n {
-            0 => Some(Urgency::VeryLow),
-            1 => Some(Urgency::Low),
-            2 => Some(Urgency::Normal),
-            3 => Some(Urgency::High),
-            _ => None,
-        })?,
+        urgency: known(row.get(6)?, "urgency", urgency_of)?,
     })
 }
 
@@ -389,7 +392,7 @@ fn app(row: &Row<'_>) -> Result<AppRecord, RowError> {
         declares: row.get(2)?,
         resident,
         measured: amount(6)?.map(UnixTime::from_millis),
-        conditions: None,
+        conditions: row.get(7)?,
     })
 }
 
@@ -419,12 +422,22 @@ const fn version_number(version: ConnectorVersion) -> i64 {
     }
 }
 
-const fn urgency_number(urgency: Urgency) -> i64 {
+pub(super) const fn urgency_number(urgency: Urgency) -> i64 {
     match urgency {
         Urgency::VeryLow => 0,
         Urgency::Low => 1,
         Urgency::Normal => 2,
         Urgency::High => 3,
+    }
+}
+
+pub(super) const fn urgency_of(number: i64) -> Option<Urgency> {
+    match number {
+        0 => Some(Urgency::VeryLow),
+        1 => Some(Urgency::Low),
+        2 => Some(Urgency::Normal),
+        3 => Some(Urgency::High),
+        _ => None,
     }
 }
 

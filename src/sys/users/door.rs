@@ -13,7 +13,7 @@ use std::{
     os::{
         fd::{AsRawFd, OwnedFd},
         linux::fs::MetadataExt,
-        unix::{fs::FileTypeExt, net::UnixStream},
+        unix::{ffi::OsStrExt, fs::FileTypeExt, net::UnixStream},
     },
     path::Path,
     pin::pin,
@@ -35,9 +35,9 @@ use super::{
 /// A user's bus that has not let us in within this is as good as absent.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Between two attempts, first and at most.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+pub(in crate::sys) const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// Attempts that came to nothing after which only a new socket is worth another: some six minutes.
-const ATTEMPTS: u32 = 10;
+pub(in crate::sys) const ATTEMPTS: u32 = 10;
 /// The file name of the bus's socket (systemd's dbus.socket, pam_systemd's `DBUS_SESSION_BUS_ADDRESS`).
 const BUS: &str = "bus";
 
@@ -135,19 +135,17 @@ impl Door {
     /// end not at all.
     pub(in crate::sys) async fn wait(&mut self) {
         let Ok(runtime) = SharedRuntime::current() else { return };
-        let doublings = self.failed.saturating_sub(1);
-        let delay = (RETRY.0 * 2_u32.saturating_pow(doublings)).min(RETRY.1);
         // However much is made of new sockets.
         runtime.sleep(RETRY.0).await;
         let mut sleep = pin!(async {
             match self.failed < ATTEMPTS {
-                true => runtime.sleep(delay - RETRY.0).await,
+                true => runtime.sleep(delay(self.failed) - RETRY.0).await,
                 false => std::future::pending().await,
             }
         });
         let mut news = pin!(async {
             match &self.watch {
-                Some(watch) => socket_came(watch, self.socket).await,
+                Some(watch) => socket_came(watch, |name| name == self.socket).await,
                 None => std::future::pending().await,
             }
         });
@@ -159,15 +157,15 @@ impl Door {
     }
 }
 
-/// Waits until there is a new socket, or the directory is gone.
-async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>, socket: &str) {
+/// Waits until there is something new of a name that is `ours`, or the directory is gone.
+pub(in crate::sys) async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>, ours: impl Fn(&OsStr) -> bool) {
     let read = watch.read_with(|watch| {
         let mut buffer = [MaybeUninit::uninit(); 1024];
         let mut reader = inotify::Reader::new(watch, &mut buffer);
         loop {
             let event = reader.next()?;
             let lost = inotify::ReadFlags::IGNORED | inotify::ReadFlags::QUEUE_OVERFLOW;
-            let ours = event.file_name().is_some_and(|name| name.to_bytes() == socket.as_bytes());
+            let ours = event.file_name().is_some_and(|name| ours(OsStr::from_bytes(name.to_bytes())));
             if ours || event.events().intersects(lost) {
                 return Ok(());
             }
@@ -178,6 +176,12 @@ async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>, socket: &str) {
         // Nothing more will be heard.
         std::future::pending().await
     }
+}
+
+/// How long after as many attempts in vain another is worth it; twice as long each time, up to a minute.
+pub(in crate::sys) fn delay(failed: u32) -> Duration {
+    let doublings = failed.saturating_sub(1);
+    (RETRY.0 * 2_u32.saturating_pow(doublings)).min(RETRY.1)
 }
 
 /// As the user: watches the directory, then looks for the socket, so that none can come between.

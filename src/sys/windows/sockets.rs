@@ -4,7 +4,6 @@
 use std::{
     ffi::{OsStr, OsString},
     fs, io,
-    mem::MaybeUninit,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
@@ -15,21 +14,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::inotify;
 use zruntime::{AsyncIo, Shared, SharedRuntime, Task};
 
 use super::{desk::Desk, link};
-use crate::sys::users::{User, door, errand::Errands};
+use crate::sys::users::{
+    User,
+    door::{self, ATTEMPTS, RETRY, socket_came},
+    errand::Errands,
+};
 
 /// Compositors of a user that are followed at once.
 const COMPOSITORS: usize = 4;
 /// Sockets that are tried, and names that are looked at for them.
 const SOCKETS: usize = 8;
 const NAMES: usize = 4096;
-/// Between two looks, first and at most.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// Looks in vain after which only a new socket is worth another: some six minutes.
-const ATTEMPTS: u32 = 10;
 /// A compositor that lived this long was of use.
 const OF_USE: Duration = Duration::from_secs(60);
 
@@ -126,18 +124,13 @@ impl Sockets {
         }
     }
 
-    fn delay(&self) -> Duration {
-        let doublings = self.failed.saturating_sub(1);
-        (RETRY.0 * 2_u32.saturating_pow(doublings)).min(RETRY.1)
-    }
-
     /// Until it is worth looking again.
     async fn news(&mut self, runtime: &SharedRuntime) -> News {
-        let mut sleep = (self.again && self.failed < ATTEMPTS).then(|| runtime.sleep(self.delay()));
+        let mut sleep = (self.again && self.failed < ATTEMPTS).then(|| runtime.sleep(door::delay(self.failed)));
         let watch = &self.watch;
         let mut socket = pin!(async {
             match watch {
-                Some(watch) => socket_came(watch, self.also.as_deref()).await,
+                Some(watch) => socket_came(watch, |name| is_socket(name, self.also.as_deref())).await,
                 None => std::future::pending().await,
             }
         });
@@ -158,30 +151,6 @@ impl Sockets {
             }
         })
         .await
-    }
-}
-
-/// Waits until there is a new socket, or the directory is gone.
-async fn socket_came(watch: &AsyncIo<OwnedFd, Shared>, also: Option<&OsStr>) {
-    let read = watch.read_with(|watch| {
-        let mut buffer = [MaybeUninit::uninit(); 1024];
-        let mut reader = inotify::Reader::new(watch, &mut buffer);
-        loop {
-            let event = reader.next()?;
-            let lost = inotify::ReadFlags::IGNORED | inotify::ReadFlags::QUEUE_OVERFLOW;
-            let ours = event.file_name().is_some_and(|name| {
-                let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(name.to_bytes());
-                is_socket(name, also)
-            });
-            if ours || event.events().intersects(lost) {
-                return Ok(());
-            }
-        }
-    });
-    if let Err(error) = read.await {
-        log::debug!("a directory is not watched any more: {error}");
-        // Nothing more will be heard.
-        std::future::pending().await
     }
 }
 

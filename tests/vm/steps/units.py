@@ -98,7 +98,7 @@ def an_app_that_restarts_always_stays_a_tombstone(vm):
 
 @step(apps_in_units_register)
 def an_app_with_a_watchdog_is_not_frozen(vm):
-    """It would be ended for being frozen, so it is not; `why` says so."""
+    """It would be ended for being frozen, so it is not; `why` says so. Without the watchdog it is like any other."""
     app = app_of(vm, GUARDED)
     cgroup = app.cgroup(vm)
     app.is_left(vm)
@@ -109,3 +109,7 @@ def an_app_with_a_watchdog_is_not_frozen(vm):
     app_of(vm, STUBBORN).freezes(vm)
     if vm.try_run(frozen(cgroup))[0] == 0:
         raise Failed(f"it is frozen:\n{app.why(vm)}")
+    vm.write(f"/etc/systemd/user/{unit_of(GUARDED)}.d/none.conf", "[Service]\nWatchdogSec=0\n")
+    systemctl(vm, "daemon-reload")
+    systemctl(vm, f"restart {unit_of(GUARDED)}")
+    app.freezes(vm)

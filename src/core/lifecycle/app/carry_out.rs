@@ -27,6 +27,8 @@ const THAW_AGAIN: Duration = Duration::from_secs(5);
 const FREEZE_AGAIN: Duration = Duration::from_secs(15);
 const KILL_AGAIN: Duration = Duration::from_secs(60);
 const MOST_RETRIES: u32 = 5;
+/// Under `observe` an app is measured again before it would be frozen, when that was last done so long ago.
+const MEASURE_AGAIN: Duration = Duration::from_secs(24 * 3600);
 /// A verdict moves the app on to the next; no chain of them is longer than this.
 const MOST_STEPS: usize = 8;
 
@@ -39,7 +41,10 @@ impl App {
                 self.next = None;
                 break;
             };
-            let verdict = policy::decide(&instance.snapshot(self.pending, self.startable, env), env.now.boot);
+            let verdict = policy::decide(
+                &instance.snapshot(self.pending, self.cause.as_deref(), self.startable, env),
+                env.now.boot,
+            );
             match verdict.act {
                 Act::Wait { until } => {
                     self.next = until;
@@ -93,6 +98,10 @@ impl App {
             (Act::Thaw, Hold::WouldBeFrozen { .. } | Hold::WouldBeKilled) => {
                 let verdict = if instance.hold == Hold::WouldBeKilled { "would-start" } else { "would-thaw" };
                 instance.hold = Hold::Running;
+                // What is really frozen is measured at each freeze; this one only here.
+                if instance.measured.is_some_and(|at| now.since(at) >= MEASURE_AGAIN) {
+                    instance.baseline = Baseline::NotAsked;
+                }
                 if self.pending || instance.wanted {
                     instance.wake(Priority::Normal, env);
                 }

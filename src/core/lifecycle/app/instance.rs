@@ -61,6 +61,8 @@ pub(super) struct Instance {
     pub(super) wanted: bool,
     pub(super) by_hand: Option<Arc<str>>,
     pub(super) baseline: Baseline,
+    /// When its baseline was measured.
+    pub(super) measured: Option<Instant>,
     pub(super) sampling: Option<(SampleKind, Instant)>,
     pub(super) uss: Option<u64>,
     /// Since when it was frozen as its page-out was asked for, until that has an outcome.
@@ -119,6 +121,7 @@ impl Instance {
             wanted: false,
             by_hand: None,
             baseline: Baseline::NotAsked,
+            measured: None,
             sampling: None,
             uss: None,
             paging: None,
@@ -159,7 +162,13 @@ impl Instance {
         }
     }
 
-    pub(super) fn snapshot<'a>(&'a self, pending: bool, startable: Option<bool>, env: &'a Env<'_>) -> Snapshot<'a> {
+    pub(super) fn snapshot<'a>(
+        &'a self,
+        pending: bool,
+        cause: Option<&'a str>,
+        startable: Option<bool>,
+        env: &'a Env<'_>,
+    ) -> Snapshot<'a> {
         Snapshot {
             profile: env.rules.profile,
             times: env.rules.times,
@@ -174,6 +183,7 @@ impl Instance {
             awake_until: self.awake.map(|awake| awake.until),
             awake_after: self.awake.map(|awake| awake.after),
             pending: pending || self.wanted,
+            cause,
             by_hand: self.by_hand.as_deref(),
             baseline: self.baseline,
             notice: self.notice,
