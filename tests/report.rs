@@ -1,12 +1,10 @@
 //! `nightporter report` in all its formats, each read by a parser that is not ours, and the page looked at in a browser.
 #![cfg(all(feature = "cli", feature = "relay"))]
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+#![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
 
 #[path = "report/browser.rs"]
 mod browser;
-#[path = "bus/support.rs"]
-#[expect(dead_code, reason = "made for the tests of the bus; shared")]
-mod bus;
 #[path = "report/fixture.rs"]
 mod fixture;
 #[path = "report/pictures.rs"]
@@ -33,7 +31,7 @@ use nightporter::{
 use serde_json::{Value, json};
 use zbus::{Connection, block_on, connection::Builder, interface};
 
-use self::support::{FAST, Setup, World};
+use self::support::{FAST, Setup, World, bus};
 
 /// A name as no bus would let anybody have it, and a sentence of somebody who would.
 const HOSTILE: &str = "</script></style><img src=x onerror=alert(1)>\"'&amp;,\u{1b}[2J\u{202e}\r\nend";
@@ -147,7 +145,7 @@ fn json_is_as_the_schema_says_and_the_schema_as_json_is() {
         *broken.pointer_mut(pointer).unwrap() = value;
         assert!(!against_schema("", &broken).is_empty(), "{pointer} is not noticed");
     }
-    let mut longer = report.clone();
+    let mut longer = report;
     longer["apps"][0]["secret"] = json!(1);
     assert_eq!(against_schema("", &longer), ["$.apps[0].secret is not documented"]);
 }

@@ -98,7 +98,8 @@ fn the_page_is_good_to_look_at_on_a_phone_and_on_a_desk() {
             nothing_overlaps(&what, &looks);
             bars_are_true(&what, &looks, &report);
             areas_are_true(&what, &looks, &history);
-            paint_is_there(&what, &mut browser, &page, &png, &looks, screen);
+            let bands = if screen == DESK { bands(&looks, &history) } else { Vec::new() };
+            paint_is_there(&what, &mut browser, &page, &png, &looks, &bands, screen);
         }
     }
     // For docs/report.md.
@@ -252,8 +253,43 @@ fn areas_are_true(what: &str, looks: &Looks, history: &History) {
     }
 }
 
+/// Points in the middle of what is stacked over time, and the color each should have. A part of the chart is ten minutes, as a
+/// step of the fixture is; the axis goes to 1,500 MiB.
+fn bands(looks: &Looks, history: &History) -> Vec<(Area, String)> {
+    let color = |class: &str| {
+        looks.shapes.iter().find(|s| s.section != "what-if" && s.class == class).map(|shape| shape.fill.clone())
+    };
+    let plot = looks.shapes.iter().find(|shape| shape.section == "memory").unwrap().svg;
+    let mut points = Vec::new();
+    for index in (2..144).step_by(7) {
+        let total = history.totals[index].total;
+        let x = plot.x + (index as f64 + 0.5) / 144.0 * plot.w;
+        let mut from = 0.0;
+        let spared =
+            total.resident - total.now - total.zram - total.daemon.min(total.resident - total.now - total.zram);
+        for (class, kib) in [("now", total.now), ("zram", total.zram), ("daemon", total.daemon), ("saved", spared)] {
+            let height = kib as f64 / 1024.0 / 1500.0 * plot.h;
+            let middle = plot.y + plot.h - from - height / 2.0;
+            from += height;
+            if let Some(color) = color(class).filter(|_| height > 12.0) {
+                points.push((Area { x: x - 0.5, y: middle - 0.5, w: 1.0, h: 1.0 }, color));
+            }
+        }
+    }
+    assert!(points.len() > 30, "{}", points.len());
+    points
+}
+
 /// Bars have their color where they should be, and every text stands out from what is behind it.
-fn paint_is_there(what: &str, browser: &mut Browser, page: &Page, png: &[u8], looks: &Looks, screen: (u32, u32)) {
+fn paint_is_there(
+    what: &str,
+    browser: &mut Browser,
+    page: &Page,
+    png: &[u8],
+    looks: &Looks,
+    bands: &[(Area, String)],
+    screen: (u32, u32),
+) {
     let shapes: Vec<&Shape> = looks
         .shapes
         .iter()
@@ -271,7 +307,12 @@ fn paint_is_there(what: &str, browser: &mut Browser, page: &Page, png: &[u8], lo
         .filter(|(_, line)| line.w >= 3.0)
         .collect();
     assert!(shapes.len() > 10 && texts.len() > 60, "{what}: {} shapes, {} texts", shapes.len(), texts.len());
-    let areas: Vec<_> = shapes.iter().map(|shape| shape.area).chain(texts.iter().map(|(_, line)| *line)).collect();
+    let areas: Vec<_> = shapes
+        .iter()
+        .map(|shape| shape.area)
+        .chain(texts.iter().map(|(_, line)| *line))
+        .chain(bands.iter().map(|(point, _)| *point))
+        .collect();
     let areas: Vec<_> = areas.iter().map(|a| json!({ "x": a.x, "y": a.y, "w": a.w, "h": a.h })).collect();
     browser.leave(page);
     let script = format!("({})('{}', {})", include_str!("pixels.js").trim(), STANDARD.encode(png), json!(areas));
@@ -283,6 +324,10 @@ fn paint_is_there(what: &str, browser: &mut Browser, page: &Page, png: &[u8], lo
     for (shape, pixels) in shapes.iter().zip(&pixels) {
         let [r, g, b] = pixels.middle;
         assert_eq!(format!("rgb({r}, {g}, {b})"), shape.fill, "{what}: {shape:?}");
+    }
+    for ((point, color), pixels) in bands.iter().zip(&pixels[shapes.len() + texts.len()..]) {
+        let [r, g, b] = pixels.middle;
+        assert_eq!(&format!("rgb({r}, {g}, {b})"), color, "{what}: memory over time at {point:?}");
     }
     for ((text, line), pixels) in texts.iter().zip(&pixels[shapes.len()..]) {
         // WCAG 2 asks for 4.5; thin strokes are drawn paler than their color.

@@ -4,7 +4,7 @@
 mod app;
 #[path = "../bus/support.rs"]
 #[expect(dead_code, reason = "made for the tests of the bus; shared")]
-mod bus;
+pub(crate) mod bus;
 mod fake;
 mod front;
 mod patience;
