@@ -34,18 +34,20 @@
 //! they are scaled down to that.
 
 mod account;
+mod cost;
 mod history;
 mod whatif;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use self::cost::{Claim, Cost};
 pub use self::{
     account::{Account, Reached},
     history::{Journal, Parts},
     whatif::{Compression, Shadows, Window},
 };
 use crate::{
-    model::{AppKey, AppRecord, Bus, Charged, Memory, Pressure, Profile, Sample, SelfSample, Total, Zram, ZramSource},
+    model::{AppKey, AppRecord, Bus, Memory, Pressure, Profile, Sample, SelfSample, Total, Zram, ZramSource},
     time::{Instant, Now, UnixTime},
     view::{LedgerRow, Report},
 };
@@ -85,17 +87,6 @@ pub enum Phase {
     Now,
 }
 
-/// What an app costs at a moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Cost {
-    memory: Memory,
-    /// `Pss_File`, where the kernel tells.
-    file: Option<u64>,
-    /// Kernel memory charged to it, sockets included, where that is known.
-    kernel: Option<u64>,
-    charged: Option<Charged>,
-}
-
 /// What it cost resident, when, and under which conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Baseline {
@@ -115,56 +106,6 @@ struct Row {
     /// Its swap when that was right, if known.
     zram_swap: Option<u64>,
     zram_source: Option<ZramSource>,
-}
-
-impl Cost {
-    /// Nothing: it does not run.
-    const NONE: Self =
-        Self { memory: Memory { pss: 0, uss: 0, swap: 0 }, file: Some(0), kernel: Some(0), charged: None };
-
-    fn of(sample: &Sample) -> Self {
-        Self {
-            memory: sample.memory,
-            file: (sample.anon > 0 || sample.file > 0).then_some(sample.file.min(sample.memory.pss)),
-            kernel: sample.charged.map(|charged| charged.kernel.saturating_add(charged.sock)),
-            charged: sample.charged,
-        }
-    }
-
-    /// What of it counts (see the module): what ending the app would give back.
-    fn counted(&self) -> u64 {
-        let pages = self.memory.pss.saturating_sub(self.file.unwrap_or(0));
-        pages.saturating_add(self.kernel.unwrap_or(0))
-    }
-}
-
-/// What the row of an app comes to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Claim {
-    resident: u64,
-    now: u64,
-    cache: i64,
-    kernel: i64,
-    zram: u64,
-}
-
-impl Claim {
-    fn new(resident: &Cost, now: &Cost, zram: u64) -> Self {
-        let less = |before: Option<u64>, after: Option<u64>| before.zip(after).map_or(0, |(b, a)| difference(b, a));
-        Self {
-            resident: resident.memory.pss,
-            now: now.memory.pss,
-            cache: less(resident.file, now.file),
-            kernel: less(resident.kernel, now.kernel),
-            zram,
-        }
-    }
-
-    fn saved(&self) -> i64 {
-        let of = |sum: i128| i64::try_from(sum).unwrap_or(if sum < 0 { -i64::MAX } else { i64::MAX });
-        let pages = i128::from(self.resident) - i128::from(self.now) - i128::from(self.cache);
-        of(pages + i128::from(self.kernel) - i128::from(self.zram))
-    }
 }
 
 impl Ledger {
@@ -553,11 +494,6 @@ impl Row {
 /// Whether an app in this state takes memory.
 pub(super) fn is_running(state: &str) -> bool {
     !matches!(state, "tombstone" | "gone")
-}
-
-fn difference(before: u64, after: u64) -> i64 {
-    let size = |kib: u64| i64::try_from(kib).unwrap_or(i64::MAX);
-    size(before.saturating_sub(after)).saturating_sub(size(after.saturating_sub(before)))
 }
 
 fn whole(time: Duration) -> String {

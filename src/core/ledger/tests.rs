@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::model::Charged;
 
 const NOW: Now = Now { boot: Instant::from_nanos(0), wall: UnixTime::from_secs(1_795_311_549) };
 

@@ -222,7 +222,7 @@ impl fmt::Display for State {
     }
 }
 
-/// What an app is seen from outside.
+/// What an app looks like from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outward {
     /// Its state.
@@ -530,7 +530,7 @@ impl Lifecycle {
         self.changed.pop_first()
     }
 
-    /// What an app is seen from outside.
+    /// What an app looks like from outside.
     pub fn outward(&self, app: &AppKey) -> Option<Outward> {
         self.apps.get(app).map(App::outward)
     }
