@@ -59,15 +59,13 @@ const POLL: Duration = Duration::from_millis(20);
 const ASK: Duration = Duration::from_millis(250);
 /// Between two looks at memory while it settles.
 const LOOK: Duration = Duration::from_millis(500);
-/// What an app here is to the OOM killer, and what we are, where we may say so.
+/// What we are to the OOM killer.
 const PROTECTED: &str = "-900";
 
 impl<'a> Stage<'a> {
     /// A world with these apps, with the bus and the push server up and nothing else.
     pub(super) fn new(experiment: &'a Experiment, arm: Arm, mut apps: Vec<AppSpec>) -> Result<Self, Failure> {
         let mut notes = Vec::new();
-        // The ones that measure and serve go last when memory runs out. Only root may say so.
-        let _ = std::fs::write("/proc/self/oom_score_adj", PROTECTED);
         let cgroups = match Cgroups::make(apps.iter().map(|app| app.name.as_str())) {
             Ok(cgroups) => Some(cgroups),
             Err(why) => {
@@ -77,6 +75,9 @@ impl<'a> Stage<'a> {
             }
         };
         if let Some(cgroups) = &cgroups {
+            // Who measures and serves goes last when memory runs out; apps with a cgroup say otherwise of themselves at their
+            // start. Only root may say so.
+            let _ = std::fs::write("/proc/self/oom_score_adj", PROTECTED);
             for app in &mut apps {
                 app.cgroup = Some(cgroups.path_of(&app.name));
             }
