@@ -267,7 +267,12 @@ fn a_daemon_that_is_killed_loses_nothing_and_repeats_under_the_same_id_only() {
     });
     assert_eq!(sent.len(), COUNT);
     porter.wait("all messages", |_| bodies(&apps.messages(&app)).iter().collect::<BTreeSet<_>>().len() == COUNT);
-    thread::sleep(Duration::from_millis(500));
+    // On a busy machine what is repeated takes its time.
+    porter.wait("the last repetition", |_| {
+        let so_far = apps.messages(&app).len();
+        thread::sleep(Duration::from_secs(1));
+        apps.messages(&app).len() == so_far
+    });
     let got = apps.messages(&app);
     let mut ids: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
     for (message, body) in got.iter().zip(bodies(&got)) {
