@@ -8,6 +8,14 @@
 //!
 //! With `NIGHTPORTER_SAMPLE_LISTEN=1` it does what docs/lifecycle.md asks of an app: it is told before it is frozen and after,
 //! and saves and restores its state, which is the last message it has seen.
+//!
+//! `nightporter-sample --exec CMD ARGS…` makes an app of a real program that knows nothing of all this: this process owns the
+//! name, holds the connection or registers, and reports; the program runs below it, in the same cgroup. It says that it is
+//! ready, and in the background, once the program does next to nothing any more (`NIGHTPORTER_SAMPLE_IDLE_WITHIN`
+//! seconds at most, 60 by default). It holds no history of its own then.
+
+#[path = "nightporter-sample/exec.rs"]
+mod exec;
 
 use std::{
     collections::HashMap,
@@ -26,6 +34,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use exec::{Program, Role};
 use nightporter::{sys::clock, time::Instant};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -61,18 +70,31 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    // Ends with status 0 from within the handler: a thread for it would count as the app's memory.
-    signal_hook::flag::register_conditional_shutdown(libc::SIGTERM, 0, Arc::new(AtomicBool::new(true)))?;
+    let role = Role::from_args()?;
     let name = required("NIGHTPORTER_SAMPLE_NAME")?;
-    let ballast = match env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB") {
-        Ok(kib) => kib.parse().map_err(|_| format!("NIGHTPORTER_SAMPLE_BALLAST_KIB={kib} is not a number"))?,
-        Err(_) => DEFAULT_BALLAST_KIB,
+    let (program, ballast) = match role {
+        Role::With(command) => (Some(Program::start(&command)?), 0),
+        Role::Alone => {
+            // Ends with status 0 from within the handler: a thread for it would count as the app's memory.
+            signal_hook::flag::register_conditional_shutdown(libc::SIGTERM, 0, Arc::new(AtomicBool::new(true)))?;
+            let ballast = match env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB") {
+                Ok(kib) => kib.parse().map_err(|_| format!("NIGHTPORTER_SAMPLE_BALLAST_KIB={kib} is not a number"))?,
+                Err(_) => DEFAULT_BALLAST_KIB,
+            };
+            (None, ballast)
+        }
     };
     let history = history(&name, ballast * 1024);
     let reporter = Reporter::new(&name)?;
     match required("NIGHTPORTER_SAMPLE_MODE")?.as_str() {
-        "resident" => resident(&name, &required("NIGHTPORTER_SAMPLE_SERVER")?, &reporter)?,
-        "shared" => zbus::block_on(shared(&name, reporter, Fault::from_env()?))?,
+        "resident" => {
+            let server = required("NIGHTPORTER_SAMPLE_SERVER")?;
+            if let Some(program) = &program {
+                program.wait_until_idle();
+            }
+            resident(&name, &server, &reporter)?;
+        }
+        "shared" => zbus::block_on(shared(&name, reporter, Fault::from_env()?, program))?,
         other => return Err(format!("NIGHTPORTER_SAMPLE_MODE={other}; it is resident or shared").into()),
     }
     drop(history);
@@ -154,7 +176,7 @@ fn resident(name: &str, server: &str, reporter: &Reporter) -> Result<()> {
 }
 
 /// A UnifiedPush app behind the daemon.
-async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
+async fn shared(name: &str, reporter: Reporter, fault: Fault, program: Option<Program>) -> Result<()> {
     let app = Arc::new(App { reporter, fault, taken: AtomicU64::new(0), latest: Mutex::default() });
     let listens = env::var_os("NIGHTPORTER_SAMPLE_LISTEN").is_some();
     let path = if fault == Fault::AtRoot { "/" } else { CONNECTOR_PATH };
@@ -172,6 +194,9 @@ async fn shared(name: &str, reporter: Reporter, fault: Fault) -> Result<()> {
         let state = porter(&connection, "RestoreState", &()).await?;
         app.restore(state.body().deserialize::<Vec<u8>>()?);
         porter(&connection, "Listen", &(true,)).await?;
+    }
+    if let Some(program) = program {
+        elsewhere(move || program.wait_until_idle()).await;
     }
     if fault != Fault::Silent {
         porter(&connection, "SetState", &("background",)).await?;
@@ -297,7 +322,7 @@ impl App {
         *self.latest.lock().unwrap_or_else(PoisonError::into_inner) = String::from_utf8_lossy(body).into_owned();
         match self.fault {
             Fault::NeverReply => pending().await,
-            Fault::SlowReply(delay) => sleep(delay).await,
+            Fault::SlowReply(delay) => elsewhere(move || thread::sleep(delay)).await,
             _ => {}
         }
         Ok(())
@@ -312,11 +337,11 @@ impl App {
     }
 }
 
-/// Only for the slow fault: a thread that sleeps, since the runtime has no timer of its own to offer.
-async fn sleep(delay: Duration) {
+/// Waits for what takes its time, on a thread: the runtime has no timer of its own to offer, and messages come meanwhile.
+async fn elsewhere(work: impl FnOnce() + Send + 'static) {
     let (sender, receiver) = async_channel::bounded::<()>(1);
     thread::spawn(move || {
-        thread::sleep(delay);
+        work();
         drop(sender);
     });
     // Ends with an error as soon as the sender is dropped, which is the point.

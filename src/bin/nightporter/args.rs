@@ -184,7 +184,9 @@ It reports JSON datagrams, each with \"app\" (its bus name) and \"event\":
                                         org.nightporter1.App.SetState(\"background\")
   {\"event\":\"message\",\"body\":TEXT,\"id\":ID,\"boottime_ns\":N}
                                         for each push, with CLOCK_BOOTTIME on arrival
-In shared mode it must own its name, serve org.unifiedpush.Connector2 and register the same token at each start.";
+In shared mode it must own its name, serve org.unifiedpush.Connector2 and register the same token at each start.
+A program that knows nothing of this is wrapped: nightporter-sample --exec CMD ARGS… does all of it, and runs CMD below
+itself. It is ready once CMD is idle, after NIGHTPORTER_SAMPLE_IDLE_WITHIN seconds (60) at the latest.";
 
 #[derive(Args, Debug)]
 #[command(after_long_help = CONTRACT)]
