@@ -100,6 +100,17 @@ pub(crate) enum Command {
     Doctor(Output),
     /// Run the whole main job on a private bus, with real processes, and show what it saves
     Demo(Demo),
+    /// Measure what the daemon saves, in an experiment with the same apps run with it and without
+    ///
+    /// nightporter-measure(5) describes the file. Everything is started and ended by this command, on a private bus and
+    /// against a push server of its own. Run it as root on a machine with nothing else to do, such as a virtual one: then
+    /// apps have cgroups of their own, memory can be paged out, and caches are dropped before each measurement.
+    ///
+    /// The exit status is 1 when something the file expects was missed.
+    Measure(Measure),
+    /// The child of the ballast test
+    #[command(hide = true)]
+    MeasureBallast(Ballast),
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completions {
@@ -203,6 +214,32 @@ pub(crate) struct Demo {
     /// How many pushes to send to each app in each state
     #[arg(long, value_name = "M", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=20))]
     pub(crate) messages: u16,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Measure {
+    /// What to do, as TOML: nightporter-measure(5)
+    pub(crate) experiment: PathBuf,
+    /// Find out how many apps can be kept reachable, instead of measuring the arms
+    #[arg(long)]
+    pub(crate) reach: bool,
+    /// Check the file, say what would be done, and do nothing
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Write all figures and all raw samples to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Write the figures to this file as a section of Markdown
+    #[arg(long, value_name = "FILE")]
+    pub(crate) markdown: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Ballast {
+    /// Whose child it is
+    pub(crate) parent: u32,
+    /// The file that takes it into its cgroup
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 #[cfg(test)]

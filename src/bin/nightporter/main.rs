@@ -6,8 +6,10 @@ mod client;
 mod demo;
 mod doctor;
 mod exit;
+mod lab;
 mod log;
 mod man;
+mod measure;
 mod push;
 mod render;
 mod resolve;
@@ -100,6 +102,8 @@ fn run(cli: Cli) -> Result<String, Failure> {
         Command::Push(args) => push::run(&daemon()?, &args),
         Command::Doctor(output) => Ok(doctor::run(cli.bus, output, style).0),
         Command::Demo(args) => demo::run(&args),
+        Command::Measure(args) => measure::run(&args),
+        Command::MeasureBallast(args) => measure::ballast(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "nightporter", &mut script);

@@ -31,6 +31,11 @@ pub(in crate::sys) fn parse_mountinfo(text: &str) -> Option<PathBuf> {
     })
 }
 
+/// Where the cgroup v2 hierarchy is mounted as a whole, if it is.
+pub fn mount() -> Option<PathBuf> {
+    parse_mountinfo(&std::fs::read_to_string("/proc/self/mountinfo").ok()?)
+}
+
 /// `cgroup.events`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Events {

@@ -23,6 +23,8 @@ mod target;
 mod targets;
 mod whose;
 
+pub use cgroup::mount as cgroup_mount;
 pub(in crate::sys) use cgroup::parse_mountinfo;
+pub use page_out::{Paged, page_out_now};
 pub use record::{ThawReport, thaw_leftovers};
 pub use targets::{Options, ProcessError, Targets, UnitOf};

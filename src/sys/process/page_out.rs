@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     os::fd::{AsRawFd, OwnedFd},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,7 +15,7 @@ use sysinfo::{MemoryRefreshKind, System};
 use super::{
     cgroup::{Cgroup, number},
     measure::{Scope, Zram},
-    procfs::{Member, is_gone},
+    procfs::{Member, ProcDir, is_gone},
 };
 use crate::{event::Outcome, sys::clock};
 
@@ -58,6 +59,32 @@ pub(super) fn run(scope: &Scope, ticket: &Ticket) -> Outcome {
     let outcome = page_out(scope, ticket).unwrap_or_else(Outcome::PageOutFailed);
     ticket.done.store(true, Ordering::Release);
     outcome
+}
+
+/// What a page-out has done, in KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Paged {
+    /// PSS before less PSS after.
+    pub freed: u64,
+    /// Growth of what zram really uses.
+    pub zram: u64,
+}
+
+/// Pages out a process and all below it, or what is in its cgroup, just as the daemon does with a frozen app. For
+/// experiments: what it is done to must be held still, and it blocks.
+///
+/// # Errors
+/// As a sentence part: without swap, or a way to move memory there.
+pub fn page_out_now(pid: u32, cgroup: Option<&Path>) -> Result<Paged, Arc<str>> {
+    let stat = ProcDir::open(pid).and_then(|dir| dir.stat()).map_err(|_| "its process has ended")?;
+    let cgroup = cgroup.map(Cgroup::open).transpose().map_err(|error| format!("its cgroup: {error}"))?;
+    if !is_possible(cgroup.as_ref()) {
+        return Err("this machine has no swap, or no way to move an app's memory there".into());
+    }
+    match page_out(&Scope { main: Member::of(&stat), cgroup }, &Ticket::default())? {
+        Outcome::PagedOut { freed, zram, .. } => Ok(Paged { freed, zram }),
+        _ => Ok(Paged::default()),
+    }
 }
 
 fn page_out(scope: &Scope, ticket: &Ticket) -> Result<Outcome, Arc<str>> {

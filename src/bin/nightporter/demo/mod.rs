@@ -1,28 +1,31 @@
 //! `nightporter demo`: the main job on a machine with nothing else running. The same apps are run twice, each on its own
 //! and then behind the daemon, and every figure shown is measured in that run.
 
-mod inbox;
 mod measure;
-mod processes;
-mod pushes;
 mod render;
 mod resident;
 mod shared;
-mod world;
 
-use std::time::{Duration, Instant};
+use std::{
+    env,
+    time::{Duration, Instant},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use self::{
-    measure::{Connections, Figures, MemoryFigures},
-    pushes::Pushes,
-    world::World,
-};
+use self::measure::{Connections, Figures, MemoryFigures};
 use crate::{
     args::Demo,
     exit::{Exit, Failure},
+    lab::{
+        pushes::Pushes,
+        state::State,
+        world::{AppSpec, Setup, World, beside, quoted, text},
+    },
 };
+
+/// Little for a chat app, and as much as makes paging out worth while (design.md: 8 MiB).
+const BALLAST_KIB: u64 = 8192;
 
 /// What a person sees in addition to the figures.
 struct Story {
@@ -36,7 +39,7 @@ struct Story {
 
 /// One row of the table of states.
 struct StateRow {
-    state: shared::State,
+    state: State,
     pss: u64,
     wake: Option<measure::Wake>,
 }
@@ -52,7 +55,7 @@ pub(crate) fn run(args: &Demo) -> Result<String, Failure> {
     }
     progress.enable_steady_tick(Duration::from_millis(100));
 
-    let mut world = World::new(args)?;
+    let mut world = World::new(setup(args)?)?;
     let told = tell(&mut world, args, started, &progress);
     progress.set_message("Ending everything that was started");
     let ended = world.end();
@@ -74,8 +77,23 @@ pub(crate) fn run(args: &Demo) -> Result<String, Failure> {
     }
 }
 
+fn setup(args: &Demo) -> Result<Setup, Failure> {
+    let command = match &args.app_command {
+        Some(command) => command.clone(),
+        None => quoted(&text(&beside("nightporter-sample")?)?),
+    };
+    let app = |n| AppSpec {
+        name: format!("org.nightporter.Sample{n}"),
+        resident: command.clone(),
+        shared: command.clone(),
+        env: vec![("NIGHTPORTER_SAMPLE_BALLAST_KIB".into(), ballast_kib().to_string())],
+        cgroup: None,
+    };
+    Ok(Setup { prefix: "nightporter-demo-", parent: env::temp_dir(), apps: (1..=args.apps).map(app).collect() })
+}
+
 fn tell(world: &mut World, args: &Demo, started: Instant, progress: &ProgressBar) -> Result<Story, Failure> {
-    let mut pushes = Pushes::new(world.interrupted());
+    let mut pushes = Pushes::new("demo", world.interrupted());
     // First, because it is what may be missing.
     world.start_bus()?;
     world.start_relay()?;
@@ -107,7 +125,7 @@ fn tell(world: &mut World, args: &Demo, started: Instant, progress: &ProgressBar
             "{} × nightporter-sample, each holding {} of generated chat history; real apps hold more. Run your own \
              program with --app-command",
             args.apps,
-            crate::render::mib(world::ballast_kib())
+            crate::render::mib(ballast_kib())
         ),
     };
     Ok(Story { figures, states: shared.states, apps, not_paged_out: shared.not_paged_out })
@@ -115,4 +133,9 @@ fn tell(world: &mut World, args: &Demo, started: Instant, progress: &ProgressBar
 
 fn signed(kib: u64) -> i64 {
     i64::try_from(kib).unwrap_or(i64::MAX)
+}
+
+/// How much history each app is told to hold.
+fn ballast_kib() -> u64 {
+    env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB").ok().and_then(|kib| kib.parse().ok()).unwrap_or(BALLAST_KIB)
 }

@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 
-use super::{measure, processes, pushes::Pushes, world::World};
-use crate::exit::{Exit, Failure};
+use crate::{
+    exit::{Exit, Failure},
+    lab::{processes, pushes::Pushes, sockets, world::World},
+};
 
 /// What it costs.
 pub(super) struct Resident {
@@ -38,7 +40,7 @@ pub(super) fn run(world: &mut World, pushes: &mut Pushes, progress: &ProgressBar
     }
     progress.set_message("Each app on its own: measuring");
     let pss = settled(world)?;
-    let connections = measure::connections_to(world.port());
+    let connections = sockets::connections_to(world.port());
     world.end_apps()?;
     world.inbox().forget_apps();
     Ok(Resident { pss, connections })

@@ -14,14 +14,18 @@ use nightporter::{
 
 use super::{
     StateRow,
-    measure::{self, Wake, Wakes},
-    processes,
-    pushes::Pushes,
-    world::World,
+    measure::{Wake, Wakes},
 };
 use crate::{
     client::{self, Daemon},
     exit::{Exit, Failure},
+    lab::{
+        processes,
+        pushes::Pushes,
+        sockets,
+        state::State,
+        world::{DaemonSetup, World},
+    },
 };
 
 /// What it costs.
@@ -35,39 +39,6 @@ pub(super) struct Shared {
     pub(super) freezer: Freezer,
     pub(super) states: Vec<StateRow>,
     pub(super) not_paged_out: Option<String>,
-}
-
-/// The states an app is pushed to in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum State {
-    Running,
-    Frozen,
-    PagedOut,
-    Tombstoned,
-}
-
-impl State {
-    pub(super) const ALL: [Self; 4] = [Self::Running, Self::Frozen, Self::PagedOut, Self::Tombstoned];
-
-    pub(super) const fn label(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Frozen => "frozen",
-            Self::PagedOut => "paged out",
-            Self::Tombstoned => "tombstone",
-        }
-    }
-
-    /// As the daemon says it; none on the way from one to another.
-    fn of(app: &App) -> Option<Self> {
-        match app.state.as_str() {
-            "foreground" | "background" | "awake" => Some(Self::Running),
-            "frozen" => Some(Self::Frozen),
-            "reclaimed" => Some(Self::PagedOut),
-            "tombstone" | "gone" if app.pid.is_none() => Some(Self::Tombstoned),
-            _ => None,
-        }
-    }
 }
 
 /// Fast enough for a demo; the defaults are 10 s, 60 s, 10 min and 10 s.
@@ -89,7 +60,7 @@ pub(super) fn run(
     progress: &ProgressBar,
 ) -> Result<Shared, Failure> {
     progress.set_message("Through Night Porter: starting");
-    let (daemon, pid) = world.start_daemon(LIFECYCLE)?;
+    let (daemon, pid) = world.start_daemon(&DaemonSetup { profile: "tombstone", lifecycle: LIFECYCLE })?;
     for app in world.apps().to_vec() {
         daemon.start(&app)?;
     }
@@ -97,7 +68,7 @@ pub(super) fn run(
         world.wait(&format!("{app} to register"), START, |world| Ok(world.inbox().is_ready(&app).then_some(())))?;
         progress.inc(1);
     }
-    let connections = measure::connections_to(world.port());
+    let connections = sockets::connections_to(world.port());
 
     let mut rounds = Rounds::new(world.apps(), messages);
     rounds.run(world, &daemon, pushes, progress)?;

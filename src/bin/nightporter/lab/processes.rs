@@ -10,34 +10,43 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// One process, as `/proc/PID/stat` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Process {
-    pub(super) pid: u32,
+pub(crate) struct Process {
+    pub(crate) pid: u32,
     parent: u32,
     state: char,
     /// In clock ticks after boot: with the pid it names the process for good.
     start: u64,
     name: String,
+    /// CPU time in clock ticks, of its own and of children it has waited for.
+    pub(crate) ticks: u64,
+    /// Page faults that took a read, of its own and of children it has waited for.
+    pub(crate) major_faults: u64,
 }
 
 impl Process {
     /// Held still by a signal. (A process in a frozen cgroup is not.)
-    pub(super) const fn is_stopped(&self) -> bool {
+    pub(crate) const fn is_stopped(&self) -> bool {
         self.state == 'T'
     }
 
     /// For people.
-    pub(super) fn label(&self) -> String {
+    pub(crate) fn label(&self) -> String {
         format!("{} (pid {})", self.name, self.pid)
     }
 }
 
+/// This process, if it lives.
+pub(crate) fn of(pid: u32) -> Option<Process> {
+    read(pid)
+}
+
 /// Every process below this one that has not ended. Orphans are among them, because the demo is their subreaper.
-pub(super) fn ours() -> Vec<Process> {
+pub(crate) fn ours() -> Vec<Process> {
     below(std::process::id(), all())
 }
 
 /// Sends a signal to exactly this process: never to another one that got its number since.
-pub(super) fn signal(process: &Process, signal: Signal) {
+pub(crate) fn signal(process: &Process, signal: Signal) {
     let Some(pid) = i32::try_from(process.pid).ok().and_then(Pid::from_raw) else { return };
     let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
     if read(process.pid).is_some_and(|now| now.start == process.start) {
@@ -47,7 +56,7 @@ pub(super) fn signal(process: &Process, signal: Signal) {
 }
 
 /// Ends these processes: SIGTERM, and SIGKILL after `patience`. Gives back those that needed SIGKILL.
-pub(super) fn end(processes: &[Process], patience: Duration) -> Vec<Process> {
+pub(crate) fn end(processes: &[Process], patience: Duration) -> Vec<Process> {
     for process in processes {
         signal(process, Signal::TERM);
         // A stopped process cannot hear SIGTERM.
@@ -62,7 +71,7 @@ pub(super) fn end(processes: &[Process], patience: Duration) -> Vec<Process> {
 }
 
 /// Waits until these have ended, at most `patience`. Gives back those that have not.
-pub(super) fn wait_for_end(processes: &[Process], patience: Duration) -> Vec<Process> {
+pub(crate) fn wait_for_end(processes: &[Process], patience: Duration) -> Vec<Process> {
     let deadline = Instant::now() + patience;
     loop {
         let left: Vec<Process> = processes.iter().filter(|process| is_alive(process)).cloned().collect();
@@ -75,7 +84,7 @@ pub(super) fn wait_for_end(processes: &[Process], patience: Duration) -> Vec<Pro
 
 /// Memory of the apps' processes, by app, in KiB of PSS. An app's processes are known by what its start put into their
 /// environment, so that whatever they started is counted as well.
-pub(super) fn apps_pss(report_socket: &str) -> HashMap<String, u64> {
+pub(crate) fn apps_pss(report_socket: &str) -> HashMap<String, u64> {
     let mut apps: HashMap<String, u64> = HashMap::new();
     for process in ours() {
         if let Some(app) = app_of(process.pid, report_socket)
@@ -87,18 +96,66 @@ pub(super) fn apps_pss(report_socket: &str) -> HashMap<String, u64> {
     apps
 }
 
+/// Which app a process belongs to, without a look at its own memory where that can be helped: an environment lies in it,
+/// and a look would bring it back from swap.
+#[derive(Default)]
+pub(crate) struct Tracker {
+    known: HashMap<(u32, u64), Option<String>>,
+    report_socket: String,
+}
+
+impl Tracker {
+    pub(crate) fn new(report_socket: &str) -> Self {
+        Self { known: HashMap::new(), report_socket: report_socket.to_owned() }
+    }
+
+    /// The processes of all apps that run now.
+    pub(crate) fn apps(&mut self) -> Vec<(String, Process)> {
+        let mut found = Vec::new();
+        let mut alive = HashMap::new();
+        for process in ours() {
+            let key = (process.pid, process.start);
+            let app = match self.known.remove(&key) {
+                // The shell that is to become an app is not one yet.
+                Some(Some(app)) => Some(app),
+                Some(None) | None => by_cgroup(process.pid).or_else(|| app_of(process.pid, &self.report_socket)),
+            };
+            if let Some(app) = &app {
+                found.push((app.clone(), process));
+            }
+            alive.insert(key, app);
+        }
+        self.known = alive;
+        found
+    }
+}
+
+/// By the cgroup that `cgroups` made for it.
+fn by_cgroup(pid: u32) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let (_, below) = path.split_once("/nightporter-measure-")?;
+    Some(below.split('/').nth(1)?.strip_prefix("app-")?.strip_suffix(".scope")?.to_owned())
+}
+
+/// PSS, and what of it is in swap, of one process in KiB.
+pub(crate) fn memory(pid: u32) -> Option<(u64, u64)> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    Some((parse_pss(&rollup)?, parse_rollup_line(&rollup, "SwapPss:").unwrap_or(0)))
+}
+
 /// The apps' processes.
-pub(super) fn apps(report_socket: &str) -> Vec<Process> {
+pub(crate) fn apps(report_socket: &str) -> Vec<Process> {
     ours().into_iter().filter(|process| app_of(process.pid, report_socket).is_some()).collect()
 }
 
 /// PSS of one process in KiB.
-pub(super) fn pss(pid: u32) -> Option<u64> {
+pub(crate) fn pss(pid: u32) -> Option<u64> {
     parse_pss(&fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?)
 }
 
 /// Inodes of the sockets a process holds.
-pub(super) fn sockets(pid: u32) -> HashSet<u64> {
+pub(crate) fn sockets(pid: u32) -> HashSet<u64> {
     let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return HashSet::new() };
     fds.flatten()
         .filter_map(|fd| fs::read_link(fd.path()).ok())
@@ -158,11 +215,17 @@ fn parse_stat(text: &str) -> Option<Process> {
         state: fields.first()?.chars().next()?,
         start: fields.get(19)?.parse().ok()?,
         name: name.to_owned(),
+        ticks: fields.get(11..15)?.iter().filter_map(|field| field.parse::<u64>().ok()).sum(),
+        major_faults: fields.get(9..11)?.iter().filter_map(|field| field.parse::<u64>().ok()).sum(),
     })
 }
 
 fn parse_pss(rollup: &str) -> Option<u64> {
-    rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?.split_ascii_whitespace().next()?.parse().ok()
+    parse_rollup_line(rollup, "Pss:")
+}
+
+fn parse_rollup_line(rollup: &str, key: &str) -> Option<u64> {
+    rollup.lines().find_map(|line| line.strip_prefix(key))?.split_ascii_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -176,13 +239,22 @@ mod tests {
         let process = parse_stat(STAT).unwrap();
         assert_eq!((process.pid, process.parent, process.state, process.start), (42, 7, 'S', 9876));
         assert_eq!(process.label(), "a (b) c (pid 42)");
+        assert_eq!((process.ticks, process.major_faults), (3, 0));
         assert_eq!(parse_stat("42 (x"), None);
         assert_eq!(parse_stat(""), None);
     }
 
     #[test]
     fn the_tree_is_walked_and_the_dead_are_left_out() {
-        let process = |pid, parent, state| Process { pid, parent, state, start: 0, name: String::new() };
+        let process = |pid, parent, state| Process {
+            pid,
+            parent,
+            state,
+            start: 0,
+            name: String::new(),
+            ticks: 0,
+            major_faults: 0,
+        };
         let all = vec![process(2, 1, 'S'), process(3, 2, 'Z'), process(4, 3, 'T'), process(5, 9, 'S')];
         let mut found: Vec<u32> = below(1, all).iter().map(|process| process.pid).collect();
         found.sort_unstable();

@@ -1,4 +1,4 @@
-//! What the apps report, collected by a thread so that no app ever waits for the demo.
+//! What the apps report, collected by a thread so that no app ever waits for us.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -34,8 +34,8 @@ enum Report {
     Other,
 }
 
-/// The demo's end.
-pub(super) struct Inbox {
+/// Our end.
+pub(crate) struct Inbox {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -57,20 +57,20 @@ struct State {
 
 /// What came of one message.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Arrived {
+pub(crate) struct Arrived {
     /// How often it reached its app.
-    pub(super) times: u64,
+    pub(crate) times: u64,
     /// CLOCK_BOOTTIME in the app's handler, the first time, in nanoseconds.
-    pub(super) first: u64,
+    pub(crate) first: u64,
 }
 
-/// Between looks at whether the demo is over.
+/// Between looks at whether it is over.
 const TURN: Duration = Duration::from_millis(100);
 /// A message of 4096 bytes, every byte of it escaped, and its frame.
 const LARGEST: usize = 32 * 1024;
 
 impl Inbox {
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let socket = UnixDatagram::bind(path)?;
         socket.set_read_timeout(Some(TURN))?;
         let shared = Arc::new(Shared::default());
@@ -80,33 +80,42 @@ impl Inbox {
     }
 
     /// The app's endpoint, once it has reported one.
-    pub(super) fn endpoint(&self, app: &str) -> Option<String> {
+    pub(crate) fn endpoint(&self, app: &str) -> Option<String> {
         self.shared.lock().endpoints.get(app).cloned()
     }
 
-    pub(super) fn is_ready(&self, app: &str) -> bool {
+    pub(crate) fn is_ready(&self, app: &str) -> bool {
         let state = self.shared.lock();
         state.ready.contains(app) && state.endpoints.contains_key(app)
     }
 
     /// Forgets who was ready, for the next half.
-    pub(super) fn forget_apps(&self) {
+    pub(crate) fn forget_apps(&self) {
         let mut state = self.shared.lock();
         state.endpoints.clear();
         state.ready.clear();
     }
 
+    /// Forgets these apps, which are to be started anew.
+    pub(crate) fn forget(&self, apps: &[String]) {
+        let mut state = self.shared.lock();
+        for app in apps {
+            state.endpoints.remove(app);
+            state.ready.remove(app);
+        }
+    }
+
     /// Counts messages with this body from now on. Reports of any other are ignored.
-    pub(super) fn expect(&self, body: &str) {
+    pub(crate) fn expect(&self, body: &str) {
         self.shared.lock().messages.insert(body.to_owned(), Arrived::default());
     }
 
-    pub(super) fn arrived(&self, body: &str) -> Arrived {
+    pub(crate) fn arrived(&self, body: &str) -> Arrived {
         self.shared.lock().messages.get(body).copied().unwrap_or_default()
     }
 
     /// Waits until the message has reached its app, at most `patience`.
-    pub(super) fn wait_for(&self, body: &str, patience: Duration) -> Option<Arrived> {
+    pub(crate) fn wait_for(&self, body: &str, patience: Duration) -> Option<Arrived> {
         let deadline = Instant::now() + patience;
         let mut state = self.shared.lock();
         loop {

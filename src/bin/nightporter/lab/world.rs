@@ -1,5 +1,5 @@
-//! The demo's world: a directory of its own, a private bus, a push server on loopback, the daemon, the apps. However the
-//! demo ends, all of it ends with it.
+//! A world of its own: a directory, a private bus, a push server on loopback, the daemon, the apps. However the command
+//! ends, all of it ends with it.
 
 use std::{
     env,
@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
@@ -21,24 +21,54 @@ use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::TempDir;
 
-use super::{inbox::Inbox, measure, processes};
+use super::{cgroups, inbox::Inbox, processes, sockets};
 use crate::{
-    args::Demo,
     client::{self, Daemon},
     exit::{Exit, Failure},
 };
 
-pub(super) struct World {
+pub(crate) struct World {
     // Dropped first, so that nothing writes below the directory any more when it goes.
     children: Vec<(String, Child)>,
     inbox: Inbox,
     dir: TempDir,
     report_socket: String,
-    apps: Vec<String>,
-    app_command: String,
+    apps: Vec<AppSpec>,
+    names: Vec<String>,
     interrupted: Arc<AtomicBool>,
+    server: String,
     port: u16,
     ended: bool,
+}
+
+/// What is to be there.
+pub(crate) struct Setup {
+    /// What the directory's name begins with.
+    pub(crate) prefix: &'static str,
+    /// Where the directory is made, unless TMPDIR says.
+    pub(crate) parent: PathBuf,
+    pub(crate) apps: Vec<AppSpec>,
+}
+
+/// One app.
+#[derive(Clone, Debug)]
+pub(crate) struct AppSpec {
+    pub(crate) name: String,
+    /// The shell's words that start it on its own.
+    pub(crate) resident: String,
+    /// The shell's words that start it behind the daemon.
+    pub(crate) shared: String,
+    /// What it gets into its environment beside the contract.
+    pub(crate) env: Vec<(String, String)>,
+    /// The cgroup it is to live in.
+    pub(crate) cgroup: Option<PathBuf>,
+}
+
+/// How the daemon is to be.
+pub(crate) struct DaemonSetup<'a> {
+    pub(crate) profile: &'a str,
+    /// The lines below `[lifecycle]`.
+    pub(crate) lifecycle: &'a str,
 }
 
 const START: Duration = Duration::from_secs(15);
@@ -49,75 +79,67 @@ const POLL: Duration = Duration::from_millis(5);
 /// sun_path has 108 bytes; our names below the directory take up to 20.
 const LONGEST_DIR: usize = 80;
 const LOG_LINES: usize = 15;
-/// Little for a chat app, and as much as makes paging out worth while (design.md: 8 MiB).
-const BALLAST_KIB: u64 = 8192;
+/// Stands for a directory of the app's own in its command and its environment.
+pub(crate) const DIR_MARK: &str = "{dir}";
 
 /// For the panic hook: the release build aborts on a panic, so no `Drop` runs.
-static DIR: OnceLock<PathBuf> = OnceLock::new();
+static DIR: Mutex<Option<PathBuf>> = Mutex::new(None);
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 /// The daemon's pid, or 0.
 static DAEMON: AtomicU32 = AtomicU32::new(0);
 
 impl World {
-    pub(super) fn new(args: &Demo) -> Result<Self, Failure> {
-        // Whatever our processes leave behind becomes our child, so that it can be found and ended.
-        nix::sys::prctl::set_child_subreaper(true)
-            .map_err(|error| Failure::system("cannot become the parent of orphans", error))?;
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, Arc::clone(&interrupted))
-                .map_err(|error| Failure::system("cannot handle signals", error))?;
-        }
-        let mut parent = env::temp_dir();
+    pub(crate) fn new(setup: Setup) -> Result<Self, Failure> {
+        let interrupted = watch_for_the_end()?;
+        let mut parent = env::var_os("TMPDIR").map_or(setup.parent, PathBuf::from);
         if parent.as_os_str().len() > LONGEST_DIR - 30 {
             parent = "/tmp".into();
         }
-        let dir = tempfile::Builder::new().prefix("nightporter-demo-").tempdir_in(&parent).map_err(|error| {
+        let dir = tempfile::Builder::new().prefix(setup.prefix).tempdir_in(&parent).map_err(|error| {
             Failure::new(Exit::CannotCreate, format!("cannot make a directory in {}: {error}", parent.display()))
         })?;
         let report_path = dir.path().join("report");
         let inbox = Inbox::open(&report_path).map_err(|error| Failure::system("cannot listen for reports", error))?;
-        if DIR.set(dir.path().to_owned()).is_ok() {
-            clean_up_on_panic();
-        }
+        *DIR.lock().unwrap_or_else(PoisonError::into_inner) = Some(dir.path().to_owned());
         Ok(Self {
             children: Vec::new(),
             inbox,
             report_socket: text(&report_path)?,
-            apps: (1..=args.apps).map(|n| format!("org.nightporter.Sample{n}")).collect(),
-            app_command: match &args.app_command {
-                Some(command) => command.clone(),
-                None => quoted(&text(&beside("nightporter-sample")?)?),
-            },
+            names: setup.apps.iter().map(|app| app.name.clone()).collect(),
+            apps: setup.apps,
             dir,
             interrupted,
+            server: String::new(),
             port: 0,
             ended: false,
         })
     }
 
-    pub(super) fn apps(&self) -> &[String] {
-        &self.apps
+    /// The apps' names.
+    pub(crate) fn apps(&self) -> &[String] {
+        &self.names
     }
 
-    pub(super) const fn inbox(&self) -> &Inbox {
+    pub(crate) const fn inbox(&self) -> &Inbox {
         &self.inbox
     }
 
-    pub(super) fn report_socket(&self) -> &str {
+    pub(crate) fn report_socket(&self) -> &str {
         &self.report_socket
     }
 
     /// Set once the user wants to stop.
-    pub(super) fn interrupted(&self) -> Arc<AtomicBool> {
+    pub(crate) fn interrupted(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.interrupted)
     }
 
     /// The push server's.
-    pub(super) const fn port(&self) -> u16 {
+    pub(crate) const fn port(&self) -> u16 {
         self.port
     }
 
-    pub(super) fn start_relay(&mut self) -> Result<(), Failure> {
+    /// Starts the push server. Gives back its process.
+    pub(crate) fn start_relay(&mut self) -> Result<u32, Failure> {
         let pid = self.spawn(
             "the push server",
             &beside("nightporter-relay")?,
@@ -125,27 +147,38 @@ impl World {
             "relay.log",
             |_| {},
         )?;
-        self.port = self.wait("the push server to listen", START, |_| Ok(measure::port_of(pid)))?;
-        Ok(())
+        self.port = self.wait("the push server to listen", START, |_| Ok(sockets::port_of(pid)))?;
+        self.server = format!("ws://127.0.0.1:{}/", self.port);
+        Ok(pid)
+    }
+
+    /// Uses a push server that runs already instead.
+    pub(crate) fn use_server(&mut self, url: &str, port: u16) {
+        url.clone_into(&mut self.server);
+        self.port = port;
     }
 
     /// Starts an app on its own.
-    pub(super) fn start_resident(&mut self, app: &str) -> Result<(), Failure> {
-        let server = format!("ws://127.0.0.1:{}/", self.port);
-        let script = self.write_start(app, "resident", &[("NIGHTPORTER_SAMPLE_SERVER", &server)])?;
+    pub(crate) fn start_resident(&mut self, app: &str) -> Result<(), Failure> {
+        let Some(spec) = self.apps.iter().find(|spec| spec.name == app) else {
+            return Err(Failure::new(Exit::Failed, format!("{app} is not one of the apps")));
+        };
+        let address = self.address()?;
+        let more = [("NIGHTPORTER_SAMPLE_SERVER", self.server.as_str()), ("DBUS_SESSION_BUS_ADDRESS", &address)];
+        let script = self.write_start(spec, "resident", &spec.resident, &more)?;
         self.spawn(app, Path::new("/bin/sh"), [script.as_os_str()], "apps.log", |_| {}).map(drop)
     }
 
     /// Starts the private bus, with a file for each app that says how to start it.
-    pub(super) fn start_bus(&mut self) -> Result<(), Failure> {
+    pub(crate) fn start_bus(&mut self) -> Result<(), Failure> {
         let address = self.address()?;
         let services = self.dir.path().join("services");
         fs::create_dir(&services).map_err(|error| cannot_write(&services, &error))?;
-        for app in self.apps.clone() {
-            let script = self.write_start(&app, "shared", &[("DBUS_SESSION_BUS_ADDRESS", &address)])?;
+        for spec in &self.apps {
+            let script = self.write_start(spec, "shared", &spec.shared, &[("DBUS_SESSION_BUS_ADDRESS", &address)])?;
             // The bus splits the line itself; the directory is ours and has no spaces unless TMPDIR has.
-            let service = format!("[D-BUS Service]\nName={app}\nExec=/bin/sh {}\n", quoted(&text(&script)?));
-            let path = services.join(format!("{app}.service"));
+            let service = format!("[D-BUS Service]\nName={}\nExec=/bin/sh {}\n", spec.name, quoted(&text(&script)?));
+            let path = services.join(format!("{}.service", spec.name));
             fs::write(&path, service).map_err(|error| cannot_write(&path, &error))?;
         }
         let config = self.dir.path().join("bus.conf");
@@ -164,7 +197,7 @@ impl World {
             .map_err(|error| match error.kind() {
                 io::ErrorKind::NotFound => Failure::new(
                     Exit::Unavailable,
-                    "dbus-daemon is not installed; the demo needs it for its private bus. It is in the package \
+                    "dbus-daemon is not installed; it is needed for the private bus. It is in the package \
                      dbus-daemon (apt install dbus-daemon)",
                 ),
                 _ => Failure::system("cannot start dbus-daemon", error),
@@ -180,12 +213,12 @@ impl World {
     }
 
     /// Starts the daemon on the private bus, and connects to it.
-    pub(super) fn start_daemon(&mut self, lifecycle: &str) -> Result<(Daemon, u32), Failure> {
+    pub(crate) fn start_daemon(&mut self, setup: &DaemonSetup<'_>) -> Result<(Daemon, u32), Failure> {
         let config = self.dir.path().join("nightporter.toml");
         let settings = format!(
-            "profile = \"tombstone\"\n\n[[upstream]]\nname = \"demo\"\nkind = \"autopush\"\n\
-             url = \"ws://127.0.0.1:{}/\"\n\n[lifecycle]\n{lifecycle}",
-            self.port
+            "profile = \"{}\"\n\n[[upstream]]\nname = \"demo\"\nkind = \"autopush\"\nurl = \"{}\"\n\n\
+             [limits]\nwakes-per-hour = 3600\n\n[lifecycle]\n{}",
+            setup.profile, self.server, setup.lifecycle
         );
         fs::write(&config, settings).map_err(|error| cannot_write(&config, &error))?;
         let state = self.dir.path().join("state");
@@ -214,7 +247,7 @@ impl World {
     }
 
     /// Looks again and again until `look` has seen what it wants, at most `patience`.
-    pub(super) fn wait<T>(
+    pub(crate) fn wait<T>(
         &mut self,
         what: &str,
         patience: Duration,
@@ -235,7 +268,7 @@ impl World {
     }
 
     /// Does nothing for a while, unless interrupted.
-    pub(super) fn pause(&self, time: Duration) -> Result<(), Failure> {
+    pub(crate) fn pause(&self, time: Duration) -> Result<(), Failure> {
         let deadline = Instant::now() + time;
         while Instant::now() < deadline {
             self.check_interrupted()?;
@@ -245,19 +278,31 @@ impl World {
     }
 
     /// Fails when the user wants to stop, or a program that should run has ended.
-    pub(super) fn check(&mut self) -> Result<(), Failure> {
+    pub(crate) fn check(&mut self) -> Result<(), Failure> {
         self.check_interrupted()?;
-        for (name, child) in &mut self.children {
-            if let Ok(Some(status)) = child.try_wait() {
-                let text = format!("{name} ended by itself ({status})");
-                return Err(Failure::new(Exit::Failed, text + &self.logs()));
-            }
+        match self.ended_by_itself() {
+            Some(text) => Err(Failure::new(Exit::Failed, text + &self.logs())),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// A program that should run and has ended, as a sentence.
+    pub(crate) fn ended_by_itself(&mut self) -> Option<String> {
+        self.children.iter_mut().find_map(|(name, child)| {
+            let status = child.try_wait().ok().flatten()?;
+            Some(format!("{name} ended by itself ({status})"))
+        })
+    }
+
+    /// Ends these processes of apps. Gives back how many did not take SIGTERM for an answer.
+    pub(crate) fn end_processes(&mut self, processes: &[processes::Process]) -> usize {
+        let stubborn = processes::end(processes, END);
+        self.children.retain_mut(|(_, child)| !matches!(child.try_wait(), Ok(Some(_))));
+        stubborn.len()
     }
 
     /// Ends every app that runs now.
-    pub(super) fn end_apps(&mut self) -> Result<(), Failure> {
+    pub(crate) fn end_apps(&mut self) -> Result<(), Failure> {
         let stubborn = processes::end(&processes::apps(&self.report_socket), END);
         self.children.retain_mut(|(_, child)| !matches!(child.try_wait(), Ok(Some(_))));
         match stubborn.first() {
@@ -267,12 +312,12 @@ impl World {
     }
 
     /// The ends of the logs, for a message.
-    pub(super) fn logs(&self) -> String {
+    pub(crate) fn logs(&self) -> String {
         ["daemon.log", "relay.log", "apps.log"].map(|log| self.log_end(log)).concat()
     }
 
     /// Ends all that was started. Fails when something had to be killed or was left frozen.
-    pub(super) fn end(&mut self) -> Result<(), Failure> {
+    pub(crate) fn end(&mut self) -> Result<(), Failure> {
         self.ended = true;
         let mut troubles = end_daemon();
         // Apps that are awake are right to be there; they end like any app at the end of its session.
@@ -292,7 +337,9 @@ impl World {
         troubles.extend(processes::ours().iter().map(|process| format!("{} is still there", process.label())));
         match troubles.is_empty() {
             true => Ok(()),
-            false => Err(Failure::new(Exit::Failed, format!("the demo was left with:\n  {}", troubles.join("\n  ")))),
+            false => {
+                Err(Failure::new(Exit::Failed, format!("the following was left behind:\n  {}", troubles.join("\n  "))))
+            }
         }
     }
 
@@ -309,29 +356,38 @@ impl World {
         Ok(address)
     }
 
-    /// Writes the script that starts an app: the same contract in both halves.
-    fn write_start(&self, app: &str, mode: &str, more: &[(&str, &str)]) -> Result<PathBuf, Failure> {
+    /// Writes the script that starts an app: the same contract in both modes.
+    fn write_start(&self, app: &AppSpec, mode: &str, command: &str, more: &[(&str, &str)]) -> Result<PathBuf, Failure> {
         let mut script = String::new();
+        if let Some(cgroup) = &app.cgroup {
+            script.push_str(&format!("echo $$ >{} || exit\n", quoted(&text(&cgroup.join("cgroup.procs"))?)));
+            // Of all there is on the machine, an app of ours is to go first.
+            script.push_str("echo 200 2>/dev/null >/proc/self/oom_score_adj\n");
+        }
         if let Ok(dir) = env::current_dir() {
             script.push_str(&format!("cd {} || exit\n", quoted(&text(&dir)?)));
         }
-        let ballast = ballast_kib().to_string();
+        let home = self.dir.path().join(format!("home-{}", app.name));
+        let dir = text(&home)?;
+        if command.contains(DIR_MARK) || app.env.iter().any(|(_, value)| value.contains(DIR_MARK)) {
+            fs::create_dir_all(&home).map_err(|error| cannot_write(&home, &error))?;
+        }
         let own = [
-            ("NIGHTPORTER_SAMPLE_BALLAST_KIB", ballast.as_str()),
-            ("NIGHTPORTER_SAMPLE_NAME", app),
+            ("NIGHTPORTER_SAMPLE_NAME", app.name.as_str()),
             ("NIGHTPORTER_SAMPLE_MODE", mode),
             ("NIGHTPORTER_SAMPLE_REPORT", &self.report_socket),
         ];
-        for (name, value) in own.iter().chain(more) {
-            script.push_str(&format!("export {name}={}\n", quoted(value)));
+        let env = app.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        for (name, value) in env.chain(own).chain(more.iter().copied()) {
+            script.push_str(&format!("export {name}={}\n", quoted(&value.replace(DIR_MARK, &dir))));
         }
         // The log is given here because the bus starts apps with its own.
         script.push_str(&format!(
-            "exec {} 2>>{}\n",
-            self.app_command,
+            "exec {} >>{1} 2>&1\n",
+            command.replace(DIR_MARK, &dir),
             quoted(&text(&self.dir.path().join("apps.log"))?)
         ));
-        let path = self.dir.path().join(format!("{app}.{mode}.sh"));
+        let path = self.dir.path().join(format!("{}.{mode}.sh", app.name));
         fs::write(&path, script).map_err(|error| cannot_write(&path, &error))?;
         Ok(path)
     }
@@ -348,7 +404,7 @@ impl World {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().map_err(|error| Failure::system("cannot open a log", error))?).stderr(log);
-        // Ctrl-C is for the demo, which then ends the others in the right order.
+        // Ctrl-C is for us, who then ends the others in the right order.
         command.process_group(0);
         more(&mut command);
         let child =
@@ -375,7 +431,7 @@ impl World {
     }
 
     /// Fails when the user wants to stop.
-    pub(super) fn check_interrupted(&self) -> Result<(), Failure> {
+    pub(crate) fn check_interrupted(&self) -> Result<(), Failure> {
         match self.interrupted.load(Ordering::Relaxed) {
             true => Err(Failure::new(Exit::Interrupted, "interrupted")),
             false => Ok(()),
@@ -416,20 +472,34 @@ fn clean_up_on_panic() {
     std::panic::set_hook(Box::new(move |panic| {
         before(panic);
         end_daemon();
+        cgroups::thaw_whatever();
         processes::end(&processes::ours(), END);
-        if let Some(dir) = DIR.get() {
+        cgroups::release();
+        if let Some(dir) = &*DIR.lock().unwrap_or_else(PoisonError::into_inner) {
             let _ = fs::remove_dir_all(dir);
         }
     }));
 }
 
-/// How much history each app is told to hold.
-pub(super) fn ballast_kib() -> u64 {
-    env::var("NIGHTPORTER_SAMPLE_BALLAST_KIB").ok().and_then(|kib| kib.parse().ok()).unwrap_or(BALLAST_KIB)
+/// Becomes the parent of orphans, and gives back what is set once the user wants to stop. What happens once a process.
+fn watch_for_the_end() -> Result<Arc<AtomicBool>, Failure> {
+    if let Some(interrupted) = INTERRUPTED.get() {
+        return Ok(Arc::clone(interrupted));
+    }
+    // Whatever our processes leave behind becomes our child, so that it can be found and ended.
+    nix::sys::prctl::set_child_subreaper(true)
+        .map_err(|error| Failure::system("cannot become the parent of orphans", error))?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .map_err(|error| Failure::system("cannot handle signals", error))?;
+    }
+    clean_up_on_panic();
+    Ok(Arc::clone(INTERRUPTED.get_or_init(|| interrupted)))
 }
 
 /// A program installed where this one is.
-fn beside(name: &str) -> Result<PathBuf, Failure> {
+pub(crate) fn beside(name: &str) -> Result<PathBuf, Failure> {
     let own = env::current_exe().map_err(|error| Failure::system("cannot find this program's own path", error))?;
     let path = own.with_file_name(name);
     match path.is_file() {
@@ -437,7 +507,7 @@ fn beside(name: &str) -> Result<PathBuf, Failure> {
         false => Err(Failure::new(
             Exit::Unavailable,
             format!(
-                "{} is not there; the demo needs nightporterd, nightporter-relay and nightporter-sample",
+                "{} is not there; nightporterd, nightporter-relay and nightporter-sample are needed beside nightporter",
                 path.display()
             ),
         )),
@@ -469,14 +539,14 @@ fn cannot_write(path: &Path, error: &io::Error) -> Failure {
     Failure::new(Exit::CannotCreate, format!("cannot write {}: {error}", path.display()))
 }
 
-fn text(path: &Path) -> Result<String, Failure> {
+pub(crate) fn text(path: &Path) -> Result<String, Failure> {
     path.to_str()
         .map(str::to_owned)
         .ok_or_else(|| Failure::new(Exit::Data, format!("the path {} is not UTF-8", path.display())))
 }
 
 /// Quoted for sh, and for the bus, which splits `Exec=` the same way.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 

@@ -1,0 +1,214 @@
+//! The ballast test: how much more can be allocated before memory is short? A child of its own takes it, in steps; the
+//! child is the first to go when memory runs out, ends when this process does, and all of it is given back.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Write},
+    path::Path,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    mm::{MlockAllFlags, mlockall},
+    process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal},
+};
+use serde::Serialize;
+
+use super::{
+    experiment::BallastPlan,
+    kernel,
+    schedule::Random,
+    stage::{Stage, look},
+};
+use crate::exit::{Exit, Failure};
+
+/// Unless the experiment says, at most this many times what is available when it begins: beyond it lies what others give up.
+pub(super) const FACTOR: u64 = 2;
+const TURN: Duration = Duration::from_millis(100);
+/// A step that takes longer than this is as good as refused.
+const LONGEST_STEP: Duration = Duration::from_secs(120);
+/// First of all to be ended for want of memory.
+const FIRST_TO_GO: &str = "1000";
+
+/// What came out.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Ballast {
+    /// What could be taken before memory was short, in KiB.
+    pub(super) kib: u64,
+    pub(super) ended: Ended,
+    /// Share of the time some task waited for memory at the end, in percent.
+    pub(super) pressure: f64,
+    /// Whether it could not be moved to swap (mlockall(2)).
+    pub(super) locked: bool,
+    pub(super) seconds: f64,
+}
+
+/// What kept it from taking more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Ended {
+    Pressure,
+    /// The kernel refused more, or ended it.
+    Refused,
+    /// `ballast.max`.
+    Max,
+}
+
+/// Takes what there is. Leaves nothing behind, whatever it gives back.
+pub(super) fn run(stage: &Stage<'_>, plan: &BallastPlan) -> Result<Ballast, Failure> {
+    let began = Instant::now();
+    let max = plan.max.unwrap_or(look()?.available * FACTOR);
+    let mut load = Load::start(stage, max)?;
+    let mut taken = 0;
+    let (ended, pressure) = loop {
+        stage.world.check_interrupted()?;
+        if taken >= max {
+            break (Ended::Max, 0.0);
+        }
+        let step = plan.step.min(max - taken);
+        let (from, before) = (Instant::now(), kernel::stalled().unwrap_or(0));
+        if !load.take(stage, step)? {
+            break (Ended::Refused, 0.0);
+        }
+        let mut share = kernel::share(kernel::stalled().unwrap_or(0).saturating_sub(before), from.elapsed());
+        if share > plan.pressure {
+            // The kernel may just have been making room. It is short of memory when that does not end.
+            let (from, before) = (Instant::now(), kernel::stalled().unwrap_or(0));
+            stage.world.pause(plan.window)?;
+            share = kernel::share(kernel::stalled().unwrap_or(0).saturating_sub(before), from.elapsed());
+            if share > plan.pressure {
+                break (Ended::Pressure, share);
+            }
+            if !load.lives() {
+                break (Ended::Refused, share);
+            }
+        }
+        taken += step;
+    };
+    let locked = load.locked;
+    drop(load);
+    Ok(Ballast { kib: taken, ended, pressure, locked, seconds: began.elapsed().as_secs_f64() })
+}
+
+/// The child that takes memory.
+struct Load {
+    child: Child,
+    stdin: ChildStdin,
+    answers: Receiver<String>,
+    locked: bool,
+}
+
+impl Load {
+    fn start(stage: &Stage<'_>, max: u64) -> Result<Self, Failure> {
+        let exe = std::env::current_exe().map_err(|error| Failure::system("cannot find this program", error))?;
+        let mut command = Command::new(exe);
+        command.arg("measure-ballast").arg(std::process::id().to_string());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        if let Some(cgroups) = &stage.cgroups
+            && let Ok(cgroup) = cgroups.make_other("ballast")
+        {
+            // The bound holds whatever this program does wrong.
+            let _ = fs::write(cgroup.join("memory.max"), ((max + 64 * 1024) * 1024).to_string());
+            command.arg(cgroup.join("cgroup.procs"));
+        }
+        let mut child = command.spawn().map_err(|error| Failure::system("cannot start the ballast", error))?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            let _ = child.kill();
+            return Err(Failure::new(Exit::Failed, "the ballast has no pipes"));
+        };
+        let (sender, answers) = channel();
+        // Ends with the child.
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines() {
+                let Ok(line) = line else { return };
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut load = Self { child, stdin, answers, locked: false };
+        match load.answer(stage)? {
+            Some(answer) => load.locked = answer == "locked",
+            None => return Err(Failure::new(Exit::Failed, "the ballast did not start")),
+        }
+        Ok(load)
+    }
+
+    /// Takes more. False when it was not to be had.
+    fn take(&mut self, stage: &Stage<'_>, kib: u64) -> Result<bool, Failure> {
+        if writeln!(self.stdin, "{kib}").and_then(|()| self.stdin.flush()).is_err() {
+            return Ok(false);
+        }
+        Ok(self.answer(stage)?.is_some_and(|answer| answer == "taken"))
+    }
+
+    /// What it says next; none when it has ended, or takes too long.
+    fn answer(&self, stage: &Stage<'_>) -> Result<Option<String>, Failure> {
+        let deadline = Instant::now() + LONGEST_STEP;
+        while Instant::now() < deadline {
+            stage.world.check_interrupted()?;
+            match self.answers.recv_timeout(TURN) {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn lives(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        // Not waited for yet, so that the number is still its own.
+        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+            && self.lives()
+            && let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty())
+        {
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// The child: reads how many KiB to take, line by line, and says when it has.
+pub(super) fn child(parent: u32, cgroup: Option<&Path>) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have ended before that was asked for.
+    if getppid().is_none_or(|now| u32::try_from(now.as_raw_nonzero().get()) != Ok(parent)) {
+        return Ok(());
+    }
+    fs::write("/proc/self/oom_score_adj", FIRST_TO_GO)?;
+    if let Some(cgroup) = cgroup {
+        fs::write(cgroup, "0")?;
+    }
+    let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE;
+    let locked = mlockall(all | MlockAllFlags::ONFAULT).is_ok();
+    let mut stdout = io::stdout();
+    writeln!(stdout, "{}", if locked { "locked" } else { "not locked" })?;
+    stdout.flush()?;
+    let mut random = Random(u64::from(parent));
+    let mut held: Vec<Vec<u64>> = Vec::new();
+    for line in io::stdin().lines() {
+        let words = line?.trim().parse::<usize>().unwrap_or(0) * 128;
+        let mut piece = Vec::new();
+        let answer = match piece.try_reserve_exact(words) {
+            // Random, so that it neither compresses nor is found to be the same as anything else.
+            Ok(()) => {
+                piece.extend((0..words).map(|_| random.next()));
+                held.push(piece);
+                "taken"
+            }
+            Err(_) => "refused",
+        };
+        writeln!(stdout, "{answer}")?;
+        stdout.flush()?;
+    }
+    Ok(())
+}

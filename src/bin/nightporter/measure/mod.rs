@@ -1,0 +1,105 @@
+//! `nightporter measure`: the proof. The same apps with the daemon and without, in an order left to chance, several times;
+//! what the whole machine has to say about each, and the daemon's own claim beside it.
+
+mod arm;
+mod ballast;
+mod commands;
+mod experiment;
+mod kernel;
+mod reach;
+mod render;
+mod result;
+mod schedule;
+mod stage;
+mod statistics;
+mod still;
+mod trace;
+mod values;
+
+use std::{fs, path::Path, time::Duration};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::{experiment::Experiment, result::Outcome};
+use crate::{
+    args,
+    exit::{Exit, Failure},
+};
+
+/// Does the command and gives back what to print.
+pub(crate) fn run(args: &args::Measure) -> Result<String, Failure> {
+    let text = fs::read_to_string(&args.experiment)
+        .map_err(|error| Failure::new(Exit::Data, format!("cannot read {}: {error}", args.experiment.display())))?;
+    let experiment = Experiment::parse(&text)
+        .map_err(|problem| Failure::new(Exit::Data, format!("{}: {problem}", args.experiment.display())))?;
+    if args.check {
+        return Ok(render::plan(&experiment));
+    }
+    // Found out before hours of work, not after.
+    for path in [&args.json, &args.markdown].into_iter().flatten() {
+        write(path, "")?;
+    }
+    let outcome = if args.reach { reach_all(&experiment)? } else { measure_all(&experiment)? };
+    if let Some(path) = &args.json {
+        let text =
+            serde_json::to_string_pretty(&outcome).map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
+        write(path, &(text + "\n"))?;
+    }
+    if let Some(path) = &args.markdown {
+        write(path, &render::markdown(&outcome))?;
+    }
+    let text = render::text(&outcome);
+    match outcome.missed() {
+        0 => Ok(text),
+        missed => Err(Failure::new(Exit::Refused, format!("{missed} expectations were missed\n\n{text}"))),
+    }
+}
+
+/// The child that the ballast test makes of this program.
+pub(crate) fn ballast(args: &args::Ballast) -> Result<String, Failure> {
+    ballast::child(args.parent, args.cgroup.as_deref())
+        .map(|()| String::new())
+        .map_err(|error| Failure::system("ballast", error))
+}
+
+fn measure_all(experiment: &Experiment) -> Result<Outcome, Failure> {
+    let order = schedule::order(&experiment.arms, experiment.runs, experiment.seed);
+    let apps = experiment.apps().len();
+    let steps = order.len() * apps * (1 + experiment.messages.each * experiment.messages.states.len());
+    let bar = bar(u64::try_from(steps).unwrap_or(u64::MAX));
+    let mut samples = Vec::new();
+    for (run, arm) in order {
+        samples.push(arm::run(experiment, run, arm, &bar)?);
+    }
+    bar.finish_and_clear();
+    Ok(Outcome::of_arms(experiment, samples))
+}
+
+fn reach_all(experiment: &Experiment) -> Result<Outcome, Failure> {
+    let Some(plan) = &experiment.reach else {
+        return Err(Failure::new(Exit::Data, "the experiment has no [reach], which --reach needs"));
+    };
+    let bar = bar(0);
+    let mut reaches = Vec::new();
+    for arm in &plan.arms {
+        reaches.push(reach::run(experiment, plan, *arm, &bar)?);
+    }
+    bar.finish_and_clear();
+    Ok(Outcome::of_reach(experiment, reaches))
+}
+
+/// Shown on a terminal, and nowhere else.
+fn bar(steps: u64) -> ProgressBar {
+    let bar = ProgressBar::new(steps);
+    let template = if steps > 0 { "{spinner} {msg:<64} {bar:20} {elapsed}" } else { "{spinner} {msg:<64} {elapsed}" };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    fs::write(path, text)
+        .map_err(|error| Failure::new(Exit::CannotCreate, format!("cannot write {}: {error}", path.display())))
+}

@@ -1,0 +1,299 @@
+//! How many apps can this machine keep reachable? Apps are added until memory is short, a push is late, one is ended by the
+//! kernel, or there are as many as the experiment allows.
+//!
+//! One is added first, then a quarter more each time. The first number that is too many is bracketed: the newest apps are
+//! ended, and half of what lies between is tried, until what is left between the two is a fiftieth.
+
+use std::time::{Duration, Instant};
+
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use super::{
+    arm::Arm,
+    experiment::{Experiment, ReachPlan},
+    kernel,
+    schedule::Random,
+    stage::{Stage, Started, look},
+};
+use crate::exit::Failure;
+
+/// What came out for one arm.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Reach {
+    pub(super) arm: Arm,
+    /// The greatest number that was kept reachable.
+    pub(super) apps: usize,
+    /// The least number that was too many; none when the experiment's own bound was reached.
+    pub(super) too_many: Option<usize>,
+    /// Why that was too many, or why no more were tried.
+    pub(super) ended: Ended,
+    pub(super) because: String,
+    pub(super) connections: usize,
+    pub(super) steps: Vec<Step>,
+    pub(super) seconds: f64,
+    pub(super) notes: Vec<String>,
+}
+
+/// What makes a number too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Ended {
+    Pressure,
+    LatePush,
+    Died,
+    NotReady,
+    /// The experiment's own bound.
+    Most,
+}
+
+/// One number that was tried.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Step {
+    pub(super) apps: usize,
+    pub(super) kept: bool,
+    pub(super) because: Option<String>,
+    /// Share of the time some task waited for memory, in percent.
+    pub(super) pressure: Option<f64>,
+    pub(super) available_kib: u64,
+    pub(super) used_kib: u64,
+    pub(super) swap_used_kib: u64,
+    pub(super) slowest_push_ms: Option<f64>,
+    pub(super) seconds: f64,
+}
+
+/// Which numbers are tried. Pure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Search {
+    good: usize,
+    bad: Option<usize>,
+    most: usize,
+}
+
+impl Search {
+    const fn new(most: usize) -> Self {
+        Self { good: 0, bad: None, most }
+    }
+
+    /// The next number to try; none when it is known well enough.
+    fn next(&self) -> Option<usize> {
+        match self.bad {
+            None if self.good >= self.most => None,
+            None => Some((self.good + (self.good / 4).max(1)).min(self.most)),
+            Some(bad) if bad - self.good <= 1 + self.good / 50 => None,
+            Some(bad) => Some(self.good + (bad - self.good) / 2),
+        }
+    }
+
+    fn tell(&mut self, apps: usize, kept: bool) {
+        if kept {
+            self.good = self.good.max(apps);
+        } else {
+            self.bad = Some(self.bad.map_or(apps, |bad| bad.min(apps)));
+        }
+    }
+}
+
+/// Does it for one arm.
+pub(super) fn run(experiment: &Experiment, plan: &ReachPlan, arm: Arm, bar: &ProgressBar) -> Result<Reach, Failure> {
+    let started = Instant::now();
+    let stage = Stage::new(experiment, arm, experiment.many(plan.most))?;
+    let mut climb =
+        Climb { stage, plan, running: 0, random: Random(experiment.seed), steps: Vec::new(), connections: 0 };
+    let climbed = climb.climb(bar);
+    let Climb { stage, steps, connections, .. } = climb;
+    let notes = stage.notes.clone();
+    let ended = stage.end();
+    let (search, last) = climbed?;
+    ended?;
+    let (ended, because) = match last {
+        Some((ended, because)) => (ended, because),
+        None => (Ended::Most, format!("{} were asked for at most (reach.most)", plan.most)),
+    };
+    Ok(Reach {
+        arm,
+        apps: search.good,
+        too_many: search.bad,
+        ended,
+        because,
+        connections,
+        steps,
+        seconds: started.elapsed().as_secs_f64(),
+        notes,
+    })
+}
+
+struct Climb<'a> {
+    stage: Stage<'a>,
+    plan: &'a ReachPlan,
+    /// How many apps are there.
+    running: usize,
+    random: Random,
+    steps: Vec<Step>,
+    /// With the greatest number that was kept.
+    connections: usize,
+}
+
+type Reason = Option<(Ended, String)>;
+
+impl Climb<'_> {
+    /// Tries one number after the other. Gives back what is known, and why the least of those that were too many was.
+    fn climb(&mut self, bar: &ProgressBar) -> Result<(Search, Reason), Failure> {
+        if kernel::stalled().is_none() {
+            self.stage.note(
+                "THIS KERNEL DOES NOT TELL OF MEMORY PRESSURE (PSI; boot with psi=1): only late pushes and ended apps \
+                 make a number too many"
+                    .into(),
+            );
+        }
+        self.stage.start_daemon()?;
+        let mut search = Search::new(self.plan.most);
+        let mut last = None;
+        while let Some(target) = search.next() {
+            bar.set_message(format!("{}: {target} apps ({} are kept)", self.stage.arm.label(), search.good));
+            let began = Instant::now();
+            let mut step = Step {
+                apps: target,
+                kept: false,
+                because: None,
+                pressure: None,
+                available_kib: 0,
+                used_kib: 0,
+                swap_used_kib: 0,
+                slowest_push_ms: None,
+                seconds: 0.0,
+            };
+            let reason = self.attempt(target, &mut step)?;
+            let system = look()?;
+            step.kept = reason.is_none();
+            step.because = reason.as_ref().map(|(_, text)| text.clone());
+            (step.available_kib, step.used_kib, step.swap_used_kib) = (system.available, system.used, system.swap_used);
+            step.seconds = began.elapsed().as_secs_f64();
+            self.steps.push(step);
+            if reason.is_none() {
+                self.connections = crate::lab::sockets::connections_to(self.stage.world.port());
+            }
+            if let Some((Ended::Died | Ended::NotReady, _)) = reason {
+                // Who is left is anybody's guess.
+                self.end(0);
+            }
+            search.tell(target, reason.is_none());
+            last = reason.or(last).filter(|_| search.bad.is_some());
+            bar.inc(1);
+        }
+        Ok((search, last))
+    }
+
+    /// Has that many apps, and says why they are too many, if they are.
+    fn attempt(&mut self, target: usize, step: &mut Step) -> Result<Reason, Failure> {
+        let names = self.stage.world.apps().to_vec();
+        if target < self.running {
+            self.end(target);
+        }
+        let kills = look()?.oom_kills;
+        let new = names[self.running..target].to_vec();
+        self.running = target;
+        match self.stage.start(&new, || {})? {
+            Started::All => {}
+            Started::Late(text) => return Ok(Some((Ended::NotReady, text))),
+            Started::Ended(text) => return Ok(Some((Ended::Died, text))),
+        }
+        let there = names[..target].to_vec();
+        self.stage.rest(&there)?;
+        self.stage.settle()?;
+        self.probe(&there, kills, step)
+    }
+
+    /// Ends the newest apps, so that this many are left.
+    fn end(&mut self, left: usize) {
+        let surplus = self.stage.world.apps()[left..self.running].to_vec();
+        self.stage.end_apps(&surplus);
+        self.stage.world.inbox().forget(&surplus);
+        self.running = left;
+    }
+
+    /// Watches for pressure while a few apps are sent a push, the oldest among them.
+    fn probe(&mut self, there: &[String], kills: u64, step: &mut Step) -> Result<Reason, Failure> {
+        let late = self.stage.experiment.late_after;
+        let (began, before) = (Instant::now(), kernel::stalled());
+        let mut asked = vec![0];
+        for _ in 1..self.plan.probes.min(there.len()) {
+            asked.push(self.random.below(there.len()));
+        }
+        asked.dedup();
+        for index in asked {
+            let app = &there[index];
+            let Stage { world, pushes, .. } = &mut self.stage;
+            let latency = pushes.send(world.inbox(), app, "among many", late)?;
+            world.check_interrupted()?;
+            let Some(nanos) = latency.filter(|nanos| u128::from(*nanos) <= late.as_nanos()) else {
+                return Ok(Some((
+                    Ended::LatePush,
+                    format!("a push to {app} took over {}", humantime::format_duration(late)),
+                )));
+            };
+            let millis = Duration::from_nanos(nanos).as_secs_f64() * 1000.0;
+            step.slowest_push_ms = Some(step.slowest_push_ms.map_or(millis, |slowest: f64| slowest.max(millis)));
+        }
+        self.stage.world.pause(self.plan.window.saturating_sub(began.elapsed()))?;
+        if let (Some(before), Some(after)) = (before, kernel::stalled()) {
+            let share = kernel::share(after.saturating_sub(before), began.elapsed());
+            step.pressure = Some(share);
+            if share > self.plan.pressure {
+                let text = format!("tasks waited for memory {share:.0} % of the time");
+                return Ok(Some((Ended::Pressure, text)));
+            }
+        }
+        if look()?.oom_kills > kills {
+            return Ok(Some((Ended::Died, "the kernel ended a process for want of memory".into())));
+        }
+        match self.stage.world.ended_by_itself() {
+            Some(text) => Ok(Some((Ended::Died, text))),
+            None => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What it finds when every number above `limit` is too many, and the numbers it tried.
+    fn search(limit: usize, most: usize) -> (Search, Vec<usize>) {
+        let mut search = Search::new(most);
+        let mut tried = Vec::new();
+        while let Some(next) = search.next() {
+            tried.push(next);
+            search.tell(next, next <= limit);
+            assert!(tried.len() < 100, "{tried:?}");
+        }
+        (search, tried)
+    }
+
+    #[test]
+    fn steps_grow_and_the_end_is_halved() {
+        let (found, tried) = search(10, 100);
+        assert_eq!(tried, [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 11]);
+        assert_eq!((found.good, found.bad), (10, Some(11)));
+        assert_eq!(search(0, 100).1, [1]);
+        let (found, tried) = search(1000, 30);
+        assert_eq!((found.good, found.bad, tried.last()), (30, None, Some(&30)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_limit_lies_between_what_was_kept_and_what_was_too_many(limit in 0_usize..1200, most in 1_usize..1000) {
+            let (found, tried) = search(limit, most);
+            prop_assert!(tried.iter().all(|n| (1..=most).contains(n)));
+            prop_assert!(found.good <= limit);
+            match found.bad {
+                Some(bad) => prop_assert!(limit < bad && bad - found.good <= 1 + found.good / 50),
+                None => prop_assert_eq!(found.good, most),
+            }
+            // As often as it takes to add a quarter up to a thousand, and to halve the last quarter.
+            prop_assert!(tried.len() < 40, "{}", tried.len());
+        }
+    }
+}
