@@ -17,6 +17,7 @@ PACKAGES = [
     "nodejs",
     "offlineimap3",
     "openssl",
+    "procps",
     "prosody",
     "sqlite3",
     "weston",
@@ -30,6 +31,8 @@ KINDS = {
 }
 MIXED = "mixed"
 REACH = "reach"
+# In which order results are told.
+ORDER = [*KINDS, MIXED, REACH]
 
 
 @dataclasses.dataclass(frozen=True)
