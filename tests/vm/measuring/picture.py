@@ -16,12 +16,12 @@ STYLE = """
     .tombstone { fill: #58a6ff }
   }"""
 ARMS = {
-    "resident": "resident, each with a connection of its own",
-    "resident-frozen": "resident, then frozen and paged out",
-    "daemon": "one connection, no lifecycle",
+    "resident": "resident",
+    "resident-frozen": "resident, frozen and paged out",
+    "daemon": "one connection, apps left running",
     "tombstone": "through Night Porter",
 }
-WIDTH, LEFT, RIGHT = 960, 236, 96
+WIDTH, LEFT, RIGHT = 960, 256, 120
 BAR, GAP = 15, 3
 
 
@@ -80,7 +80,7 @@ def _bars(title, lead, rows):
     for name in names:
         out.append(f'<rect class="{name}" x="{x}" y="78" width="12" height="12" rx="2"/>')
         out.append(f'<text x="{x + 18}" y="89">{_escaped(ARMS[name])}</text>')
-        x += 40 + 6.7 * len(ARMS[name])
+        x += 44 + 6.9 * len(ARMS[name])
     out.append(f'<line class="line" x1="{LEFT}" y1="104" x2="{LEFT}" y2="{height - 18}"/>')
     return "\n".join([*out, *body, "</svg>"]) + "\n"
 

@@ -27,7 +27,7 @@ KINDS = {
     "chat": ("dino-im", "Dino (GTK 4)"),
     "mail": ("offlineimap3", "OfflineIMAP (Python)"),
     "node": ("node-mqtt", "MQTT.js (Node.js)"),
-    "sample": ("nightporter", "nightporter-sample (Rust)"),
+    "sample": ("nightporter", "the sample (Rust)"),
 }
 MIXED = "mixed"
 REACH = "reach"
