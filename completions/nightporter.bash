@@ -52,6 +52,12 @@ _nightporter() {
             nightporter,man)
                 cmd="nightporter__subcmd__man"
                 ;;
+            nightporter,measure)
+                cmd="nightporter__subcmd__measure"
+                ;;
+            nightporter,measure-ballast)
+                cmd="nightporter__subcmd__measure__subcmd__ballast"
+                ;;
             nightporter,move)
                 cmd="nightporter__subcmd__move"
                 ;;
@@ -109,6 +115,12 @@ _nightporter() {
             nightporter__subcmd__help,man)
                 cmd="nightporter__subcmd__help__subcmd__man"
                 ;;
+            nightporter__subcmd__help,measure)
+                cmd="nightporter__subcmd__help__subcmd__measure"
+                ;;
+            nightporter__subcmd__help,measure-ballast)
+                cmd="nightporter__subcmd__help__subcmd__measure__subcmd__ballast"
+                ;;
             nightporter__subcmd__help,move)
                 cmd="nightporter__subcmd__help__subcmd__move"
                 ;;
@@ -137,7 +149,7 @@ _nightporter() {
 
     case "${cmd}" in
         nightporter)
-            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
+            opts="-h -V --user --system --help --version status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo measure measure-ballast completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -265,7 +277,7 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__help)
-            opts="status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo completions man help"
+            opts="status apps show why log freeze thaw kill leases end-lease move forget-user push report doctor demo measure measure-ballast completions man help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -446,6 +458,34 @@ _nightporter() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        nightporter__subcmd__help__subcmd__measure)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__help__subcmd__measure__subcmd__ballast)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         nightporter__subcmd__help__subcmd__move)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -587,6 +627,42 @@ _nightporter() {
             return 0
             ;;
         nightporter__subcmd__man)
+            opts="-h --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__measure)
+            opts="-h --reach --check --json --markdown --user --system --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --json)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --markdown)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nightporter__subcmd__measure__subcmd__ballast)
             opts="-h --user --system --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

@@ -2,17 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
 
+#[path = "demo/support.rs"]
+mod support;
+
 use std::{
     collections::BTreeSet,
     fs,
     path::Path,
-    process::{Child, Command, Output, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use support::{assert_clean, interrupt, left_behind, run, text};
 use tempfile::TempDir;
 
 /// Every demo here keeps its files below a directory of its own, so that its processes can be told from all others: each
@@ -21,36 +24,6 @@ fn demo(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nightporter"));
     command.arg("demo").env("TMPDIR", dir);
     command
-}
-
-fn run(command: &mut Command) -> Output {
-    command.output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Whatever still runs on behalf of the demo below `dir`.
-fn left_behind(dir: &Path) -> Vec<String> {
-    let needle = dir.to_str().unwrap().as_bytes();
-    let mentions = |path: std::path::PathBuf| {
-        fs::read(path).is_ok_and(|content| content.windows(needle.len()).any(|window| window == needle))
-    };
-    fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter(|entry| entry.file_name().to_str().is_some_and(|name| name.parse::<u32>().is_ok()))
-        .filter(|entry| mentions(entry.path().join("cmdline")) || mentions(entry.path().join("environ")))
-        .map(|entry| {
-            format!("{:?} {}", entry.file_name(), text(&fs::read(entry.path().join("cmdline")).unwrap_or_default()))
-        })
-        .collect()
-}
-
-fn assert_clean(dir: &Path) {
-    assert_eq!(left_behind(dir), Vec::<String>::new(), "processes were left behind");
-    assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "files were left behind");
 }
 
 fn fields(document: &Value, at: &str) -> BTreeSet<String> {
@@ -149,9 +122,4 @@ fn the_users_own_program_is_run_as_the_app() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("1 × env NIGHTPORTER_SAMPLE_BALLAST_KIB"), "{}", text(&output.stdout));
     assert_clean(dir.path());
-}
-
-fn interrupt(child: &Child) {
-    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-    kill_process(pid, Signal::INT).unwrap();
 }

@@ -83,7 +83,8 @@ fn every_word_a_key_takes_is_described() {
 #[test]
 fn every_example_is_taken() {
     let mut taken = 0;
-    for path in pages() {
+    // Experiments have a parser of their own, which tests/measure.rs asks.
+    for path in pages().into_iter().filter(|path| !path.ends_with("nightporter-measure.5")) {
         let text = fs::read_to_string(&path).unwrap();
         for example in examples(&text) {
             for text in [example.clone(), uncommented(&example)] {

@@ -53,6 +53,9 @@ const CLIENT_PATH: &str = "/org/nightporter1/Client";
 /// A registration takes up to 10 s at the daemon.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const DEFAULT_BALLAST_KIB: usize = 8192;
+/// From a connection that was lost to the next try; doubled while there is none.
+const RECONNECT: Duration = Duration::from_millis(500);
+const LONGEST_RECONNECT: Duration = Duration::from_secs(30);
 /// More than the longest line of that history has bytes.
 const LONGEST_MESSAGE: usize = 512;
 
@@ -138,39 +141,77 @@ impl Reporter {
     }
 }
 
-/// One process, one connection: Mozilla autopush as a client.
+/// One process, one connection: Mozilla autopush as a client. Like any app of its kind it connects anew when the connection
+/// is lost, as after it was held still for so long that the server gave it up; the first has to come about.
 fn resident(name: &str, server: &str, reporter: &Reporter) -> Result<()> {
-    let (mut socket, _) = tungstenite::connect(server)?;
-    socket.send(Message::text(json!({ "messageType": "hello", "use_webpush": true }).to_string()))?;
     let channel = uuid::Builder::from_random_bytes(digest(name).to_be_bytes()).into_uuid().hyphenated().to_string();
+    let mut resident = Resident { server, channel, reporter, uaid: None, registered: false };
+    let mut pause = RECONNECT;
     loop {
-        let text = match socket.read()? {
-            Message::Text(text) => text,
-            Message::Close(_) => return Err("the push server closed the connection".into()),
-            _ => continue,
-        };
-        let at = clock::boot();
-        let frame: Value = serde_json::from_str(&text)?;
-        match frame["messageType"].as_str() {
-            Some("hello") => {
-                let register = json!({ "messageType": "register", "channelID": channel });
-                socket.send(Message::text(register.to_string()))?;
+        let mut answered = false;
+        let lost = resident.hold_connection(&mut answered);
+        if !resident.registered {
+            return lost;
+        }
+        pause = if answered { RECONNECT } else { (pause * 2).min(LONGEST_RECONNECT) };
+        thread::sleep(pause);
+    }
+}
+
+struct Resident<'a> {
+    server: &'a str,
+    channel: String,
+    reporter: &'a Reporter,
+    /// Who we are to the server, once it has said.
+    uaid: Option<String>,
+    registered: bool,
+}
+
+impl Resident<'_> {
+    /// Until the connection is lost. `answered`: whether the server has said hello.
+    fn hold_connection(&mut self, answered: &mut bool) -> Result<()> {
+        let (mut socket, _) = tungstenite::connect(self.server)?;
+        let mut hello = json!({ "messageType": "hello", "use_webpush": true });
+        if let Some(uaid) = &self.uaid {
+            hello["uaid"] = json!(uaid);
+        }
+        socket.send(Message::text(hello.to_string()))?;
+        loop {
+            let text = match socket.read()? {
+                Message::Text(text) => text,
+                Message::Close(_) => return Err("the push server closed the connection".into()),
+                _ => continue,
+            };
+            let at = clock::boot();
+            let frame: Value = serde_json::from_str(&text)?;
+            match frame["messageType"].as_str() {
+                Some("hello") => {
+                    *answered = true;
+                    let uaid = frame["uaid"].as_str().map(str::to_owned);
+                    // A server that still knows us still knows the channel.
+                    if !self.registered || uaid != self.uaid {
+                        let register = json!({ "messageType": "register", "channelID": self.channel });
+                        socket.send(Message::text(register.to_string()))?;
+                    }
+                    self.uaid = uaid;
+                }
+                Some("register") => {
+                    let (Some(200), Some(endpoint)) = (frame["status"].as_u64(), frame["pushEndpoint"].as_str()) else {
+                        return Err(format!("the push server refused to register: {frame}").into());
+                    };
+                    self.registered = true;
+                    self.reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
+                    self.reporter.report(json!({ "event": "ready" }));
+                }
+                Some("notification") => {
+                    let data = frame["data"].as_str().unwrap_or_default().trim_end_matches('=');
+                    let version = frame["version"].as_str().unwrap_or_default();
+                    self.reporter.message(&URL_SAFE_NO_PAD.decode(data)?, Some(version), at);
+                    let update = json!({ "channelID": frame["channelID"], "version": version, "code": 100 });
+                    socket.send(Message::text(json!({ "messageType": "ack", "updates": [update] }).to_string()))?;
+                }
+                _ => {}
             }
-            Some("register") => {
-                let (Some(200), Some(endpoint)) = (frame["status"].as_u64(), frame["pushEndpoint"].as_str()) else {
-                    return Err(format!("the push server refused to register: {frame}").into());
-                };
-                reporter.report(json!({ "event": "endpoint", "endpoint": endpoint }));
-                reporter.report(json!({ "event": "ready" }));
-            }
-            Some("notification") => {
-                let data = frame["data"].as_str().unwrap_or_default().trim_end_matches('=');
-                let version = frame["version"].as_str().unwrap_or_default();
-                reporter.message(&URL_SAFE_NO_PAD.decode(data)?, Some(version), at);
-                let update = json!({ "channelID": frame["channelID"], "version": version, "code": 100 });
-                socket.send(Message::text(json!({ "messageType": "ack", "updates": [update] }).to_string()))?;
-            }
-            _ => {}
         }
     }
 }

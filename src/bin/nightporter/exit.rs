@@ -5,7 +5,8 @@ use std::{fmt, process::ExitCode};
 /// How the program can end other than well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// The daemon will not do it: the app is protected, or the profile forbids it. Or `doctor` has found something broken.
+    /// The daemon will not do it: the app is protected, or the profile forbids it. Or `doctor` has found
+    /// something broken, or `measure` missed what was expected.
     Refused = 1,
     /// EX_USAGE: the command line is wrong, or APP fits several apps.
     Usage = 64,
@@ -35,7 +36,8 @@ pub(crate) enum Exit {
 pub(crate) const MEANINGS: [(Exit, &str); 12] = [
     (
         Exit::Refused,
-        "The daemon refused: the app is protected or the profile does not allow it; for doctor: something is broken.",
+        "The daemon refused: the app is protected or the profile does not allow it; for doctor: something is broken; for \
+         measure: an expectation was missed.",
     ),
     (Exit::Usage, "Wrong use, or APP fits several apps."),
     (Exit::Data, "The input cannot be used, such as a message over 4096 bytes."),

@@ -35,7 +35,7 @@ pub(crate) fn page() -> Result<String, Failure> {
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set() && sub.get_name() != "help") {
         subcommand(&mut page, sub);
     }
-    page.push_str(".SH \"PROGRAMS FOR THE DEMO\"\n.nf\n");
+    page.push_str(".SH \"PROGRAMS TO BE MEASURED\"\n.nf\n");
     for line in CONTRACT.lines() {
         page.push_str(&escape(line));
         page.push('\n');
@@ -48,7 +48,7 @@ pub(crate) fn page() -> Result<String, Failure> {
         ".SH ENVIRONMENT\n",
         ".TP\n\\fBDBUS_SESSION_BUS_ADDRESS\\fR, \\fBDBUS_SYSTEM_BUS_ADDRESS\\fR\nWhere the buses are.\n",
         ".TP\n\\fBNO_COLOR\\fR\nDraw no bars and use no colours.\n",
-        ".TP\n\\fBTMPDIR\\fR\nWhere the demo keeps its files while it runs.\n",
+        ".TP\n\\fBTMPDIR\\fR\nWhere demo and measure keep their files while they run; /tmp and /var/tmp without it.\n",
         ".SH EXAMPLES\n.nf\n",
         "nightporter apps\n",
         "nightporter why dino\n",
@@ -57,8 +57,9 @@ pub(crate) fn page() -> Result<String, Failure> {
         "nightporter doctor\n",
         "nightporter doctor \\-\\-json | jq '.findings[] | select(.verdict == \"broken\")'\n",
         "nightporter demo \\-\\-apps 20 \\-\\-json figures.json\n",
+        "nightporter measure experiment.toml \\-\\-json figures.json\n",
         ".fi\n",
-        ".SH \"SEE ALSO\"\n\\fBnightporter.toml\\fR(5), \\fBnightporter\\-upstreams\\fR(7), ",
+        ".SH \"SEE ALSO\"\n\\fBnightporter.toml\\fR(5), \\fBnightporter\\-measure\\fR(5), \\fBnightporter\\-upstreams\\fR(7), ",
         "\\fBnightporter\\-relay\\fR(8), \\fBnightporterd\\fR(8)\n",
     ));
     Ok(page)

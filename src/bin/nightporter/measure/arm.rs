@@ -254,8 +254,9 @@ fn watch(stage: &mut Stage<'_>) -> Result<(System, bool, bool), Failure> {
     if !settled {
         stage.note("memory did not stand still within settle-within: something else is at work here".into());
     }
-    let dropped = kernel::drop_caches().is_ok();
-    if !dropped {
+    let wanted = stage.experiment.drop_caches;
+    let dropped = wanted && kernel::drop_caches().is_ok();
+    if wanted && !dropped {
         stage.note("caches were not dropped, which takes root: what was read before may count".into());
     }
     let deadline = Instant::now() + stage.experiment.hold;

@@ -24,6 +24,7 @@ pub(super) struct Experiment {
     pub(super) settle_within: Duration,
     pub(super) hold: Duration,
     pub(super) late_after: Duration,
+    pub(super) drop_caches: bool,
     pub(super) messages: Plan,
     pub(super) lifecycle: Lifecycle,
     /// A push server that runs already.
@@ -76,6 +77,8 @@ pub(super) struct BallastPlan {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ReachPlan {
     pub(super) arms: Vec<Arm>,
+    /// The number tried first.
+    pub(super) first: usize,
     pub(super) most: usize,
     pub(super) pressure: f64,
     pub(super) window: Duration,
@@ -110,6 +113,7 @@ struct Raw {
     settle_within: Option<String>,
     hold: Option<String>,
     late_after: Option<String>,
+    drop_caches: Option<bool>,
     #[serde(default)]
     app: Vec<RawApp>,
     #[serde(default)]
@@ -173,6 +177,7 @@ struct RawBallast {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct RawReach {
     arms: Option<Vec<Arm>>,
+    first: Option<usize>,
     most: Option<usize>,
     pressure: Option<String>,
     window: Option<String>,
@@ -218,6 +223,7 @@ impl Experiment {
             settle_within: duration("settle-within", raw.settle_within, minute, SECOND..=HOUR)?,
             hold: duration("hold", raw.hold, 10 * SECOND, SECOND / 2..=6 * HOUR)?,
             late_after: duration("late-after", raw.late_after, 10 * SECOND, SECOND..=HOUR)?,
+            drop_caches: raw.drop_caches.unwrap_or(true),
             messages: messages(raw.messages)?,
             lifecycle: lifecycle(raw.lifecycle)?,
             server: server(raw.server.url)?,
@@ -370,9 +376,11 @@ fn ballast(raw: RawBallast) -> Result<BallastPlan, Problem> {
 }
 
 fn reach(raw: RawReach) -> Result<ReachPlan, Problem> {
+    let most = count("reach.most", raw.most, 200, 1..=MOST_APPS)?;
     Ok(ReachPlan {
         arms: arms("reach.arms", raw.arms, &[Arm::Resident, Arm::Tombstone])?,
-        most: count("reach.most", raw.most, 200, 1..=MOST_APPS)?,
+        first: count("reach.first", raw.first, 1, 1..=most)?,
+        most,
         pressure: percent("reach.pressure", raw.pressure)?.unwrap_or(10.0),
         window: duration("reach.window", raw.window, 10 * SECOND, SECOND..=10 * 60 * SECOND)?,
         probes: count("reach.probes", raw.probes, 3, 1..=100)?,
@@ -441,6 +449,7 @@ mod tests {
             ("[ballast]\nmax = \"lots\"\n", "ballast.max"),
             ("[ballast]\nmax = \"0MiB\"\n", "ballast.max"),
             ("[reach]\nmost = 100000\n", "reach.most"),
+            ("[reach]\nmost = 5\nfirst = 6\n", "reach.first"),
             ("[reach]\npressure = \"ten\"\n", "reach.pressure"),
             ("[expect]\nclaim-within = \"10\"\n", "expect.claim-within"),
             ("[expect]\nclaim = \"10%\"\n", "claim"),

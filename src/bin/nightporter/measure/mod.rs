@@ -37,14 +37,13 @@ pub(crate) fn run(args: &args::Measure) -> Result<String, Failure> {
     }
     // Found out before hours of work, not after.
     for path in [&args.json, &args.markdown].into_iter().flatten() {
-        write(path, "")?;
+        fs::File::options().append(true).create(true).open(path).map_err(|error| cannot_write(path, &error))?;
     }
-    let outcome = if args.reach { reach_all(&experiment)? } else { measure_all(&experiment)? };
-    if let Some(path) = &args.json {
-        let text =
-            serde_json::to_string_pretty(&outcome).map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
-        write(path, &(text + "\n"))?;
-    }
+    let save = |outcome: &Outcome| match &args.json {
+        Some(path) => save(path, outcome),
+        None => Ok(()),
+    };
+    let outcome = if args.reach { reach_all(&experiment, save)? } else { measure_all(&experiment, save)? };
     if let Some(path) = &args.markdown {
         write(path, &render::markdown(&outcome))?;
     }
@@ -62,30 +61,37 @@ pub(crate) fn ballast(args: &args::Ballast) -> Result<String, Failure> {
         .map_err(|error| Failure::system("ballast", error))
 }
 
-fn measure_all(experiment: &Experiment) -> Result<Outcome, Failure> {
+/// `save` is given what there is after each run of an arm: one that fails hours later does not take it along.
+fn measure_all(experiment: &Experiment, save: impl Fn(&Outcome) -> Result<(), Failure>) -> Result<Outcome, Failure> {
     let order = schedule::order(&experiment.arms, experiment.runs, experiment.seed);
     let apps = experiment.apps().len();
     let steps = order.len() * apps * (1 + experiment.messages.each * experiment.messages.states.len());
     let bar = bar(u64::try_from(steps).unwrap_or(u64::MAX));
-    let mut samples = Vec::new();
+    let mut outcome = Outcome::of_arms(experiment, Vec::new());
     for (run, arm) in order {
+        let mut samples = outcome.samples;
         samples.push(arm::run(experiment, run, arm, &bar)?);
+        outcome = Outcome::of_arms(experiment, samples);
+        save(&outcome)?;
     }
     bar.finish_and_clear();
-    Ok(Outcome::of_arms(experiment, samples))
+    Ok(outcome)
 }
 
-fn reach_all(experiment: &Experiment) -> Result<Outcome, Failure> {
+fn reach_all(experiment: &Experiment, save: impl Fn(&Outcome) -> Result<(), Failure>) -> Result<Outcome, Failure> {
     let Some(plan) = &experiment.reach else {
         return Err(Failure::new(Exit::Data, "the experiment has no [reach], which --reach needs"));
     };
     let bar = bar(0);
-    let mut reaches = Vec::new();
+    let mut outcome = Outcome::of_reach(experiment, Vec::new());
     for arm in &plan.arms {
+        let mut reaches = outcome.reach;
         reaches.push(reach::run(experiment, plan, *arm, &bar)?);
+        outcome = Outcome::of_reach(experiment, reaches);
+        save(&outcome)?;
     }
     bar.finish_and_clear();
-    Ok(Outcome::of_reach(experiment, reaches))
+    Ok(outcome)
 }
 
 /// Shown on a terminal, and nowhere else.
@@ -99,7 +105,15 @@ fn bar(steps: u64) -> ProgressBar {
     bar
 }
 
+fn save(path: &Path, outcome: &Outcome) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(outcome).map_err(|error| Failure::new(Exit::Failed, error.to_string()))?;
+    write(path, &(text + "\n"))
+}
+
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
-    fs::write(path, text)
-        .map_err(|error| Failure::new(Exit::CannotCreate, format!("cannot write {}: {error}", path.display())))
+    fs::write(path, text).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::CannotCreate, format!("cannot write {}: {error}", path.display()))
 }

@@ -1,8 +1,9 @@
 //! How many apps can this machine keep reachable? Apps are added until memory is short, a push is late, one is ended by the
 //! kernel, or there are as many as the experiment allows.
 //!
-//! One is added first, then a quarter more each time. The first number that is too many is bracketed: the newest apps are
-//! ended, and half of what lies between is tried, until what is left between the two is a fiftieth.
+//! After the first number comes a quarter more each time. The first that is too many ends that: the newest apps are ended
+//! again, and half way between what was kept and what was too many is tried, until the two are next to each other, or within
+//! a fiftieth. So a few dozen numbers are tried and not each; each is settled before it is judged.
 
 use std::time::{Duration, Instant};
 
@@ -67,18 +68,20 @@ pub(super) struct Step {
 struct Search {
     good: usize,
     bad: Option<usize>,
+    first: usize,
     most: usize,
 }
 
 impl Search {
-    const fn new(most: usize) -> Self {
-        Self { good: 0, bad: None, most }
+    const fn new(first: usize, most: usize) -> Self {
+        Self { good: 0, bad: None, first, most }
     }
 
     /// The next number to try; none when it is known well enough.
     fn next(&self) -> Option<usize> {
         match self.bad {
             None if self.good >= self.most => None,
+            None if self.good == 0 => Some(self.first.min(self.most)),
             None => Some((self.good + (self.good / 4).max(1)).min(self.most)),
             Some(bad) if bad - self.good <= 1 + self.good / 50 => None,
             Some(bad) => Some(self.good + (bad - self.good) / 2),
@@ -147,7 +150,7 @@ impl Climb<'_> {
             );
         }
         self.stage.start_daemon()?;
-        let mut search = Search::new(self.plan.most);
+        let mut search = Search::new(self.plan.first, self.plan.most);
         let mut last = None;
         while let Some(target) = search.next() {
             bar.set_message(format!("{}: {target} apps ({} are kept)", self.stage.arm.label(), search.good));
@@ -220,6 +223,7 @@ impl Climb<'_> {
         for _ in 1..self.plan.probes.min(there.len()) {
             asked.push(self.random.below(there.len()));
         }
+        asked.sort_unstable();
         asked.dedup();
         for index in asked {
             let app = &there[index];
@@ -261,8 +265,8 @@ mod tests {
     use super::*;
 
     /// What it finds when every number above `limit` is too many, and the numbers it tried.
-    fn search(limit: usize, most: usize) -> (Search, Vec<usize>) {
-        let mut search = Search::new(most);
+    fn search(limit: usize, first: usize, most: usize) -> (Search, Vec<usize>) {
+        let mut search = Search::new(first, most);
         let mut tried = Vec::new();
         while let Some(next) = search.next() {
             tried.push(next);
@@ -274,18 +278,23 @@ mod tests {
 
     #[test]
     fn steps_grow_and_the_end_is_halved() {
-        let (found, tried) = search(10, 100);
+        let (found, tried) = search(10, 1, 100);
         assert_eq!(tried, [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 11]);
         assert_eq!((found.good, found.bad), (10, Some(11)));
-        assert_eq!(search(0, 100).1, [1]);
-        let (found, tried) = search(1000, 30);
+        assert_eq!(search(0, 1, 100).1, [1]);
+        let (found, tried) = search(1000, 1, 30);
         assert_eq!((found.good, found.bad, tried.last()), (30, None, Some(&30)));
+        assert_eq!(search(10, 20, 100).1, [20, 10, 15, 12, 11]);
     }
 
     proptest! {
         #[test]
-        fn the_limit_lies_between_what_was_kept_and_what_was_too_many(limit in 0_usize..1200, most in 1_usize..1000) {
-            let (found, tried) = search(limit, most);
+        fn the_limit_lies_between_what_was_kept_and_what_was_too_many(
+            limit in 0_usize..1200,
+            first in 1_usize..100,
+            most in 1_usize..1000,
+        ) {
+            let (found, tried) = search(limit, first, most);
             prop_assert!(tried.iter().all(|n| (1..=most).contains(n)));
             prop_assert!(found.good <= limit);
             match found.bad {

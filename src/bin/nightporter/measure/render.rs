@@ -132,7 +132,13 @@ fn head(outcome: &Outcome) -> String {
         false => text.push_str(", with swap"),
     }
     if !outcome.arms.is_empty() {
-        let _ = write!(text, "; {} runs (seed {}); median (quartiles; least to most)", outcome.runs, outcome.seed);
+        let _ = match outcome.runs {
+            1 => write!(text, "; one run (seed {})", outcome.seed),
+            runs => write!(text, "; {runs} runs (seed {}), median (quartiles; least to most)", outcome.seed),
+        };
+        if outcome.samples.iter().all(|sample| sample.caches_dropped) {
+            text.push_str("; caches dropped before each measurement");
+        }
     }
     text
 }
@@ -156,12 +162,19 @@ fn rows() -> Vec<Row> {
     vec![
         ("Memory used (MemTotal − MemAvailable)", size(|arm| arm.cost)),
         ("Memory occupied (with mapped files)", size(|arm| arm.cost_occupied)),
-        ("More could be allocated", size(|arm| arm.ballast)),
+        (
+            "More could be allocated",
+            Box::new(|arm| match (arm.ballast_bounded, spread(arm.ballast, 1024.0, " MiB")) {
+                (true, text) => format!("at least {text}"),
+                (false, text) => text,
+            }),
+        ),
         ("Saved against resident", size(|arm| arm.saved)),
         ("Returned", number(|arm| arm.returned_percent, " %")),
         ("More to allocate than resident", size(|arm| arm.ballast_gained)),
         ("The daemon's own claim", size(|arm| arm.claim)),
         ("Its error", number(|arm| arm.claim_error_percent, " %")),
+        ("Its error, by what is occupied", number(|arm| arm.claim_error_occupied_percent, " %")),
         ("Apps, PSS", size(|arm| arm.apps_pss)),
         ("Daemon, PSS", size(|arm| arm.daemon_pss)),
         ("Daemon, of what is saved", number(|arm| arm.daemon_percent_of_saved, " %")),

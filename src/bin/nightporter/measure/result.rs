@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     arm::{Arm, Messages, Sample},
+    ballast,
     experiment::{Expectations, Experiment},
     kernel::Machine,
     reach::Reach,
@@ -40,6 +41,8 @@ pub(super) struct ArmFigures {
     pub(super) cost_occupied: Option<Summary>,
     /// What can be allocated beside it.
     pub(super) ballast: Option<Summary>,
+    /// Whether it was the experiment's own bound that ended it, once at least: then it is more than that.
+    pub(super) ballast_bounded: bool,
     pub(super) apps_pss: Option<Summary>,
     pub(super) daemon_pss: Option<Summary>,
     pub(super) zram: Option<Summary>,
@@ -61,6 +64,8 @@ pub(super) struct ArmFigures {
     pub(super) claim: Option<Summary>,
     /// The claim less what was saved, in percent of that, run by run.
     pub(super) claim_error_percent: Option<Summary>,
+    /// The same against what was saved by `occupied`.
+    pub(super) claim_error_occupied_percent: Option<Summary>,
     /// The daemon's PSS in percent of what was saved.
     pub(super) daemon_percent_of_saved: Option<Summary>,
     pub(super) notes: Vec<String>,
@@ -147,6 +152,9 @@ impl ArmFigures {
             cost: Summary::of(own.iter().map(|sample| float_signed(sample.cost))),
             cost_occupied: Summary::of(own.iter().map(|sample| float_signed(sample.cost_occupied))),
             ballast: kib(&|sample| sample.ballast.as_ref().map(|ballast| ballast.kib)),
+            ballast_bounded: own
+                .iter()
+                .any(|sample| sample.ballast.as_ref().is_some_and(|ballast| ballast.ended == ballast::Ended::Max)),
             apps_pss: kib(&|sample| Some(sample.apps_pss)),
             daemon_pss: kib(&|sample| sample.daemon_pss),
             zram: kib(&|sample| Some(sample.rest.zram.saturating_sub(sample.before.zram))),
@@ -167,6 +175,10 @@ impl ArmFigures {
             claim_error_percent: per_pair(&|pair| {
                 let saved = saved(pair);
                 percent_of(float_signed(pair.1.claim?) - saved, saved.abs())
+            }),
+            claim_error_occupied_percent: per_pair(&|(resident, own)| {
+                let saved = float_signed(resident.cost_occupied - own.cost_occupied);
+                percent_of(float_signed(own.claim?) - saved, saved.abs())
             }),
             daemon_percent_of_saved: per_pair(&|pair| percent_of(float(pair.1.daemon_pss?), saved(pair))),
             notes,
@@ -266,4 +278,113 @@ const fn float(kib: u64) -> f64 {
 #[expect(clippy::cast_precision_loss, reason = "memory in KiB is far below 2^53")]
 const fn float_signed(kib: i64) -> f64 {
     kib as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::kernel::System;
+
+    fn sample(run: usize, arm: Arm, cost: i64, claim: Option<i64>) -> Sample {
+        Sample {
+            run,
+            arm,
+            before: System::default(),
+            rest: System::default(),
+            cost,
+            cost_occupied: cost * 2,
+            apps: Vec::new(),
+            apps_pss: 0,
+            daemon_pss: claim.map(|_| 1000),
+            server_pss: None,
+            connections: 1,
+            apps_cpu: None,
+            daemon_cpu: None,
+            major_faults: 0,
+            messages: Messages { sent: 10, in_time: 9, lost: 1, ..Messages::default() },
+            sent: Vec::new(),
+            reachable: 3,
+            latencies_ms: BTreeMap::new(),
+            claim,
+            report: None,
+            ballast: None,
+            caches_dropped: true,
+            settled: (true, true),
+            seconds: 1.0,
+            notes: vec!["a note".into()],
+        }
+    }
+
+    fn figures() -> Vec<ArmFigures> {
+        // The machine drifts: the arms of one run belong together.
+        let samples = vec![
+            sample(1, Arm::Resident, 100_000, None),
+            sample(1, Arm::Tombstone, 10_000, Some(99_000)),
+            sample(2, Arm::Tombstone, 30_000, Some(88_000)),
+            sample(2, Arm::Resident, 110_000, None),
+            sample(3, Arm::Resident, 100_000, None),
+            sample(3, Arm::Tombstone, 20_000, Some(84_000)),
+        ];
+        [Arm::Resident, Arm::Tombstone].map(|arm| ArmFigures::of(arm, &samples)).into()
+    }
+
+    #[test]
+    fn an_arm_is_compared_with_the_resident_one_of_its_own_run() {
+        let [resident, tombstone] = &figures()[..] else { panic!() };
+        assert_eq!(resident.cost.unwrap().median, 100_000.0);
+        assert_eq!((resident.saved, resident.returned_percent, resident.claim_error_percent), (None, None, None));
+        let saved = tombstone.saved.unwrap();
+        assert_eq!((saved.min, saved.median, saved.max), (80_000.0, 80_000.0, 90_000.0));
+        // 10 %, 10 % and 5 % too much.
+        let error = tombstone.claim_error_percent.unwrap();
+        assert!((error.median - 10.0).abs() < 1e-9 && (error.min - 5.0).abs() < 1e-9, "{error:?}");
+        assert!((tombstone.daemon_percent_of_saved.unwrap().median - 1.25).abs() < 1e-9);
+        assert_eq!((tombstone.messages.sent, tombstone.messages.lost), (30, 3));
+        assert_eq!(tombstone.notes, ["a note"]);
+    }
+
+    #[test]
+    fn expectations_are_met_missed_or_cannot_be_judged() {
+        let met = |expect: Expectations| of_arms(&expect, &figures())[0].met;
+        let expect = Expectations::default();
+        assert!(of_arms(&expect, &figures()).is_empty());
+        assert!(met(Expectations { claim_within: Some(10.1), ..expect }));
+        assert!(!met(Expectations { claim_within: Some(9.9), ..expect }));
+        assert!(met(Expectations { returned_at_least: Some(79.0), ..expect }));
+        assert!(!met(Expectations { returned_at_least: Some(91.0), ..expect }));
+        assert!(met(Expectations { daemon_at_most: Some(1.3), ..expect }));
+        assert!(!met(Expectations { daemon_at_most: Some(1.0), ..expect }));
+        assert!(met(Expectations { lost_at_most: Some(6), ..expect }));
+        assert!(!met(Expectations { lost_at_most: Some(5), ..expect }));
+        // No arm that freezes and does not end: nothing to say it by.
+        let missed = &of_arms(&Expectations { frozen_returned_at_least: Some(1.0), ..expect }, &figures())[0];
+        assert_eq!((missed.met, &missed.measured), (false, &None));
+    }
+
+    #[test]
+    fn a_claim_that_is_too_small_is_as_wrong_as_one_too_great() {
+        let samples = [sample(1, Arm::Resident, 100_000, None), sample(1, Arm::Tombstone, 0, Some(50_000))];
+        let arms = [ArmFigures::of(Arm::Tombstone, &samples)];
+        assert_eq!(arms[0].claim_error_percent.unwrap().median, -50.0);
+        let expect = Expectations { claim_within: Some(49.0), ..Expectations::default() };
+        assert!(!of_arms(&expect, &arms)[0].met);
+        // A daemon that saves nothing costs too much, however little.
+        let samples = [sample(1, Arm::Resident, 1000, None), sample(1, Arm::Tombstone, 2000, Some(0))];
+        let arms = [ArmFigures::of(Arm::Tombstone, &samples)];
+        let expect = Expectations { daemon_at_most: Some(1.0), ..Expectations::default() };
+        assert!(!of_arms(&expect, &arms)[0].met);
+    }
+
+    #[test]
+    fn counts_are_compared_when_there_are_two() {
+        let expect =
+            Expectations { apps_at_least: Some(50), times_as_many_at_least: Some(8.0), ..Expectations::default() };
+        let met = |counts: &[(Arm, usize)]| of_reach(&expect, counts).iter().map(|one| one.met).collect::<Vec<_>>();
+        assert_eq!(met(&[(Arm::Resident, 10), (Arm::Tombstone, 80)]), [true, true]);
+        assert_eq!(met(&[(Arm::Resident, 11), (Arm::Tombstone, 80)]), [true, false]);
+        assert_eq!(met(&[(Arm::Resident, 1), (Arm::Cached, 49)]), [false, true]);
+        assert_eq!(met(&[(Arm::Tombstone, 80)]), [true, false]);
+        // With no app at all kept there is no number of times.
+        assert_eq!(met(&[(Arm::Resident, 0), (Arm::Tombstone, 80)]), [true, false]);
+    }
 }

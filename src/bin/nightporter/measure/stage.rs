@@ -52,6 +52,8 @@ pub(super) enum Started {
 }
 
 const FREEZE: Duration = Duration::from_secs(30);
+/// A daemon that looks at an app before it touches it, or is asked to wait, may take this long beside.
+const MARGIN: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(20);
 /// Between two questions to the daemon: each is work for it.
 const ASK: Duration = Duration::from_millis(250);
@@ -244,7 +246,7 @@ impl<'a> Stage<'a> {
 
     fn wait_for_rest(&mut self, apps: &[String], wanted: State) -> Result<bool, Failure> {
         let lifecycle = &self.experiment.lifecycle;
-        let deadline = Instant::now() + lifecycle.tombstone_after + self.experiment.settle_within;
+        let deadline = Instant::now() + lifecycle.tombstone_after + self.experiment.settle_within + MARGIN;
         let page_out_by = lifecycle.page_out_after.as_secs() + 5;
         loop {
             self.world.check()?;
