@@ -15,12 +15,14 @@ SAID = {
 ASIDE = {"claim-within": f"within {figures.CLAIM_TARGET:.0f} % (fails beyond {figures.CLAIM_LIMIT:.0f} %)"}
 ROWS = [
     ("Memory used", "cost", 1024.0, "MiB"),
-    ("… with mapped files", "cost_occupied", 1024.0, "MiB"),
+    ("Memory occupied: with files that are mapped", "cost_occupied", 1024.0, "MiB"),
     ("Saved against resident", "saved", 1024.0, "MiB"),
     ("Returned", "returned_percent", 1.0, "%"),
-    ("More can be allocated than beside resident ones", "ballast_gained", 1024.0, "MiB"),
+    ("More can be allocated beside them", "ballast", 1024.0, "MiB"),
+    ("… than beside resident ones", "ballast_gained", 1024.0, "MiB"),
     ("The ledger's claim", "claim", 1024.0, "MiB"),
-    ("… its error", "claim_error_percent", 1.0, "%"),
+    ("… its error, by what is used", "claim_error_percent", 1.0, "%"),
+    ("… its error, by what is occupied", "claim_error_occupied_percent", 1.0, "%"),
     ("Apps' PSS", "apps_pss", 1024.0, "MiB"),
     ("Daemon's PSS", "daemon_pss", 1024.0, "MiB"),
     ("zram's own memory", "zram", 1024.0, "MiB"),
@@ -224,6 +226,10 @@ def _conditions(results, host):
     yield (
         "- Through Night Porter a program is run by `nightporter-sample --exec`, which holds its bus name and takes its pushes, in "
         "both halves alike. It is there and takes a message before the program itself has started anew: latencies are of the message."
+    )
+    yield (
+        "- *Used* leaves out what the kernel thinks it could drop, and so program files that are mapped, which a running program would "
+        "read again at once. *Occupied* counts them. The ledger counts what each program holds (PSS), mapped files among it."
     )
     yield "- A push to a tombstone pays for the start of its program; that is what the memory is exchanged for."
     yield ""
