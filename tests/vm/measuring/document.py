@@ -208,7 +208,8 @@ def _conditions(results, host):
     )
     yield "## Conditions"
     yield ""
-    yield f"- Made {results['made']} from {results['commit']}: `tests/vm/measure` as root, nothing else. All raw figures: `measured.json`."
+    made = ", ".join(sorted({f"{run['made']} from {run['commit']}" for run in results["runs"]}))
+    yield f"- Made {made}, by `tests/vm/measure` as root and nothing else. All raw figures: `measured.json`."
     yield (
         f"- {host['qemu']} without KVM, {host['at_once']} machines at a time with {host['cpus_each']} processors each on {host['cpus']}. Everything takes "
         "ten to thirty times as long as on hardware: memory is real, **times are not a phone's**."
