@@ -2,6 +2,7 @@
 //! child is the first to go when memory runs out, ends when this process does, and all of it is given back.
 
 use std::{
+    collections::VecDeque,
     fs,
     io::{self, BufRead, BufReader, Write},
     path::Path,
@@ -13,7 +14,10 @@ use std::{
 
 use rustix::{
     mm::{MlockAllFlags, mlockall},
-    process::{Pid, PidfdFlags, Signal, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal},
+    process::{
+        Pid, PidfdFlags, Resource, Signal, geteuid, getppid, getrlimit, pidfd_open, pidfd_send_signal,
+        set_parent_process_death_signal,
+    },
 };
 use serde::Serialize;
 
@@ -27,6 +31,8 @@ use crate::exit::{Exit, Failure};
 
 /// Unless the experiment says, at most this many times what is available when it begins: beyond it lies what others give up.
 pub(super) const FACTOR: u64 = 2;
+/// No step is shorter, so that all arms are asked for memory at the same pace: 80 MiB a second in steps of 16.
+const PACE: Duration = Duration::from_millis(200);
 const TURN: Duration = Duration::from_millis(100);
 /// A step that takes longer than this is as good as refused.
 const LONGEST_STEP: Duration = Duration::from_secs(120);
@@ -36,7 +42,7 @@ const FIRST_TO_GO: &str = "1000";
 /// What came out.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Ballast {
-    /// What could be taken before memory was short, in KiB.
+    /// What was taken before the time in which memory was short, in KiB.
     pub(super) kib: u64,
     pub(super) ended: Ended,
     /// Share of the time some task waited for memory at the end, in percent.
@@ -63,34 +69,53 @@ pub(super) fn run(stage: &Stage<'_>, plan: &BallastPlan) -> Result<Ballast, Fail
     let max = plan.max.unwrap_or(look()?.available * FACTOR);
     let mut load = Load::start(stage, max)?;
     let mut taken = 0;
-    let (ended, pressure) = loop {
+    let mut recent = Recent::new(plan.window);
+    let (ended, kib, pressure) = loop {
         stage.world.check_interrupted()?;
+        let over = recent.add(Instant::now(), kernel::stalled().unwrap_or(0), taken);
+        if let Some((before, share)) = over.filter(|(_, share)| *share > plan.pressure) {
+            break (Ended::Pressure, before, share);
+        }
+        let share = over.map_or(0.0, |(_, share)| share);
         if taken >= max {
-            break (Ended::Max, 0.0);
+            break (Ended::Max, taken, share);
         }
         let step = plan.step.min(max - taken);
-        let (from, before) = (Instant::now(), kernel::stalled().unwrap_or(0));
-        if !load.take(stage, step)? {
-            break (Ended::Refused, 0.0);
-        }
-        let mut share = kernel::share(kernel::stalled().unwrap_or(0).saturating_sub(before), from.elapsed());
-        if share > plan.pressure {
-            // The kernel may just have been making room. It is short of memory when that does not end.
-            let (from, before) = (Instant::now(), kernel::stalled().unwrap_or(0));
-            stage.world.pause(plan.window)?;
-            share = kernel::share(kernel::stalled().unwrap_or(0).saturating_sub(before), from.elapsed());
-            if share > plan.pressure {
-                break (Ended::Pressure, share);
-            }
-            if !load.lives() {
-                break (Ended::Refused, share);
-            }
+        let from = Instant::now();
+        if !load.take(stage, step)? || !load.lives() {
+            break (Ended::Refused, taken, share);
         }
         taken += step;
+        stage.world.pause(PACE.saturating_sub(from.elapsed()))?;
     };
     let locked = load.locked;
     drop(load);
-    Ok(Ballast { kib: taken, ended, pressure, locked, seconds: began.elapsed().as_secs_f64() })
+    Ok(Ballast { kib, ended, pressure, locked, seconds: began.elapsed().as_secs_f64() })
+}
+
+/// What tasks have waited, over the last few steps. Pure.
+struct Recent {
+    window: Duration,
+    looks: VecDeque<(Instant, u64, u64)>,
+}
+
+impl Recent {
+    const fn new(window: Duration) -> Self {
+        Self { window, looks: VecDeque::new() }
+    }
+
+    /// One more look: microseconds waited since boot, and what is taken. Once it reaches back a whole window: what was taken
+    /// when that began, and the share of it that was waited.
+    fn add(&mut self, at: Instant, stalled: u64, taken: u64) -> Option<(u64, f64)> {
+        self.looks.push_back((at, stalled, taken));
+        // The second is far enough back as well.
+        while self.looks.get(1).is_some_and(|(then, ..)| at.duration_since(*then) >= self.window) {
+            self.looks.pop_front();
+        }
+        let (then, before, taken_then) = *self.looks.front()?;
+        let over = at.duration_since(then);
+        (over >= self.window).then(|| (taken_then, kernel::share(stalled.saturating_sub(before), over)))
+    }
 }
 
 /// The child that takes memory.
@@ -188,8 +213,10 @@ pub(super) fn child(parent: u32, cgroup: Option<&Path>) -> io::Result<()> {
     if let Some(cgroup) = cgroup {
         fs::write(cgroup, "0")?;
     }
+    // Within a limit, what is refused would be the lock's fault and not memory's.
+    let unlimited = geteuid().is_root() || getrlimit(Resource::Memlock).current.is_none();
     let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE;
-    let locked = mlockall(all | MlockAllFlags::ONFAULT).is_ok();
+    let locked = unlimited && mlockall(all | MlockAllFlags::ONFAULT).is_ok();
     let mut stdout = io::stdout();
     writeln!(stdout, "{}", if locked { "locked" } else { "not locked" })?;
     stdout.flush()?;
@@ -211,4 +238,23 @@ pub(super) fn child(parent: u32, cgroup: Option<&Path>) -> io::Result<()> {
         stdout.flush()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pressure_is_judged_over_a_whole_window_and_blamed_on_what_was_taken_in_it() {
+        let start = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut recent = Recent::new(2 * second);
+        assert_eq!(recent.add(start, 500, 0), None);
+        // However much is waited at once.
+        assert_eq!(recent.add(start + second, 900_500, 16), None);
+        assert_eq!(recent.add(start + 2 * second, 900_500, 32), Some((0, 45.0)));
+        assert_eq!(recent.add(start + 3 * second, 900_500, 48), Some((16, 0.0)));
+        // A long step reaches further back.
+        assert_eq!(recent.add(start + 8 * second, 900_500 + 3_000_000, 64), Some((48, 60.0)));
+    }
 }

@@ -54,7 +54,9 @@ pub(super) struct Step {
     pub(super) apps: usize,
     pub(super) kept: bool,
     pub(super) because: Option<String>,
-    /// Share of the time some task waited for memory, in percent.
+    /// Share of the time some task waited for memory while they were added and settled, in percent: for information.
+    pub(super) pressure_adding: Option<f64>,
+    /// The same once they had settled: what makes a number too many.
     pub(super) pressure: Option<f64>,
     pub(super) available_kib: u64,
     pub(super) used_kib: u64,
@@ -159,6 +161,7 @@ impl Climb<'_> {
                 apps: target,
                 kept: false,
                 because: None,
+                pressure_adding: None,
                 pressure: None,
                 available_kib: 0,
                 used_kib: 0,
@@ -194,6 +197,7 @@ impl Climb<'_> {
             self.end(target);
         }
         let kills = look()?.oom_kills;
+        let (began, before) = (Instant::now(), kernel::stalled());
         let new = names[self.running..target].to_vec();
         self.running = target;
         match self.stage.start(&new, || {})? {
@@ -204,6 +208,9 @@ impl Climb<'_> {
         let there = names[..target].to_vec();
         self.stage.rest(&there)?;
         self.stage.settle()?;
+        let stalled = kernel::stalled().zip(before);
+        step.pressure_adding =
+            stalled.map(|(after, before)| kernel::share(after.saturating_sub(before), began.elapsed()));
         self.probe(&there, kills, step)
     }
 
