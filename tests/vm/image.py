@@ -71,26 +71,26 @@ MASKED = [
 KEPT_DAYS = 14
 
 
-def prepare(arch, extra, say):
-    """The directory with `disk.ext4` and `vmlinuz` for `arch`, with the packages `extra` on top."""
+def prepare(arch, extra, say, *, size=SIZE):
+    """The directory with `disk.ext4`, of that size, and `vmlinuz` for `arch`, with the packages `extra` on top."""
     cache = pathlib.Path(os.environ.get("NIGHTPORTER_TEST_CACHE", "/var/cache/nightporter-tests"))
     cache.mkdir(parents=True, exist_ok=True)
     packages = sorted({*PACKAGES, *extra, KERNEL[arch]})
-    image = cache / f"vm-{arch}-{_key(packages)}"
+    image = cache / f"vm-{arch}-{_key(packages, size)}"
     # Two runs at a time make it once.
     with open(cache / f".vm-{arch}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (image / "disk.ext4").exists():
-            _make(image, arch, packages, say)
+            _make(image, arch, packages, size, say)
         os.utime(image)
         _prune(cache)
     return image
 
 
-def _key(packages):
+def _key(packages, size):
     digest = hashlib.sha256()
     digest.update(pathlib.Path(__file__).read_bytes())
-    digest.update("\0".join(packages).encode())
+    digest.update("\0".join([size, *packages]).encode())
     digest.update(pathlib.Path(kde.__file__).read_bytes())
     for path in sorted([*(HERE / "guest").rglob("*"), *kde.SOURCES]):
         digest.update(str(path.relative_to(HERE)).encode())
@@ -99,7 +99,7 @@ def _key(packages):
     return digest.hexdigest()[:12]
 
 
-def _make(image, arch, packages, say):
+def _make(image, arch, packages, size, say):
     start = time.monotonic()
     for left in image.parent.glob(f".vm-image-{arch}.*"):
         shutil.rmtree(left)
@@ -135,7 +135,7 @@ def _make(image, arch, packages, say):
             subprocess.run(command, check=True, env={**os.environ, "INITRD": "No"})
             library.result()
         shutil.move(new / "kde", f"{root}{kde.WHERE}")
-        subprocess.run(["mkfs.ext4", "-q", "-q", "-d", str(root), str(new / "disk.ext4"), SIZE], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["mkfs.ext4", "-q", "-q", "-d", str(root), str(new / "disk.ext4"), size], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(root)
         image.mkdir(exist_ok=True)
         os.rename(new / "vmlinuz", image / "vmlinuz")

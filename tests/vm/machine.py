@@ -27,9 +27,11 @@ class Failed(Exception):
 
 
 class Machine:
-    """`run`, `wait_for`, `login`, `logout`, `as_user`, `reboot`; every one raises `Failed` when it is not so in time."""
+    """`run`, `wait_for`, `login`, `logout`, `as_user`, `reboot`; every one raises `Failed` when it is not so in time.
 
-    def __init__(self, image, work, arch, *, bus="dbus-daemon", memory=1024, cpus=2):
+    `memory` in MiB; `words`: more of them for the kernel's command line."""
+
+    def __init__(self, image, work, arch, *, bus="dbus-daemon", memory=1024, cpus=2, words=()):
         self.arch = arch
         self.work = pathlib.Path(work)
         self.boot_id = None
@@ -40,15 +42,16 @@ class Machine:
         disk = self.work / "disk.ext4"
         subprocess.run(["cp", "--sparse=always", image / "disk.ext4", disk], check=True)
         shutil.copy(image / "vmlinuz", self.work / "vmlinuz")
-        self._command = self._qemu(disk, bus, memory, cpus)
+        self._command = self._qemu(disk, bus, memory, cpus, words)
         self._log = open(self.work / "qemu.log", "ab")
         self._start()
 
-    def _qemu(self, disk, bus, memory, cpus):
+    def _qemu(self, disk, bus, memory, cpus, more):
         words = [
             f"console={CONSOLE[self.arch]}",
             "root=/dev/nvme0n1 rw psi=1 quiet systemd.show_status=1 panic=-1 mitigations=off audit=0",
             f"nightporter.bus={bus}",
+            *more,
         ]
         return [
             *QEMU[self.arch],

@@ -71,10 +71,12 @@ pub(crate) struct DaemonSetup<'a> {
     pub(crate) lifecycle: &'a str,
 }
 
-const START: Duration = Duration::from_secs(15);
+/// An emulated machine takes its time over everything.
+const START: Duration = Duration::from_secs(60);
 /// The daemon thaws every app before it goes.
-const DAEMON_END: Duration = Duration::from_secs(10);
-const END: Duration = Duration::from_secs(3);
+const DAEMON_END: Duration = Duration::from_secs(30);
+/// More than a wrapped program gets from its wrapper (nightporter-sample --exec).
+const END: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(5);
 /// sun_path has 108 bytes; our names below the directory take up to 20.
 const LONGEST_DIR: usize = 80;
