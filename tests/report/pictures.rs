@@ -193,7 +193,6 @@ fn bars_are_true(what: &str, looks: &Looks, report: &Report) {
         let found = looks.shapes.iter().find(|s| s.section == section && s.name == name && s.class == class);
         found.unwrap_or_else(|| panic!("{what}: no {class} of {name} in {section}"))
     };
-    let resident = if report.profile == Profile::Observe { "baseline" } else { "saved" };
     for app in &report.apps {
         let now = app.now.unwrap().pss as f64;
         is(of("apps", &app.name, "now"), now / whole, &app.name);
@@ -201,7 +200,12 @@ fn bars_are_true(what: &str, looks: &Looks, report: &Report) {
         is(zram, app.zram as f64 / whole, &app.name);
         assert!((zram.area.x - zram.svg.x - now / whole * zram.svg.w).abs() < 0.6, "{what}: {zram:?}");
         if let Some(memory) = app.resident {
-            is(of("apps", &app.name, resident), memory.pss as f64 / whole, &app.name);
+            is(of("apps", &app.name, "baseline"), memory.pss as f64 / whole, &app.name);
+            if report.profile != Profile::Observe {
+                let saved = of("apps", &app.name, "saved");
+                is(saved, app.saved.unwrap() as f64 / whole, &app.name);
+                assert!((saved.area.x - zram.area.x - zram.area.w).abs() < 0.6, "{what}: {saved:?}");
+            }
         }
     }
     is(of("connections", "Night Porter", "ours"), 1.0 / 12.0, "connections");

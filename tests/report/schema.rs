@@ -73,6 +73,7 @@ fn is(document: &Value, kind: &Value) -> bool {
         "number" => document.is_number(),
         "integer" => document.is_i64() || document.is_u64(),
         "null" => document.is_null(),
+        "boolean" => document.is_boolean(),
         other => panic!("the schema uses the type {other}"),
     }
 }

@@ -4,7 +4,7 @@ use nightporter::view::{AppAt, History, LedgerRow, Report, TotalAt};
 
 use super::app_saved;
 
-const APPS: [&str; 18] = [
+const APPS: [&str; 20] = [
     "app",
     "state",
     "resident_kib",
@@ -23,6 +23,8 @@ const APPS: [&str; 18] = [
     "wake_cpu_ms",
     "wake_faults",
     "profile",
+    "cache_kib",
+    "kernel_kib",
 ];
 const HISTORY: [&str; 13] = [
     "at",
@@ -83,6 +85,8 @@ fn of_app(report: &Report, app: &LedgerRow) -> [String; APPS.len()] {
         app.wake_cpu_ms.to_string(),
         app.wake_faults.to_string(),
         crate::render::profile(report.profile).into(),
+        app.cache.to_string(),
+        app.kernel.to_string(),
     ]
 }
 

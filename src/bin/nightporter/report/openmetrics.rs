@@ -42,6 +42,12 @@ fn totals(text: &mut Text, report: &Report) {
     let source = report.zram_source.map(|source| format!("{source:?}").to_ascii_lowercase()).unwrap_or_default();
     text.family("zram", "gauge", "bytes", "Real memory behind what was paged out; source: measured, or by ratio.")
         .sample(&[("source", &source)], bytes(report.zram));
+    for (name, help, kib) in [
+        ("cache", "Pages of files among what the apps cost less now: not counted as saved.", report.cache),
+        ("kernel", "Kernel memory the apps are charged less than resident.", report.kernel),
+    ] {
+        text.family(name, "gauge", "bytes", help).sample(&[], signed_bytes(kib));
+    }
     text.family("saved", "gauge", "bytes", "Saved now, the daemon's own cost taken off; negative where that is more.")
         .sample(&[], signed_bytes(saved(report)));
 }

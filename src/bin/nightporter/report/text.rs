@@ -119,6 +119,12 @@ fn summary(report: &Report, style: Style) -> String {
     ] {
         table.row([name.into(), mib(size), bar(size)]);
     }
+    if report.cache != 0 {
+        table.row(["Page cache".into(), mib_signed(report.cache), String::new()]);
+    }
+    if report.kernel != 0 {
+        table.row(["Kernel memory".into(), mib_signed(report.kernel), String::new()]);
+    }
     let share = match report.profile {
         Profile::Observe => None,
         Profile::Tombstone | Profile::Cached => percent(report.saved, report.resident),
@@ -126,6 +132,12 @@ fn summary(report: &Report, style: Style) -> String {
     let name = share.map_or_else(|| "Saved".into(), |share| format!("Saved ({share})"));
     table.row([name, mib_signed(saved(report)), String::new()]);
     let mut text = table.body();
+    if report.cache != 0 {
+        let note = "Page cache is what of the difference is pages of files: the kernel keeps or drops them whoever runs, so \
+                    they are not counted as saved.";
+        text.push('\n');
+        text.push_str(&wrapped(note, style.width, 0));
+    }
     if let Some(source) = report.zram_source.filter(|_| report.zram > 0) {
         text.push('\n');
         text.push_str(&wrapped(units::source(source), style.width, 0));
@@ -194,10 +206,8 @@ fn bar(report: &Report, row: &LedgerRow, whole: u64, width: usize) -> String {
         usize::try_from(cells.unwrap_or(0)).unwrap_or(width).min(width)
     };
     let (now, all) = (cells(now(row).unwrap_or(0)), cells(cost(row).unwrap_or(0)));
-    let to = match (report.profile, resident(row)) {
-        (Profile::Observe, _) | (_, None) => all,
-        (_, Some(resident)) => cells(resident).max(all),
-    };
+    let saved = app_saved(report, row).and_then(|saved| u64::try_from(saved).ok()).unwrap_or(0);
+    let to = cells(cost(row).unwrap_or(0).saturating_add(saved)).max(all);
     let parts = [("█", now), ("▒", all - now), ("░", to - all)];
     parts.iter().map(|(cell, count)| cell.repeat(*count)).collect()
 }
@@ -244,6 +254,7 @@ mod tests {
             "frozen": null, "paged_out": null, "now": memory(now), "saved": 1 }))
         .unwrap();
         row.zram = zram;
+        row.saved = i64::try_from(i128::from(resident) - i128::from(now) - i128::from(zram)).ok();
         row
     }
 
@@ -254,6 +265,8 @@ mod tests {
             apps,
             daemon: Memory { pss: 3072, ..Memory::default() },
             sockets: 0,
+            cache: 0,
+            kernel: 0,
             zram: 0,
             zram_source: None,
             resident: 102_400,

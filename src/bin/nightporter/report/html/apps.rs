@@ -22,10 +22,11 @@ pub(super) fn section(page: &mut Markup, report: &Report) {
         page.leaf("p", &[("class", &"none")], "No app has registered yet.");
         return;
     }
-    let resident_class = if report.profile == Profile::Observe { "baseline" } else { "saved" };
-    let resident_name =
-        if report.profile == Profile::Observe { "resident" } else { "saved, up to what it cost resident" };
-    legend(page, &[("now", "now"), ("zram", "in zram"), (resident_class, resident_name)]);
+    let mut entries = vec![("now", "now"), ("zram", "in zram"), ("baseline", "resident")];
+    if report.profile != Profile::Observe {
+        entries.insert(2, ("saved", "saved"));
+    }
+    legend(page, &entries);
     let mut rows: Vec<&LedgerRow> = report.apps.iter().collect();
     rows.sort_by_key(|row| std::cmp::Reverse(extent(row)));
     let whole = float(rows.first().map_or(0, |row| extent(row))).max(1.0);
@@ -51,12 +52,16 @@ fn bar(page: &mut Markup, report: &Report, row: &LedgerRow, whole: f64) {
         picture(page, &told, &["bar"], |page| {
             let part = |kib: u64| float(kib) / whole;
             if let Some(before) = before {
-                let class = if report.profile == Profile::Observe { "baseline" } else { "saved" };
-                block(page, class, 0.0, part(before), &told);
+                block(page, "baseline", 0.0, part(before), &told);
             }
             let held = part(after.unwrap_or(0));
             block(page, "now", 0.0, held, &told);
             block(page, "zram", held, part(row.zram), &told);
+            // What is left up to resident is page cache, which would have gone or stayed without us as well.
+            if let Some(saved) = app_saved(report, row).and_then(|saved| u64::try_from(saved).ok()) {
+                let from = held + part(row.zram);
+                block(page, "saved", from, part(saved).min((1.0 - from).max(0.0)), &told);
+            }
         });
         page.element("div", &[("class", &"figure")], |page| match (before, after) {
             (Some(before), Some(after)) => {

@@ -110,12 +110,16 @@ fn head(page: &mut Markup, report: &Report) {
 fn sum(page: &mut Markup, report: &Report) {
     let own = own_cost(report);
     let after = report.now.saturating_add(report.zram).saturating_add(own);
-    let whole = float(report.resident.max(after)).max(1.0);
-    let spared = if report.profile == Profile::Observe { 0 } else { report.resident.saturating_sub(after) };
+    let spared = u64::try_from(saved(report)).unwrap_or(0);
+    let cache = u64::try_from(report.cache).unwrap_or(0);
+    let whole = float(report.resident.max(after.saturating_add(spared).saturating_add(cache))).max(1.0);
     let mut parts =
         vec![("now", "Apps now", report.now), ("zram", "zram", report.zram), ("daemon", "Night Porter", own)];
     if spared > 0 {
         parts.push(("saved", "Saved", spared));
+    }
+    if cache > 0 {
+        parts.push(("baseline", "Page cache, not counted", cache));
     }
     picture(page, "What apps cost now, and what is saved", &["sum"], |page| {
         let mut x = 0.0;
@@ -187,11 +191,15 @@ fn foot(page: &mut Markup, report: &Report) {
         }
         if report.profile != Profile::Observe {
             let formula = format!(
-                "Saved = resident \u{2212} now \u{2212} zram \u{2212} Night Porter = {} \u{2212} {} \u{2212} {} \u{2212} {} = {}",
+                "Saved = resident \u{2212} now \u{2212} zram \u{2212} Night Porter \u{2212} page cache + kernel memory = {} \u{2212} {} \
+                 \u{2212} {} \u{2212} {} \u{2212} {} + {} = {}. Page cache is what of the difference is pages of files: the \
+                 kernel keeps or drops them whoever runs, so they are not counted as saved.",
                 size(report.resident),
                 size(report.now),
                 size(report.zram),
                 size(own_cost(report)),
+                signed(report.cache),
+                signed(report.kernel),
                 signed(report.saved)
             );
             page.leaf("p", &[], formula);

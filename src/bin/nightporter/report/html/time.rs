@@ -47,7 +47,7 @@ pub(super) fn memory(page: &mut Markup, history: &History, window: Window, profi
     let mut entries =
         vec![("line", "each app resident"), ("now", "apps"), ("zram", "zram"), ("daemon", "Night Porter")];
     if profile != Profile::Observe {
-        entries.push(("saved", "saved"));
+        entries.push(("saved", "less than resident"));
     }
     legend(page, &entries);
     page.leaf("p", &[("class", &"unit")], "MiB");

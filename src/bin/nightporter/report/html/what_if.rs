@@ -26,7 +26,8 @@ pub(super) fn section(page: &mut Markup, what_if: &WhatIf) {
         when(&what_if.until)
     );
     if what_if.compression > 0.0 && what_if.compression.is_finite() {
-        told.push_str(&format!(": zram is taken to hold {:.1} times its size", what_if.compression));
+        let known = if what_if.compression_measured { "is known" } else { "is only taken" };
+        told.push_str(&format!(": zram {known} to hold {:.1} times its size", what_if.compression));
     }
     page.leaf("p", &[("class", &"note")], told + ".");
     if let Some(note) = unobserved(what_if) {
