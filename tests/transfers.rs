@@ -223,7 +223,6 @@ fn what_the_server_says_is_heeded() {
     ));
     let begun = Instant::now();
     let id = download(&app, &server.url());
-    let first = id;
     let waiting = wait_for_reason(&world, id, "503");
     assert!(waiting.retry_in_secs.is_some_and(|secs| secs <= 7), "{waiting:?}");
     assert!(world.decided(APP, "transfer-wait", "503"), "{:?}", world.why(APP));
