@@ -3,6 +3,7 @@
 #![cfg(all(feature = "cli", feature = "relay"))]
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::print_stderr, reason = "what a failing test wants to be known")]
+#![expect(clippy::duplicate_mod, reason = "both worlds of tests have a dbus-daemon of their own")]
 
 #[expect(dead_code, reason = "made for the tests of units; shared")]
 #[path = "units/group.rs"]
