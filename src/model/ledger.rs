@@ -62,7 +62,8 @@ pub struct SelfSample {
     pub cpu: Duration,
 }
 
-/// All zram devices together (Documentation/admin-guide/blockdev/zram.rst). In KiB; zero where there is none.
+/// All zram devices that are swap, together (Documentation/admin-guide/blockdev/zram.rst). In KiB; zero where there is
+/// none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Zram {
     /// `mem_used_total`: real memory.

@@ -29,10 +29,6 @@ pub(super) struct Connections {
 impl Connections {
     /// Adds the inodes of the process's sockets that are such connections. Nothing of a process we may not look into.
     pub(super) fn collect(&mut self, process: &ProcDir, found: &mut Vec<u64>) {
-        let Ok(sockets) = sockets(process) else { return };
-        if sockets.is_empty() {
-            return;
-        }
         let Ok(network) = process.link("ns/net") else { return };
         let open = self.networks.entry(network).or_insert_with(|| {
             let mut open = HashSet::new();
@@ -42,6 +38,11 @@ impl Connections {
             }
             open
         });
+        // Looking through its files costs more than the table, and where there is no connection at all it is in vain.
+        if open.is_empty() {
+            return;
+        }
+        let Ok(sockets) = sockets(process) else { return };
         found.extend(sockets.into_iter().filter(|socket| open.contains(socket)));
     }
 }

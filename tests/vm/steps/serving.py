@@ -96,7 +96,8 @@ def incompressible_memory_is_not_saved(vm):
         if (after := int(vm.run(f"cat {UNIT_CGROUP}/memory.swap.current"))) < swapped:
             raise Failed(f"reporting brought {swapped - after} bytes back")
         put_out = row["resident"]["pss"] - row["now"]["pss"]
-        if row["saved"] != put_out - row["zram"]:
+        # What its cgroup is charged beside may count as well, but not as much as this.
+        if abs(row["saved"] - (put_out - row["zram"])) > 1024:
             raise Failed(f"saved is not what was put out less what that costs of zram: {row}")
         shares[kind] = (row["saved"] / put_out, row)
     vm.run(f"rm {drop_in} && systemctl daemon-reload")
