@@ -137,7 +137,8 @@ impl World {
                 || held_too_long
                 || endpoint
                 || leaving
-                || waiting.len() >= half,
+                || waiting.len() >= half
+                || self.has_ended_transfer(app),
             "{app} was woken ({how}) although its helper did not want it to be"
         );
         assert!(
