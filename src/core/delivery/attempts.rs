@@ -317,6 +317,7 @@ impl Delivery {
             flight.deadline = now.boot + ANSWER_TIME;
             if app.reach == Reach::Away {
                 app.quiet_until = None;
+                self.release(&key, false, now);
                 self.ask(&key, now);
             }
         } else {
