@@ -132,9 +132,7 @@ def _kinds(results, gib):
             f"| {_wake(figures.wake(run, 'tombstone', 'tombstone'))} |"
         )
     yield ""
-    yield (
-        "What is left is the daemon itself and the bus. One small app alone is not worth a daemon, and the table says so."
-    )
+    yield "What is left of it through Night Porter is the daemon itself, which is there once for all apps."
     yield ""
 
 
@@ -212,7 +210,7 @@ def _conditions(results, host):
     yield f"- Made {made}, by `tests/vm/measure` as root and nothing else. All raw figures: `measured.json`."
     yield (
         f"- {host['qemu']} without KVM, {host['at_once']} machines at a time with {host['cpus_each']} processors each on {host['cpus']}. Everything takes "
-        "ten to thirty times as long as on hardware: memory is real, **times are not a phone's**."
+        "many times as long as on hardware: memory is real, **times are not a phone's**."
     )
     yield (
         f"- Debian 13, Linux {machine.get('kernel')}, zram of half the memory ({' '.join(machine.get('zram_algorithms', []))}), huge pages "
