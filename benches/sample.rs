@@ -83,8 +83,9 @@ fn arguments() -> Result<(usize, usize)> {
 
 fn run(count: usize, rounds: usize) -> Result<bool> {
     let dir = tempfile::tempdir_in("/dev/shm")?;
-    let mut porter = Porter::new(dir.path())?;
+    // Before the porter, which lets them run when it is dropped: held still they would not end.
     let apps: Vec<App> = (0..count).map(App::start).collect::<Result<_>>()?;
+    let mut porter = Porter::new(dir.path())?;
     let targets: Vec<TargetId> = apps.iter().map(|app| porter.adopt(app.child.id())).collect::<Result<_>>()?;
     let swapped = porter.hold_still(&targets)?;
     let processes: Vec<u32> = apps.iter().flat_map(App::processes).collect();
