@@ -528,10 +528,6 @@ fn a_newer_database_is_left_alone() {
     assert_eq!(fs::read(database(dir.path())).unwrap(), before);
 }
 
-/// Undoes what the format with history adds.
-const WITHOUT_HISTORY: &str = "DROP TABLE history_totals; DROP TABLE history_apps; DROP TABLE history_wakes;
-    DROP TABLE history_woulds; ALTER TABLE apps DROP COLUMN conditions;";
-
 #[test]
 fn a_database_of_format_1_is_brought_up_to_date() {
     let dir = temp();
@@ -540,10 +536,9 @@ fn a_database_of_format_1_is_brought_up_to_date() {
     f.apply(put(1, 1));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
-    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE former_routes; DROP TABLE preferences; DROP TABLE states; PRAGMA user_version = 1")
         .unwrap();
-    without_format_4(&db);
+    as_format_3(&db);
     drop(db);
     let (f, snapshot) = Fixture::open(dir.path());
     assert_eq!((snapshot.registrations.len(), snapshot.messages.len(), snapshot.damaged), (1, 1, None));
@@ -560,9 +555,8 @@ fn a_database_of_format_2_is_brought_up_to_date() {
     f.apply(StoreOp::PutFormer(former(1, "old", None)));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
-    db.execute_batch(WITHOUT_HISTORY).unwrap();
     db.execute_batch("DROP TABLE states; PRAGMA user_version = 2").unwrap();
-    without_format_4(&db);
+    as_format_3(&db);
     drop(db);
     let (mut f, snapshot) = Fixture::open(dir.path());
     assert_eq!((snapshot.former, snapshot.states), (vec![former(1, "old", None)], Vec::new()));
@@ -570,8 +564,13 @@ fn a_database_of_format_2_is_brought_up_to_date() {
     assert_eq!(f.state(1), b"kept");
 }
 
-fn without_format_4(db: &Connection) {
-    db.execute_batch("DROP TABLE transfers; ALTER TABLE numbers DROP COLUMN next_transfer").unwrap();
+fn as_format_3(db: &Connection) {
+    db.execute_batch(
+        "DROP TABLE transfers; ALTER TABLE numbers DROP COLUMN next_transfer;
+         DROP TABLE history_totals; DROP TABLE history_apps; DROP TABLE history_wakes; DROP TABLE history_woulds;
+         ALTER TABLE apps DROP COLUMN conditions",
+    )
+    .unwrap();
 }
 
 fn transfer(app: u64, id: u64) -> Transfer {
@@ -608,7 +607,7 @@ fn a_database_of_format_3_is_brought_up_to_date() {
     f.apply(put_registration(1));
     f.store.close();
     let db = Connection::open(database(dir.path())).unwrap();
-    without_format_4(&db);
+    as_format_3(&db);
     db.pragma_update(None, "user_version", 3).unwrap();
     drop(db);
     let (mut f, snapshot) = Fixture::open(dir.path());

@@ -25,7 +25,7 @@ use zbus::{
     message::{Flags, Type},
 };
 
-use crate::bus::{BUS, Daemon, Ended, Loop, connect, run};
+use crate::bus::{BUS, Daemon, Ended, Loop, connect, error_of, run};
 
 pub(crate) const KDE: &str = "org.unifiedpush.Distributor.kde";
 pub(crate) const MANAGEMENT: &str = "org.kde.kunifiedpush.Management";
@@ -132,7 +132,13 @@ impl Client {
 
     /// Who owns a name.
     pub(crate) fn owner(&self, name: &str) -> Option<String> {
-        self.ask_bus("GetNameOwner", &name).ok().map(|reply| reply.body().deserialize().unwrap())
+        match self.ask_bus("GetNameOwner", &name) {
+            Ok(reply) => Some(reply.body().deserialize().unwrap()),
+            failed => {
+                assert_eq!(error_of(failed).0, "org.freedesktop.DBus.Error.NameHasNoOwner");
+                None
+            }
+        }
     }
 
     /// Who owns a name, and who waits for it.
