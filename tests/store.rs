@@ -45,7 +45,16 @@ struct Fixture {
 
 impl Fixture {
     fn open(dir: &Path) -> (Self, Snapshot) {
-        Self::try_open(dir).unwrap()
+        let since = Instant::now();
+        loop {
+            match Self::try_open(dir) {
+                // A child that another test is starting has the lock's descriptor until it runs its own program.
+                Err(StoreOpenError::Locked { .. }) if since.elapsed() < Duration::from_secs(10) => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                opened => return opened.unwrap(),
+            }
+        }
     }
 
     fn try_open(dir: &Path) -> Result<(Self, Snapshot), StoreOpenError> {
