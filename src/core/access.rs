@@ -80,20 +80,10 @@ pub(super) fn sees(caller: &Caller, bus: Bus) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::fixtures, *};
 
     fn caller() -> Caller {
-        Caller {
-            bus: Bus::Session(1000),
-            owner: Owner(":1.7".into()),
-            uid: 1000,
-            pid: 42,
-            app_id: None,
-            sandboxed: false,
-            networked: true,
-            owns_service: false,
-            authorization: Authorization::NotAsked,
-        }
+        fixtures::caller(Bus::Session(1000), ":1.7")
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What power and network are, for the parts that depend on it: delivery holds, sessions connect or not, `status` says it.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{Core, lifecycle::State, urgency};
 use crate::{
@@ -71,7 +71,8 @@ impl Core {
         news
     }
 
-    /// What is held for an app goes to it when it runs anyway. True when any does.
+    /// What is held for an app goes to it when it runs anyway, and it hears of its transfers that have ended. True when any
+    /// does.
     pub(super) fn hand_over_held(&mut self, now: Now) -> bool {
         if self.ending.is_some() {
             return false;
@@ -81,7 +82,8 @@ impl Core {
             matches!(state, Some(State::Foreground | State::Background | State::Awake))
         };
         let owned = |app: &AppKey| Some((app.clone(), self.apps.get(app)?.owner.clone()?));
-        let ready: Vec<_> = self.delivery.holding().filter(running).filter_map(owned).collect();
+        let holding = self.delivery.holding().chain(self.transfers.holding());
+        let ready: BTreeMap<_, _> = holding.filter(running).filter_map(owned).collect();
         for (app, owner) in &ready {
             self.ready(app, owner.clone(), now);
         }

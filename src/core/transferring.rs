@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::{
     Core, Stored, access,
-    lifecycle::State,
     transfers::{self, Conditions, Output, Wait},
     urgency,
 };
@@ -139,23 +138,6 @@ impl Core {
         };
         let may_wake = self.minimum().urgency <= Urgency::Normal;
         self.transfers.set_conditions(conditions, may_wake, returned, now);
-    }
-
-    /// Who runs anyway hears what has ended. True when anybody does.
-    pub(super) fn tell_of_transfers(&mut self, now: Now) -> bool {
-        if self.ending.is_some() {
-            return false;
-        }
-        let running = |app: &&AppKey| {
-            let state = self.lifecycle.show(app, now).map(|shown| shown.state);
-            matches!(state, Some(State::Foreground | State::Background | State::Awake))
-        };
-        let owned = |app: &AppKey| Some((app.clone(), self.apps.get(app)?.owner.clone()?));
-        let ready: Vec<_> = self.transfers.holding().filter(running).filter_map(owned).collect();
-        for (app, owner) in &ready {
-            self.ready(app, owner.clone(), now);
-        }
-        !ready.is_empty()
     }
 
     /// What is shown of the transfers of these apps.

@@ -41,7 +41,6 @@ impl Core {
             } else if !self.settle_moves(now)
                 && !self.brief_sessions(now)
                 && !self.hand_over_held(now)
-                && !self.tell_of_transfers(now)
                 && !self.wake_next(now)
                 && !self.mind_stand_ins(now)
             {

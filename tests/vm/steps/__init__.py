@@ -71,4 +71,4 @@ def _next_version(deb, work):
     return new
 
 
-from . import installing, sessions, serving, units, lasting, leaving, usermode  # noqa: E402, F401
+from . import installing, sessions, serving, units, pressure, lasting, leaving, usermode  # noqa: E402, F401
