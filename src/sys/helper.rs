@@ -2,7 +2,7 @@
 //!
 //! A helper is named by the configuration alone and runs with the user's rights, never root's: new privileges excluded, in a
 //! session, a process group and (where this daemon's cgroup is delegated to it) a cgroup of its own, all of which end with it.
-//! It has [`TIME`] and [`MEMORY`], prints at most [`OUTPUT`] bytes, and reaches the network only if it may.
+//! It has `TIME` and `MEMORY`, prints at most `OUTPUT` bytes, and reaches the network only if it may.
 //!
 //! - `confine`: what is done between fork and exec.
 //! - `group`: the cgroup.
@@ -55,7 +55,7 @@ pub fn help(jobs: &Jobs, sender: &Sender, job: HelperJob) -> Option<Event> {
     (!queued).then(|| Event::Helped(seq, Err("there is no thread for it".into())))
 }
 
-/// Runs the helper of one message. Blocks for [`TIME`], and for as long as the kernel takes to end what is killed.
+/// Runs the helper of one message. Blocks for `TIME`, and for as long as the kernel takes to end what is killed.
 ///
 /// # Errors
 /// As a sentence part: it could not be started, broke a limit, failed, or printed no answer.
