@@ -81,6 +81,8 @@ def incompressible_memory_is_not_saved(vm):
         app.tool(vm, f"kill {SAMPLE}")
         app.is_gone(vm)
         app.pushed(vm, f"with {kind}")
+        # Else it may be held still before they are all there.
+        app.is_looked_at(vm)
         app.wait_for(vm, f"{kind} bytes", f'[ "$(cat {UNIT_CGROUP}/memory.current)" -ge {30 * MIB} ]')
         app.freezes(vm)
         app.pages_out(vm, UNIT_CGROUP, 28 * MIB)
