@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use super::Core;
 use crate::{
-    event::{Authorization, Caller},
+    action::Action,
+    event::{Authorization, Caller, Event, LinkId},
     model::{AppKey, Bus, ConnectorVersion, Owner, Registration, RegistrationId, Snapshot},
     time::{Instant, Now, UnixTime},
 };
@@ -55,4 +57,16 @@ pub(super) fn caller(bus: Bus, owner: &str) -> Caller {
         owns_service: false,
         authorization: Authorization::NotAsked,
     }
+}
+
+/// Tells the core of something; what it does about it, and in `link` the newest link it has asked for.
+pub(super) fn tell(core: &mut Core, link: &mut LinkId, event: Event, now: Now) -> Vec<Action> {
+    core.handle(event, now);
+    let actions: Vec<Action> = std::iter::from_fn(|| core.poll_action()).collect();
+    for action in &actions {
+        if let Action::Connect { link: newest, .. } = action {
+            *link = *newest;
+        }
+    }
+    actions
 }

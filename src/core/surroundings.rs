@@ -157,7 +157,7 @@ mod tests {
     use crate::{
         action::{Reply, StoreOp},
         config::{AppSettings, NetworkSettings, Settings, UrgencySettings},
-        core::fixtures::{NOW, caller, kept, registration},
+        core::fixtures::{NOW, caller, kept, registration, tell},
         event::{BusEvent, CallId, Caller, Event, LinkEvent, LinkId, Query, Request},
         model::{Bus, NetworkKind, Snapshot},
     };
@@ -187,14 +187,7 @@ mod tests {
         }
 
         fn tell(&mut self, event: Event) -> Vec<Action> {
-            self.core.handle(event, self.now);
-            let actions: Vec<Action> = std::iter::from_fn(|| self.core.poll_action()).collect();
-            for action in &actions {
-                if let Action::Connect { link, .. } = action {
-                    self.link = *link;
-                }
-            }
-            actions
+            tell(&mut self.core, &mut self.link, event, self.now)
         }
 
         fn hello(&mut self) {

@@ -248,7 +248,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{AppSettings, Settings},
-        core::fixtures::{NOW, kept, registration},
+        core::fixtures::{NOW, kept, registration, tell},
         event::{BusEvent, CallOutcome, DeliveryTicket, Event, LinkEvent, LinkId},
         model::Snapshot,
         time::UnixTime,
@@ -291,14 +291,7 @@ mod tests {
         }
 
         fn tell(&mut self, event: Event) -> Vec<Action> {
-            self.core.handle(event, self.now);
-            let actions: Vec<Action> = std::iter::from_fn(|| self.core.poll_action()).collect();
-            for action in &actions {
-                if let Action::Connect { link, .. } = action {
-                    self.link = *link;
-                }
-            }
-            actions
+            tell(&mut self.core, &mut self.link, event, self.now)
         }
 
         fn push(&mut self, n: u64, urgency: Urgency) -> Vec<Action> {

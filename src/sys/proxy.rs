@@ -40,9 +40,12 @@ impl ProxyServer {
         if host.contains(':') { format!("[{host}]:{}", self.port) } else { format!("{host}:{}", self.port) }
     }
 
-    /// The same for ureq; `None` where it does not understand it.
-    pub fn for_ureq(&self) -> Option<ureq::Proxy> {
-        ureq::Proxy::new(self.url.expose()).ok()
+    /// The same for ureq.
+    ///
+    /// # Errors
+    /// As a sentence, where ureq does not understand it.
+    pub fn for_ureq(&self) -> Result<ureq::Proxy, &'static str> {
+        ureq::Proxy::new(self.url.expose()).map_err(|_| "the proxy's URL cannot be used")
     }
 
     fn parse(url: &str, from: &str) -> Result<Self, ProxyError> {
@@ -257,7 +260,7 @@ mod tests {
         assert_eq!(proxy.authorization.as_ref().unwrap().expose(), expected);
         assert_eq!(proxy.name(), "proxy:3128");
         assert!(!format!("{proxy:?}").contains("w%zz"));
-        assert!(proxy.for_ureq().is_some());
+        assert!(proxy.for_ureq().is_ok());
         assert_eq!(ProxyServer::parse("proxy", "x").unwrap().authorization, None);
     }
 }

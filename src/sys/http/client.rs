@@ -111,10 +111,7 @@ impl Client<'_> {
         } else {
             tls::ureq_without_trust()
         };
-        let proxy = match proxy {
-            None => None,
-            Some(proxy) => Some(proxy.for_ureq().ok_or("the proxy's URL cannot be used")?),
-        };
+        let proxy = proxy.map(ProxyServer::for_ureq).transpose()?;
         let config = Agent::config_builder()
             .tls_config(tls)
             .https_only(secure)

@@ -144,10 +144,7 @@ fn agent(secure: bool, proxy: Option<&ProxyServer>, loopback: bool) -> Result<Ag
     };
     // Its own name is resolved here, that of the server by it.
     let resolver = Guarded { resolver: Eyeballs::default(), open: loopback || proxy.is_some() };
-    let proxy = match proxy {
-        None => None,
-        Some(proxy) => Some(proxy.for_ureq().ok_or("the proxy's URL cannot be used")?),
-    };
+    let proxy = proxy.map(ProxyServer::for_ureq).transpose()?;
     let config = Agent::config_builder()
         .tls_config(tls)
         .https_only(secure)
