@@ -1,12 +1,15 @@
 """A machine to measure in: booted, with the packages, the programs' servers and nothing else at work."""
 
 import base64
+import contextlib
 import gzip
 import json
+import os
 import pathlib
 import shlex
 import shutil
 import tempfile
+import threading
 
 import machine
 from machine import Failed
@@ -21,6 +24,8 @@ SETUP_LIMIT = 900
 MISSED = 1
 # Nothing of it is quick without KVM, and all that can hang has a limit of its own inside.
 EXPERIMENT_LIMIT = 4 * 3600
+# What a line of progress begins with.
+TOLD = "nightporter measure:"
 
 
 class Rig:
@@ -59,16 +64,21 @@ class Rig:
         versions = self._vm.run("dpkg-query -W -f '${Package} ${Version}\\n'")
         return dict(line.split() for line in versions.splitlines())
 
-    def measure(self, task):
-        """Does one experiment. Gives what `nightporter measure --json` wrote, and what the servers took meanwhile."""
+    def measure(self, task, say):
+        """Does one experiment. Gives what `nightporter measure --json` wrote, and what the servers took meanwhile.
+
+        `say` is called with each line it says of how far it is."""
         self._vm.write("/run/experiment.toml", task.text())
         self._vm.run("nightporter measure --check /run/experiment.toml")
         before = self._servers()
         flag = "--reach " if task.label == "reach" else ""
-        status, stdout, stderr = self._vm.try_run(
-            f"rm -f /run/outcome.json; nightporter measure {flag}--json /run/outcome.json /run/experiment.toml",
-            limit=EXPERIMENT_LIMIT,
-        )
+        with _told(self._work / "console.log", say):
+            status, stdout, stderr = self._vm.try_run(
+                "rm -f /run/outcome.json; "
+                f"{{ nightporter measure {flag}--json /run/outcome.json /run/experiment.toml 2>&1 >&3 "
+                "| tee /dev/console >&2; exit ${PIPESTATUS[0]}; } 3>&1",
+                limit=EXPERIMENT_LIMIT,
+            )
         # Missed expectations are an outcome. What is written before anything else went wrong is a part of one.
         if status not in (0, MISSED):
             raise Failed(f"nightporter measure ended with {status}\n{stdout}\n{stderr}\n{self._programs()}")
@@ -93,3 +103,30 @@ class Rig:
     def save_logs(self, directory):
         """For a look at what went wrong."""
         self._vm.save_logs(directory)
+
+
+@contextlib.contextmanager
+def _told(console, say):
+    """Gives to `say` what `nightporter measure` says on the machine's console meanwhile."""
+    ended = threading.Event()
+
+    def follow():
+        with console.open(errors="replace") as lines:
+            lines.seek(0, os.SEEK_END)
+            begun = ""
+            while True:
+                begun += lines.readline()
+                if begun.endswith("\n"):
+                    if begun.startswith(TOLD):
+                        say(begun.removeprefix(TOLD).strip())
+                    begun = ""
+                elif ended.wait(0.5):
+                    return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()

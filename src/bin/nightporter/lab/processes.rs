@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -40,9 +41,22 @@ pub(crate) fn of(pid: u32) -> Option<Process> {
     read(pid)
 }
 
-/// Every process below this one that has not ended. Orphans are among them, because the demo is their subreaper.
+/// Who was below this one before it began: a shell's process substitution, say, is its child and none of its own.
+static OTHERS: OnceLock<Vec<Process>> = OnceLock::new();
+
+/// Leaves alone for good whoever is below this process now. Counts once.
+pub(crate) fn leave_who_is_here() {
+    OTHERS.get_or_init(|| below(std::process::id(), all()));
+}
+
+/// Every process below this one that it started and that has not ended. Orphans are among them, because the demo is their
+/// subreaper.
 pub(crate) fn ours() -> Vec<Process> {
-    below(std::process::id(), all())
+    let mut all = all();
+    if let Some(others) = OTHERS.get() {
+        all.retain(|process| !others.iter().any(|other| (other.pid, other.start) == (process.pid, process.start)));
+    }
+    below(std::process::id(), all)
 }
 
 /// Sends a signal to exactly this process: never to another one that got its number since.

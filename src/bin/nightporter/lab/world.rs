@@ -488,6 +488,7 @@ fn watch_for_the_end() -> Result<Arc<AtomicBool>, Failure> {
     if let Some(interrupted) = INTERRUPTED.get() {
         return Ok(Arc::clone(interrupted));
     }
+    processes::leave_who_is_here();
     // Whatever our processes leave behind becomes our child, so that it can be found and ended.
     nix::sys::prctl::set_child_subreaper(true)
         .map_err(|error| Failure::system("cannot become the parent of orphans", error))?;

@@ -5,7 +5,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use indicatif::ProgressBar;
 use nightporter::{sys::clock, view::Report};
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +12,7 @@ use super::{
     ballast::{self, Ballast},
     experiment::Experiment,
     kernel::{self, System},
+    progress::Progress,
     stage::{Stage, Started, look},
     trace::{self, Latencies},
 };
@@ -20,6 +20,7 @@ use crate::{
     client,
     exit::{Exit, Failure},
     lab::{cgroups, processes, state::State},
+    render::mib_signed,
 };
 
 /// What is done with the same apps.
@@ -149,12 +150,12 @@ pub(super) struct SentSample {
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Does one arm once.
-pub(super) fn run(experiment: &Experiment, run: usize, arm: Arm, bar: &ProgressBar) -> Result<Sample, Failure> {
+pub(super) fn run(experiment: &Experiment, run: usize, arm: Arm, progress: &Progress) -> Result<Sample, Failure> {
     let began = Instant::now();
-    let say = |what: &str| bar.set_message(format!("run {run} of {}, {}: {what}", experiment.runs, arm.label()));
+    let say = |what: &str| progress.say(format!("run {run} of {}, {}: {what}", experiment.runs, arm.label()));
     say("starting");
     let mut stage = Stage::new(experiment, arm, experiment.apps())?;
-    let measured = measure(&mut stage, run, &say, bar);
+    let measured = measure(&mut stage, run, &say, progress);
     say("ending everything that was started");
     let notes = stage.notes.clone();
     let ended = stage.end();
@@ -163,10 +164,24 @@ pub(super) fn run(experiment: &Experiment, run: usize, arm: Arm, bar: &ProgressB
     ended?;
     sample.seconds = began.elapsed().as_secs_f64();
     sample.notes = notes;
+    progress.tell(&told(&sample, experiment.runs));
     Ok(sample)
 }
 
-fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), bar: &ProgressBar) -> Result<Sample, Failure> {
+fn told(sample: &Sample, runs: usize) -> String {
+    let claim = sample.claim.map_or_else(String::new, |claim| format!(", claims {} saved", mib_signed(claim)));
+    format!(
+        "run {} of {runs}, {}: costs {}{claim}; {} of {} reachable; {:.0} s",
+        sample.run,
+        sample.arm.label(),
+        mib_signed(sample.cost),
+        sample.reachable,
+        sample.apps.len(),
+        sample.seconds
+    )
+}
+
+fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Progress) -> Result<Sample, Failure> {
     let (before, settled_before, dropped) = watch(stage)?;
     let server_before = stage.relay.and_then(processes::pss);
     let cpu_before = stage.cgroups.as_ref().and_then(cgroups::Cgroups::cpu_micros);
@@ -174,14 +189,14 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), bar: &Progress
     stage.start_daemon()?;
     let apps = stage.world.apps().to_vec();
     say("apps start");
-    match stage.start(&apps, || bar.inc(1))? {
+    match stage.start(&apps, || progress.step())? {
         Started::All => {}
         Started::Late(text) | Started::Ended(text) => {
             return Err(Failure::new(Exit::Failed, text + &stage.world.logs()));
         }
     }
     say("messages");
-    let mut latencies = trace::run(stage, || bar.inc(1))?;
+    let mut latencies = trace::run(stage, || progress.step())?;
     say("apps come to rest");
     if !stage.rest(&apps)? {
         stage.note("not all apps came to rest in time".into());

@@ -6,6 +6,7 @@ mod ballast;
 mod commands;
 mod experiment;
 mod kernel;
+mod progress;
 mod reach;
 mod render;
 mod result;
@@ -16,11 +17,9 @@ mod still;
 mod trace;
 mod values;
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path};
 
-use indicatif::{ProgressBar, ProgressStyle};
-
-use self::{experiment::Experiment, result::Outcome};
+use self::{experiment::Experiment, progress::Progress, result::Outcome};
 use crate::{
     args,
     exit::{Exit, Failure},
@@ -66,15 +65,14 @@ fn measure_all(experiment: &Experiment, save: impl Fn(&Outcome) -> Result<(), Fa
     let order = schedule::order(&experiment.arms, experiment.runs, experiment.seed);
     let apps = experiment.apps().len();
     let steps = order.len() * apps * (1 + experiment.messages.each * experiment.messages.states.len());
-    let bar = bar(u64::try_from(steps).unwrap_or(u64::MAX));
+    let progress = Progress::new(steps);
     let mut outcome = Outcome::of_arms(experiment, Vec::new());
     for (run, arm) in order {
         let mut samples = outcome.samples;
-        samples.push(arm::run(experiment, run, arm, &bar)?);
+        samples.push(arm::run(experiment, run, arm, &progress)?);
         outcome = Outcome::of_arms(experiment, samples);
         save(&outcome)?;
     }
-    bar.finish_and_clear();
     Ok(outcome)
 }
 
@@ -82,27 +80,15 @@ fn reach_all(experiment: &Experiment, save: impl Fn(&Outcome) -> Result<(), Fail
     let Some(plan) = &experiment.reach else {
         return Err(Failure::new(Exit::Data, "the experiment has no [reach], which --reach needs"));
     };
-    let bar = bar(0);
+    let progress = Progress::new(0);
     let mut outcome = Outcome::of_reach(experiment, Vec::new());
     for arm in &plan.arms {
         let mut reaches = outcome.reach;
-        reaches.push(reach::run(experiment, plan, *arm, &bar)?);
+        reaches.push(reach::run(experiment, plan, *arm, &progress)?);
         outcome = Outcome::of_reach(experiment, reaches);
         save(&outcome)?;
     }
-    bar.finish_and_clear();
     Ok(outcome)
-}
-
-/// Shown on a terminal, and nowhere else.
-fn bar(steps: u64) -> ProgressBar {
-    let bar = ProgressBar::new(steps);
-    let template = if steps > 0 { "{spinner} {msg:<64} {bar:20} {elapsed}" } else { "{spinner} {msg:<64} {elapsed}" };
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
 }
 
 fn save(path: &Path, outcome: &Outcome) -> Result<(), Failure> {

@@ -7,13 +7,13 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::{
     arm::Arm,
     experiment::{Experiment, ReachPlan},
     kernel,
+    progress::Progress,
     schedule::Random,
     stage::{Stage, Started, look},
 };
@@ -100,12 +100,12 @@ impl Search {
 }
 
 /// Does it for one arm.
-pub(super) fn run(experiment: &Experiment, plan: &ReachPlan, arm: Arm, bar: &ProgressBar) -> Result<Reach, Failure> {
+pub(super) fn run(experiment: &Experiment, plan: &ReachPlan, arm: Arm, progress: &Progress) -> Result<Reach, Failure> {
     let started = Instant::now();
     let stage = Stage::new(experiment, arm, experiment.many(plan.most))?;
     let mut climb =
         Climb { stage, plan, running: 0, random: Random(experiment.seed), steps: Vec::new(), connections: 0 };
-    let climbed = climb.climb(bar);
+    let climbed = climb.climb(progress);
     let Climb { stage, steps, connections, .. } = climb;
     let notes = stage.notes.clone();
     let ended = stage.end();
@@ -143,7 +143,7 @@ type Reason = Option<(Ended, String)>;
 
 impl Climb<'_> {
     /// Tries one number after the other. Gives back what is known, and why the least of those that were too many was.
-    fn climb(&mut self, bar: &ProgressBar) -> Result<(Search, Reason), Failure> {
+    fn climb(&mut self, progress: &Progress) -> Result<(Search, Reason), Failure> {
         if kernel::stalled().is_none() {
             self.stage.note(
                 "THIS KERNEL DOES NOT TELL OF MEMORY PRESSURE (PSI; boot with psi=1): only late pushes and ended apps \
@@ -155,7 +155,7 @@ impl Climb<'_> {
         let mut search = Search::new(self.plan.first, self.plan.most);
         let mut last = None;
         while let Some(target) = search.next() {
-            bar.set_message(format!("{}: {target} apps ({} are kept)", self.stage.arm.label(), search.good));
+            progress.say(format!("{}: {target} apps ({} are kept)", self.stage.arm.label(), search.good));
             let began = Instant::now();
             let mut step = Step {
                 apps: target,
@@ -175,6 +175,8 @@ impl Climb<'_> {
             step.because = reason.as_ref().map(|(_, text)| text.clone());
             (step.available_kib, step.used_kib, step.swap_used_kib) = (system.available, system.used, system.swap_used);
             step.seconds = began.elapsed().as_secs_f64();
+            let because = step.because.as_ref().map_or_else(|| "kept".into(), |why| format!("too many: {why}"));
+            progress.tell(&format!("{}: {target} apps, {because}; {:.0} s", self.stage.arm.label(), step.seconds));
             self.steps.push(step);
             if reason.is_none() {
                 self.connections = crate::lab::sockets::connections_to(self.stage.world.port());
@@ -185,7 +187,7 @@ impl Climb<'_> {
             }
             search.tell(target, reason.is_none());
             last = reason.or(last).filter(|_| search.bad.is_some());
-            bar.inc(1);
+            progress.step();
         }
         Ok((search, last))
     }
