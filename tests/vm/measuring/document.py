@@ -228,7 +228,8 @@ def _conditions(results, host):
     )
     yield (
         "- *Used* leaves out what the kernel thinks it could drop, and so program files that are mapped, which a running program would "
-        "read again at once. *Occupied* counts them. The ledger counts what each program holds (PSS), mapped files among it."
+        "read again at once. *Occupied* counts them. The ledger claims what *used* shows: what each program holds (PSS) but for its "
+        "files, and the kernel's memory for it."
     )
     yield "- A push to a tombstone pays for the start of its program; that is what the memory is exchanged for."
     yield ""
