@@ -80,6 +80,8 @@ pub(super) struct ReachPlan {
     /// The number tried first.
     pub(super) first: usize,
     pub(super) most: usize,
+    /// The arms after the first are tried up to this many times what the first has kept.
+    pub(super) times_enough: Option<usize>,
     pub(super) pressure: f64,
     pub(super) window: Duration,
     pub(super) probes: usize,
@@ -179,6 +181,7 @@ struct RawReach {
     arms: Option<Vec<Arm>>,
     first: Option<usize>,
     most: Option<usize>,
+    times_enough: Option<usize>,
     pressure: Option<String>,
     window: Option<String>,
     probes: Option<usize>,
@@ -381,6 +384,10 @@ fn reach(raw: RawReach) -> Result<ReachPlan, Problem> {
         arms: arms("reach.arms", raw.arms, &[Arm::Resident, Arm::Tombstone])?,
         first: count("reach.first", raw.first, 1, 1..=most)?,
         most,
+        times_enough: raw
+            .times_enough
+            .map(|times| count("reach.times-enough", Some(times), 1, 1..=MOST_APPS))
+            .transpose()?,
         pressure: percent("reach.pressure", raw.pressure)?.unwrap_or(10.0),
         window: duration("reach.window", raw.window, 10 * SECOND, SECOND..=10 * 60 * SECOND)?,
         probes: count("reach.probes", raw.probes, 3, 1..=100)?,
@@ -450,6 +457,7 @@ mod tests {
             ("[ballast]\nmax = \"0MiB\"\n", "ballast.max"),
             ("[reach]\nmost = 100000\n", "reach.most"),
             ("[reach]\nmost = 5\nfirst = 6\n", "reach.first"),
+            ("[reach]\ntimes-enough = 0\n", "reach.times-enough"),
             ("[reach]\npressure = \"ten\"\n", "reach.pressure"),
             ("[expect]\nclaim-within = \"10\"\n", "expect.claim-within"),
             ("[expect]\nclaim = \"10%\"\n", "claim"),

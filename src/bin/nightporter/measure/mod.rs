@@ -19,7 +19,7 @@ mod values;
 
 use std::{fs, path::Path};
 
-use self::{experiment::Experiment, progress::Progress, result::Outcome};
+use self::{experiment::Experiment, progress::Progress, reach::Reach, result::Outcome};
 use crate::{
     args,
     exit::{Exit, Failure},
@@ -84,7 +84,8 @@ fn reach_all(experiment: &Experiment, save: impl Fn(&Outcome) -> Result<(), Fail
     let mut outcome = Outcome::of_reach(experiment, Vec::new());
     for arm in &plan.arms {
         let mut reaches = outcome.reach;
-        reaches.push(reach::run(experiment, plan, *arm, &progress)?);
+        let first = reaches.first().map(|first: &Reach| first.apps);
+        reaches.push(reach::run(experiment, plan, *arm, first, &progress)?);
         outcome = Outcome::of_reach(experiment, reaches);
         save(&outcome)?;
     }

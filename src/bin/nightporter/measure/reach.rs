@@ -1,7 +1,9 @@
 //! How many apps can this machine keep reachable? Apps are added until memory is short, a push is late, one is ended by the
 //! kernel, or there are as many as the experiment allows.
 //!
-//! After the first number comes a quarter more each time. The first that is too many ends that: the newest apps are ended
+//! After the first number comes a quarter more each time. With `reach.times-enough` the arms after the first begin with what
+//! that has kept, and the double of it comes each time, up to that many times as many: this takes the fewest steps that say
+//! whether it is so. The first that is too many ends that: the newest apps are ended
 //! again, and half way between what was kept and what was too many is tried, until the two are next to each other, or within
 //! a fiftieth. So a few dozen numbers are tried and not each; each is settled before it is judged.
 
@@ -44,7 +46,7 @@ pub(super) enum Ended {
     LatePush,
     Died,
     NotReady,
-    /// The experiment's own bound.
+    /// A bound of the experiment's own.
     Most,
 }
 
@@ -72,11 +74,23 @@ struct Search {
     bad: Option<usize>,
     first: usize,
     most: usize,
+    /// What a number that was kept is divided by for how many more come next.
+    part: usize,
 }
 
 impl Search {
     const fn new(first: usize, most: usize) -> Self {
-        Self { good: 0, bad: None, first, most }
+        Self { good: 0, bad: None, first, most, part: 4 }
+    }
+
+    /// For an arm that is to be compared with what another has kept.
+    fn up_to(plan: &ReachPlan, kept: Option<usize>) -> Self {
+        match (plan.times_enough, kept) {
+            (Some(times), Some(kept @ 1..)) => {
+                Self { part: 1, ..Self::new(kept, plan.most.min(kept.saturating_mul(times))) }
+            }
+            _ => Self::new(plan.first, plan.most),
+        }
     }
 
     /// The next number to try; none when it is known well enough.
@@ -84,7 +98,7 @@ impl Search {
         match self.bad {
             None if self.good >= self.most => None,
             None if self.good == 0 => Some(self.first.min(self.most)),
-            None => Some((self.good + (self.good / 4).max(1)).min(self.most)),
+            None => Some((self.good + (self.good / self.part).max(1)).min(self.most)),
             Some(bad) if bad - self.good <= 1 + self.good / 50 => None,
             Some(bad) => Some(self.good + (bad - self.good) / 2),
         }
@@ -99,13 +113,20 @@ impl Search {
     }
 }
 
-/// Does it for one arm.
-pub(super) fn run(experiment: &Experiment, plan: &ReachPlan, arm: Arm, progress: &Progress) -> Result<Reach, Failure> {
+/// Does it for one arm. `first`: what the first arm has kept, if this is another.
+pub(super) fn run(
+    experiment: &Experiment,
+    plan: &ReachPlan,
+    arm: Arm,
+    first: Option<usize>,
+    progress: &Progress,
+) -> Result<Reach, Failure> {
     let started = Instant::now();
-    let stage = Stage::new(experiment, arm, experiment.many(plan.most))?;
+    let search = Search::up_to(plan, first);
+    let stage = Stage::new(experiment, arm, experiment.many(search.most))?;
     let mut climb =
         Climb { stage, plan, running: 0, random: Random(experiment.seed), steps: Vec::new(), connections: 0 };
-    let climbed = climb.climb(progress);
+    let climbed = climb.climb(search, progress);
     let Climb { stage, steps, connections, .. } = climb;
     let notes = stage.notes.clone();
     let ended = stage.end();
@@ -113,7 +134,7 @@ pub(super) fn run(experiment: &Experiment, plan: &ReachPlan, arm: Arm, progress:
     ended?;
     let (ended, because) = match last {
         Some((ended, because)) => (ended, because),
-        None => (Ended::Most, format!("{} were asked for at most (reach.most)", plan.most)),
+        None => (Ended::Most, format!("{} were asked for at most (reach.most, reach.times-enough)", search.most)),
     };
     Ok(Reach {
         arm,
@@ -143,7 +164,7 @@ type Reason = Option<(Ended, String)>;
 
 impl Climb<'_> {
     /// Tries one number after the other. Gives back what is known, and why the least of those that were too many was.
-    fn climb(&mut self, progress: &Progress) -> Result<(Search, Reason), Failure> {
+    fn climb(&mut self, mut search: Search, progress: &Progress) -> Result<(Search, Reason), Failure> {
         if kernel::stalled().is_none() {
             self.stage.note(
                 "THIS KERNEL DOES NOT TELL OF MEMORY PRESSURE (PSI; boot with psi=1): only late pushes and ended apps \
@@ -152,7 +173,6 @@ impl Climb<'_> {
             );
         }
         self.stage.start_daemon()?;
-        let mut search = Search::new(self.plan.first, self.plan.most);
         let mut last = None;
         while let Some(target) = search.next() {
             progress.say(format!("{}: {target} apps ({} are kept)", self.stage.arm.label(), search.good));
@@ -275,7 +295,10 @@ mod tests {
 
     /// What it finds when every number above `limit` is too many, and the numbers it tried.
     fn search(limit: usize, first: usize, most: usize) -> (Search, Vec<usize>) {
-        let mut search = Search::new(first, most);
+        tried(Search::new(first, most), limit)
+    }
+
+    fn tried(mut search: Search, limit: usize) -> (Search, Vec<usize>) {
         let mut tried = Vec::new();
         while let Some(next) = search.next() {
             tried.push(next);
@@ -294,6 +317,26 @@ mod tests {
         let (found, tried) = search(1000, 1, 30);
         assert_eq!((found.good, found.bad, tried.last()), (30, None, Some(&30)));
         assert_eq!(search(10, 20, 100).1, [20, 10, 15, 12, 11]);
+    }
+
+    #[test]
+    fn another_arm_is_asked_for_no_more_than_is_enough() {
+        let mut plan = ReachPlan {
+            arms: vec![Arm::Resident, Arm::Tombstone],
+            first: 4,
+            most: 100,
+            times_enough: Some(8),
+            pressure: 10.0,
+            window: Duration::from_secs(1),
+            probes: 1,
+        };
+        assert_eq!(tried(Search::up_to(&plan, Some(10)), 500).1, [10, 20, 40, 80]);
+        assert_eq!(tried(Search::up_to(&plan, Some(10)), 50).1, [10, 20, 40, 80, 60, 50, 55, 52, 51]);
+        assert_eq!(tried(Search::up_to(&plan, Some(30)), 500).1, [30, 60, 100], "no more than most");
+        assert_eq!(Search::up_to(&plan, None), Search::new(4, 100));
+        assert_eq!(Search::up_to(&plan, Some(0)), Search::new(4, 100));
+        plan.times_enough = None;
+        assert_eq!(Search::up_to(&plan, Some(10)), Search::new(4, 100));
     }
 
     proptest! {
