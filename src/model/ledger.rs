@@ -20,6 +20,8 @@ pub struct Sample {
     pub charged: Option<Charged>,
     /// Processor time its processes have used since they began.
     pub cpu: Duration,
+    /// Since its main process began; zero when that is not known.
+    pub age: Duration,
     /// Major page faults of its processes since they began.
     pub faults: u64,
     /// Its established TCP connections that leave the machine.

@@ -24,7 +24,8 @@
 //! instance. After that it is measured right after every freeze anyway, when it is still as it was a moment before: once
 //! the baseline is a day old, or wrong by more than a twentieth, that becomes the new one. What our own page-outs left in
 //! swap would be in memory without us and is added. The latest measurement holds, a smaller one too: an instance that was
-//! started for a message and shows nothing costs less than the one its user had left, and more is not claimed.
+//! started for a message and shows nothing costs less than the one its user had left, and more is not claimed. But one that
+//! is still starting, as its processor time says, only shows that it will be no smaller: it cannot lower the baseline.
 //!
 //! # zram
 //!
@@ -57,6 +58,9 @@ const REFRESH_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// One that is wrong by more than this part of it, and by more than this many KiB, is replaced at the next freeze.
 const REFRESH_PART: u64 = 20;
 const REFRESH_LEAST: u64 = 256;
+/// A process younger than this that has worked for more than this part of its life is still starting.
+const STARTED_AFTER: Duration = Duration::from_secs(120);
+const STARTING_PART: u32 = 5;
 /// What is known of the machine's memory counts as a condition of a measurement this long.
 const MACHINE_FRESH: Duration = Duration::from_secs(60);
 
@@ -143,11 +147,14 @@ impl Ledger {
         let cost = Cost::of(sample);
         let memory = sample.memory;
         row.now = Some(cost);
+        let mut rebased = false;
         match phase {
-            Phase::Resident => {
+            Phase::Resident if row.is_worth(sample) => {
                 let ours = row.our_swap(memory.swap);
                 row.rebase(cost, ours, conditions, now);
+                rebased = true;
             }
+            Phase::Resident => {}
             Phase::Frozen => row.frozen = Some(memory),
             Phase::PagedOut => {
                 row.paged_out = Some(memory);
@@ -159,8 +166,8 @@ impl Ledger {
         }
         row.swap_is(memory.swap);
         match phase {
-            Phase::Resident => true,
-            Phase::Frozen => row.refresh(cost, conditions, now),
+            Phase::Resident => rebased,
+            Phase::Frozen => row.is_worth(sample) && row.refresh(cost, conditions, now),
             Phase::PagedOut | Phase::Now => false,
         }
     }
@@ -458,6 +465,16 @@ impl Row {
     /// What of this much swap is there because of our page-outs.
     fn our_swap(&self, swap: u64) -> u64 {
         self.zram_swap.map_or(0, |ours| ours.min(swap))
+    }
+
+    /// Whether this measurement may become the baseline.
+    fn is_worth(&self, sample: &Sample) -> bool {
+        let starting = sample.age > Duration::ZERO
+            && sample.age < STARTED_AFTER
+            && sample.cpu.saturating_mul(STARTING_PART) > sample.age;
+        let before = self.resident.as_ref().map(|baseline| baseline.cost.counted());
+        let after = Cost::of(sample).counted().saturating_add(self.our_swap(sample.memory.swap));
+        !starting || before.is_none_or(|before| before < after)
     }
 
     /// Makes the cost, and what we have put into swap, the baseline.

@@ -45,6 +45,30 @@ fn saved_is_resident_less_now_less_zram_less_the_daemon() {
 }
 
 #[test]
+fn who_is_still_starting_does_not_lower_the_baseline() {
+    let a = key("org.a");
+    let mut ledger = Ledger::default();
+    let seen = |pss, cpu, age| Sample {
+        cpu: Duration::from_secs(cpu),
+        age: Duration::from_secs(age),
+        ..Sample::from(memory(pss, 0))
+    };
+    let resident = |ledger: &Ledger| ledger.record(&a).map(|(memory, ..)| memory.pss);
+    // Of one never measured that is the best there is.
+    assert!(ledger.sampled(&a, Phase::Resident, &seen(10_000, 2, 3), "", NOW));
+    assert!(ledger.sampled(&a, Phase::Resident, &seen(50_000, 20, 60), "", NOW), "it is at least that");
+    assert!(!ledger.sampled(&a, Phase::Resident, &seen(12_000, 2, 3), "", NOW));
+    assert!(!ledger.sampled(&a, Phase::Frozen, &seen(12_000, 2, 3), "", NOW));
+    assert_eq!(resident(&ledger), Some(50_000));
+    // It has come up, and shows nothing.
+    assert!(ledger.sampled(&a, Phase::Resident, &seen(30_000, 2, 30), "", NOW));
+    assert_eq!(resident(&ledger), Some(30_000));
+    // One that works all the time is not starting for ever.
+    assert!(ledger.sampled(&a, Phase::Frozen, &seen(20_000, 100, 130), "", NOW));
+    assert_eq!(resident(&ledger), Some(20_000));
+}
+
+#[test]
 fn a_daemon_that_costs_more_than_it_saves_says_so() {
     let a = key("org.a");
     let mut ledger = Ledger::default();

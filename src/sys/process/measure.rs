@@ -15,7 +15,11 @@ use super::{
     connections::Connections,
     procfs::{Member, ProcDir, Processes, Stat},
 };
-use crate::model::{Charged, Memory, Sample};
+use crate::{
+    model::{Charged, Memory, Sample},
+    sys::clock,
+    time::Instant,
+};
 
 /// What `smaps_rollup` tells, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,7 +83,7 @@ impl Batch {
     /// As a sentence part.
     pub(super) fn sample(&mut self, scope: &Scope) -> Result<Sample, Arc<str>> {
         let (members, own) = self.members(scope)?;
-        let mut sample = Sample { charged: own.and_then(charged), ..Sample::default() };
+        let mut sample = Sample { charged: own.and_then(charged), age: age(&scope.main), ..Sample::default() };
         let mut sockets = Vec::new();
         for member in members {
             let Some((dir, stat, rollup)) = read(member)? else { continue };
@@ -188,11 +192,19 @@ fn add(sum: &mut Memory, one: Memory) {
 fn processor_time(stat: &Stat) -> Duration {
     let pid = i32::try_from(stat.pid).ok().map(Pid::from_raw);
     let clock = pid.and_then(|pid| clock_getcpuclockid(pid).ok()).and_then(|clock| clock_gettime(clock).ok());
-    let waited = match sysconf(SysconfVar::CLK_TCK) {
-        Ok(Some(ticks)) if ticks > 0 => Duration::from_secs(stat.waited) / u32::try_from(ticks).unwrap_or(u32::MAX),
-        _ => Duration::ZERO,
-    };
-    clock.map_or(Duration::ZERO, Duration::from).saturating_add(waited)
+    clock.map_or(Duration::ZERO, Duration::from).saturating_add(ticks(stat.waited).unwrap_or_default())
+}
+
+/// Zero when it is not known.
+fn age(main: &Member) -> Duration {
+    // `stat` counts from the boot, suspend included.
+    ticks(main.start).map_or(Duration::ZERO, |start| clock::boot().since(Instant::default() + start))
+}
+
+fn ticks(count: u64) -> Option<Duration> {
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|told| u64::try_from(told).ok())?;
+    let nanos = u128::from(count) * 1_000_000_000 / u128::from(per_second.max(1));
+    Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
 }
 
 /// What the cgroup is charged; `None` without the memory controller.
@@ -280,6 +292,7 @@ mod tests {
         let sample = Batch::default().sample(&scope).unwrap();
         let alone = processor_time(&Stat { waited: 0, ..stat });
         assert!(alone > Duration::ZERO && sample.cpu > alone, "{alone:?} {sample:?}");
+        assert!(sample.age < Duration::from_secs(600) && sample.age + Duration::from_millis(20) > alone, "{sample:?}");
         assert!(sample.memory.pss > 0 && sample.anon > 0 && sample.anon + sample.file <= sample.memory.pss + 8);
         child.kill().unwrap();
         child.wait().unwrap();

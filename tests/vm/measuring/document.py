@@ -6,7 +6,7 @@ SAID = {
     "claim-within": "the ledger's claim against the measured truth, 20 mixed apps",
     "returned-at-least": "memory of 20 mixed apps returned by tombstones",
     "frozen-returned-at-least": "memory of 20 mixed apps returned by freezing and paging out alone",
-    "daemon-at-most": "the daemon's own memory, of what it saves",
+    "daemon-at-most": "the daemon's own memory, of what it saves, by PSS",
     "lost-at-most": "messages lost",
     "times-as-many-at-least": "apps reachable, through the daemon against resident",
     "apps-at-least": "apps reachable through the daemon",
@@ -15,6 +15,7 @@ SAID = {
 ASIDE = {"claim-within": f"within {figures.CLAIM_TARGET:.0f} % (fails beyond {figures.CLAIM_LIMIT:.0f} %)"}
 ROWS = [
     ("Memory used", "cost", 1024.0, "MiB"),
+    ("… by MemAvailable as it is", "cost_unavailable", 1024.0, "MiB"),
     ("Memory occupied: with files that are mapped", "cost_occupied", 1024.0, "MiB"),
     ("Saved against resident", "saved", 1024.0, "MiB"),
     ("Returned", "returned_percent", 1.0, "%"),
@@ -72,7 +73,8 @@ def _page(results):
     yield (
         "The same programs from Debian, each holding a connection of its own and staying, against the same programs reached through "
         "the one connection of Night Porter, which freezes them, pages them out and ends them when nobody looks at them. "
-        "Primary figure: how much more memory the whole machine uses (MemTotal − MemAvailable; what zram takes is in it)."
+        "Primary figure: how much more memory the whole machine uses (MemTotal − MemAvailable, without the kernel's caution; what zram "
+        "takes is in it)."
     )
     yield ""
     for gib in figures.machines(results)[:1]:
@@ -227,7 +229,9 @@ def _conditions(results, host):
         "both halves alike. It is there and takes a message before the program itself has started anew: latencies are of the message."
     )
     yield (
-        "- *Used* leaves out what the kernel thinks it could drop, and so program files that are mapped, which a running program would "
+        "- *Used* is all memory but what is free, or page cache and slab that the kernel can drop. MemAvailable is that less a reserve, "
+        "which is up to half of a page cache as small as it is after dropping caches, and so no measure of differences. "
+        "*Used* leaves out what the kernel thinks it could drop, and so program files that are mapped, which a running program would "
         "read again at once. *Occupied* counts them. The ledger claims what *used* shows: what each program holds (PSS) but for its "
         "files, and the kernel's memory for it."
     )

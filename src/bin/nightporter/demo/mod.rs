@@ -86,6 +86,7 @@ fn setup(args: &Demo) -> Result<Setup, Failure> {
         name: format!("org.nightporter.Sample{n}"),
         resident: command.clone(),
         shared: command.clone(),
+        registering: None,
         env: vec![("NIGHTPORTER_SAMPLE_BALLAST_KIB".into(), ballast_kib().to_string())],
         cgroup: None,
     };

@@ -58,6 +58,8 @@ pub(crate) struct AppSpec {
     pub(crate) resident: String,
     /// The shell's words that start it behind the daemon.
     pub(crate) shared: String,
+    /// Those that start it behind the daemon the first time, if they are others.
+    pub(crate) registering: Option<String>,
     /// What it gets into its environment beside the contract.
     pub(crate) env: Vec<(String, String)>,
     /// The cgroup it is to live in.
@@ -177,7 +179,12 @@ impl World {
         let services = self.dir.path().join("services");
         fs::create_dir(&services).map_err(|error| cannot_write(&services, &error))?;
         for spec in &self.apps {
-            let script = self.write_start(spec, "shared", &spec.shared, &[("DBUS_SESSION_BUS_ADDRESS", &address)])?;
+            let more = [("DBUS_SESSION_BUS_ADDRESS", address.as_str())];
+            let mut script = self.write_start(spec, "shared", &spec.shared, &more)?;
+            if let Some(registering) = &spec.registering {
+                let first = self.write_start(spec, "registering", registering, &more)?;
+                script = self.write_first(spec, &first, &script)?;
+            }
             // The bus splits the line itself; the directory is ours and has no spaces unless TMPDIR has.
             let service = format!("[D-BUS Service]\nName={}\nExec=/bin/sh {}\n", spec.name, quoted(&text(&script)?));
             let path = services.join(format!("{}.service", spec.name));
@@ -358,8 +365,20 @@ impl World {
         Ok(address)
     }
 
-    /// Writes the script that starts an app: the same contract in both modes.
-    fn write_start(&self, app: &AppSpec, mode: &str, command: &str, more: &[(&str, &str)]) -> Result<PathBuf, Failure> {
+    /// Writes the script that does `first` once and `then` from then on.
+    fn write_first(&self, app: &AppSpec, first: &Path, then: &Path) -> Result<PathBuf, Failure> {
+        let mark = self.dir.path().join(format!("{}.registered", app.name));
+        let [mark, first, then] = [&mark, first, then].map(|path| text(path).map(|path| quoted(&path)));
+        let (mark, first, then) = (mark?, first?, then?);
+        let script = format!("[ -e {mark} ] && exec /bin/sh {then}\n: >{mark}\nexec /bin/sh {first}\n");
+        let path = self.dir.path().join(format!("{}.sh", app.name));
+        fs::write(&path, script).map_err(|error| cannot_write(&path, &error))?;
+        Ok(path)
+    }
+
+    /// Writes the script that starts an app: the same contract however it starts.
+    fn write_start(&self, app: &AppSpec, how: &str, command: &str, more: &[(&str, &str)]) -> Result<PathBuf, Failure> {
+        let mode = if how == "resident" { how } else { "shared" };
         let mut script = String::new();
         if let Some(cgroup) = &app.cgroup {
             script.push_str(&format!("echo $$ >{} || exit\n", quoted(&text(&cgroup.join("cgroup.procs"))?)));
@@ -389,7 +408,7 @@ impl World {
             command.replace(DIR_MARK, &dir),
             quoted(&text(&self.dir.path().join("apps.log"))?)
         ));
-        let path = self.dir.path().join(format!("{}.{mode}.sh", app.name));
+        let path = self.dir.path().join(format!("{}.{how}.sh", app.name));
         fs::write(&path, script).map_err(|error| cannot_write(&path, &error))?;
         Ok(path)
     }

@@ -82,6 +82,8 @@ pub(super) struct Sample {
     pub(super) cost: i64,
     /// The same by `occupied`.
     pub(super) cost_occupied: i64,
+    /// The same by MemTotal − MemAvailable as the kernel tells it.
+    pub(super) cost_unavailable: i64,
     pub(super) apps: Vec<AppSample>,
     pub(super) apps_pss: u64,
     pub(super) daemon_pss: Option<u64>,
@@ -238,6 +240,7 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
         arm: stage.arm,
         cost: signed(rest.used) - signed(before.used) - server_growth,
         cost_occupied: signed(rest.occupied) - signed(before.occupied) - server_growth,
+        cost_unavailable: signed(before.available) - signed(rest.available) - server_growth,
         before,
         rest,
         apps_pss: samples.iter().map(|app| app.pss).sum(),

@@ -40,6 +40,7 @@ pub(super) struct Kind {
     pub(super) name: String,
     pub(super) resident: Vec<String>,
     pub(super) shared: Vec<String>,
+    pub(super) registering: Option<Vec<String>>,
     pub(super) count: usize,
     pub(super) env: BTreeMap<String, String>,
     pub(super) ready_within: Duration,
@@ -136,6 +137,7 @@ struct RawApp {
     name: String,
     resident: Option<Vec<String>>,
     shared: Option<Vec<String>>,
+    registering: Option<Vec<String>>,
     count: Option<usize>,
     #[serde(default)]
     env: BTreeMap<String, String>,
@@ -280,6 +282,7 @@ impl Kind {
         AppSpec {
             resident: super::commands::line(&words(&self.resident)),
             shared: super::commands::line(&words(&self.shared)),
+            registering: self.registering.as_ref().map(|registering| super::commands::line(&words(registering))),
             env: self.env.iter().map(|(name, value)| (name.clone(), fill(value))).collect(),
             cgroup: None,
             name,
@@ -308,6 +311,7 @@ fn kind(index: usize, raw: RawApp) -> Result<Kind, Problem> {
     Ok(Kind {
         resident: command("resident", raw.resident)?,
         shared: command("shared", raw.shared)?,
+        registering: raw.registering.map(|words| command("registering", Some(words))).transpose()?,
         count: count(&key("count"), raw.count, 1, 1..=MOST_APPS)?,
         env: raw.env,
         ready_within: duration(&key("ready-within"), raw.ready_within, 60 * SECOND, SECOND..=HOUR)?,

@@ -10,9 +10,19 @@ pub(super) struct System {
     pub(super) total: u64,
     pub(super) free: u64,
     pub(super) available: u64,
-    /// `total - available`: the primary figure. What zram takes for what it holds is in it.
+    /// Free pages that the processors keep at hand for themselves. The kernel counts them neither as free nor as available,
+    /// and from 6.7 on lets them grow to a share of all memory after many pages were freed: without them an app's end shows late.
+    pub(super) at_hand: u64,
+    /// Page cache and slab that the kernel can drop.
+    pub(super) droppable: u64,
+    /// `total - free - at_hand - droppable`: the primary figure. What zram takes for what it holds is in it.
+    ///
+    /// This is MemTotal − MemAvailable without the kernel's caution: `MemAvailable` keeps back what the watermarks ask for, and
+    /// of page cache and slab up to the low watermark or the half (mm/show_mem.c, `si_mem_available`). The former is the same
+    /// at all times. The latter is, too, on a machine in use; but here caches are dropped, and half of what each program's
+    /// files take would count.
     pub(super) used: u64,
-    /// `total - free` without page cache that nobody has mapped: what is mapped of programs and libraries counts here,
+    /// `total - free - at_hand` without page cache that nobody has mapped: what is mapped of programs and libraries counts here,
     /// and does not in `used`, where the kernel thinks it could do without.
     pub(super) occupied: u64,
     pub(super) swap_used: u64,
@@ -32,9 +42,12 @@ pub(super) struct System {
 impl System {
     /// Now.
     pub(super) fn now() -> io::Result<Self> {
+        // What each processor has counted for itself is added to the whole by a look at this. Only root may.
+        let _ = fs::read("/proc/sys/vm/stat_refresh");
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let vmstat = fs::read_to_string("/proc/vmstat")?;
-        let mut system = Self::parse(&meminfo, &vmstat).ok_or(io::ErrorKind::InvalidData)?;
+        let zones = fs::read_to_string("/proc/zoneinfo").unwrap_or_default();
+        let mut system = Self::parse(&meminfo, &vmstat, &zones).ok_or(io::ErrorKind::InvalidData)?;
         for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
             if device.file_name().as_encoded_bytes().starts_with(b"zram")
                 && let Ok(text) = fs::read_to_string(device.path().join("mm_stat"))
@@ -47,7 +60,7 @@ impl System {
         Ok(system)
     }
 
-    fn parse(meminfo: &str, vmstat: &str) -> Option<Self> {
+    fn parse(meminfo: &str, vmstat: &str, zones: &str) -> Option<Self> {
         let kib = |key: &str| -> Option<u64> {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
             line.trim().strip_suffix("kB")?.trim_end().parse().ok()
@@ -57,14 +70,18 @@ impl System {
         };
         let (total, free, available) = (kib("MemTotal")?, kib("MemFree")?, kib("MemAvailable")?);
         let cache = kib("Cached")? + kib("Buffers").unwrap_or(0);
+        let at_hand = pages_at_hand(zones).saturating_mul(page_kib());
+        let droppable = kib("Active(file)")? + kib("Inactive(file)")? + kib("SReclaimable").unwrap_or(0);
         // Shared memory is in `Cached` and cannot be dropped; what is mapped may not be.
         let unmapped = cache.saturating_sub(kib("Shmem").unwrap_or(0)).saturating_sub(kib("Mapped").unwrap_or(0));
         Some(Self {
             total,
             free,
             available,
-            used: total.saturating_sub(available),
-            occupied: total.saturating_sub(free).saturating_sub(unmapped),
+            at_hand,
+            droppable,
+            used: total.saturating_sub(free).saturating_sub(at_hand).saturating_sub(droppable),
+            occupied: total.saturating_sub(free).saturating_sub(at_hand).saturating_sub(unmapped),
             swap_used: kib("SwapTotal").unwrap_or(0).saturating_sub(kib("SwapFree").unwrap_or(0)),
             zram: 0,
             zram_stored: 0,
@@ -135,6 +152,16 @@ pub(super) fn share(stalled_micros: u64, over: std::time::Duration) -> f64 {
     if over.is_zero() { 0.0 } else { (stalled / over.as_secs_f64() * 100.0).min(100.0) }
 }
 
+fn page_kib() -> u64 {
+    let bytes = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten();
+    bytes.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(4096) / 1024
+}
+
+/// `count:` of each `pagesets` in `/proc/zoneinfo`.
+fn pages_at_hand(zones: &str) -> u64 {
+    zones.lines().filter_map(|line| line.trim_start().strip_prefix("count:")?.trim().parse::<u64>().ok()).sum()
+}
+
 fn parse_pressure(text: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix("some "))?
@@ -161,12 +188,19 @@ mod tests {
     #[test]
     fn used_is_what_is_not_available_and_occupied_is_what_is_not_free_nor_cache() {
         let meminfo = "MemTotal:  1000 kB\nMemFree: 300 kB\nMemAvailable: 600 kB\nBuffers: 10 kB\nCached: 390 kB\n\
+                       Active(file): 250 kB\nInactive(file): 40 kB\nSReclaimable: 10 kB\n\
                        SwapCached: 0 kB\nShmem: 50 kB\nMapped: 100 kB\nSwapTotal: 500 kB\nSwapFree: 400 kB\n";
-        let system = System::parse(meminfo, "pgfault 5\npgmajfault 7\noom_kill 1\n").unwrap();
+        let vmstat = "pgfault 5\npgmajfault 7\noom_kill 1\n";
+        let system = System::parse(meminfo, vmstat, "").unwrap();
         assert_eq!((system.used, system.swap_used, system.major_faults, system.oom_kills), (400, 100, 7, 1));
         // 700 not free, of which 400 cache less 50 shared less 100 mapped.
         assert_eq!(system.occupied, 450);
-        assert_eq!(System::parse("MemTotal: 5 kB\n", ""), None);
+        let zones = "Node 0, zone   Normal\n  pagesets\n    cpu: 0\n              count: 5\n              high: 7\n    cpu: 1\n              count: 3\n";
+        let page = page_kib();
+        let less = System::parse(meminfo, vmstat, zones).unwrap();
+        assert_eq!((less.at_hand, less.used, less.occupied), (8 * page, 400 - 8 * page, 450 - 8 * page));
+        assert_eq!(System::parse("MemTotal: 5 kB\n", "", ""), None);
+        assert_eq!(system.used + system.free + system.droppable, system.total);
     }
 
     #[test]

@@ -123,11 +123,26 @@ pub(super) fn run(
 ) -> Result<Reach, Failure> {
     let started = Instant::now();
     let search = Search::up_to(plan, first);
-    let stage = Stage::new(experiment, arm, experiment.many(search.most))?;
+    let mut apps = experiment.many(search.most);
+    // As many as can be had resident start in full behind the daemon as well.
+    let full = first.unwrap_or(apps.len()).min(apps.len());
+    for app in &mut apps[..full] {
+        app.registering = None;
+    }
+    let stage = Stage::new(experiment, arm, apps)?;
     let mut climb =
         Climb { stage, plan, running: 0, random: Random(experiment.seed), steps: Vec::new(), connections: 0 };
     let climbed = climb.climb(search, progress);
-    let Climb { stage, steps, connections, .. } = climb;
+    let Climb { mut stage, steps, connections, .. } = climb;
+    if let Ok((found, _)) = &climbed
+        && found.good > full
+        && experiment.kinds.iter().any(|kind| kind.registering.is_some())
+    {
+        stage.note(format!(
+            "{full} apps were started in full; the others only registered, as if since a reboot nobody had opened them yet \
+             (app.registering): a push starts the whole of them"
+        ));
+    }
     let notes = stage.notes.clone();
     let ended = stage.end();
     let (search, last) = climbed?;

@@ -39,6 +39,7 @@ pub(super) struct ArmFigures {
     pub(super) cost: Option<Summary>,
     /// The same without page cache that nobody maps.
     pub(super) cost_occupied: Option<Summary>,
+    pub(super) cost_unavailable: Option<Summary>,
     /// What can be allocated beside it.
     pub(super) ballast: Option<Summary>,
     /// Whether it was the experiment's own bound that ended it, once at least: then it is more than that.
@@ -151,6 +152,7 @@ impl ArmFigures {
             arm,
             cost: Summary::of(own.iter().map(|sample| float_signed(sample.cost))),
             cost_occupied: Summary::of(own.iter().map(|sample| float_signed(sample.cost_occupied))),
+            cost_unavailable: Summary::of(own.iter().map(|sample| float_signed(sample.cost_unavailable))),
             ballast: kib(&|sample| sample.ballast.as_ref().map(|ballast| ballast.kib)),
             ballast_bounded: own
                 .iter()
@@ -180,7 +182,10 @@ impl ArmFigures {
                 let saved = float_signed(resident.cost_occupied - own.cost_occupied);
                 percent_of(float_signed(own.claim?) - saved, saved.abs())
             }),
-            daemon_percent_of_saved: per_pair(&|pair| percent_of(float(pair.1.daemon_pss?), saved(pair))),
+            // Like with like: PSS of PSS, files that are mapped in both.
+            daemon_percent_of_saved: per_pair(&|(resident, own)| {
+                percent_of(float(own.daemon_pss?), float(resident.apps_pss) - float(own.apps_pss))
+            }),
             notes,
         }
     }
@@ -293,6 +298,7 @@ mod tests {
             rest: System::default(),
             cost,
             cost_occupied: cost * 2,
+            cost_unavailable: cost,
             apps: Vec::new(),
             apps_pss: 0,
             daemon_pss: claim.map(|_| 1000),
