@@ -25,6 +25,10 @@ pub struct Report {
     /// Kernel memory (page tables, stacks, slab, sockets) the apps are charged less than resident, where that is known.
     #[serde(default)]
     pub kernel: i64,
+    /// What the apps that run cost less than resident by their own doing, and no page-out's; negative where they have grown.
+    /// It does not count.
+    #[serde(default)]
+    pub drift: i64,
     /// Real memory behind what is in swap of the apps beyond their baselines, as far as that is zram.
     pub zram: u64,
     /// How `zram` is known: `ratio` as soon as it is for one app.
@@ -34,7 +38,7 @@ pub struct Report {
     pub resident: u64,
     /// What those same apps cost now (PSS; swap is in `zram`).
     pub now: u64,
-    /// `resident - now - cache + kernel - zram - daemon - sockets`; negative when the daemon costs more than it saves.
+    /// `resident - now - cache + kernel - zram - drift - daemon - sockets`; negative when the daemon costs more than it saves.
     pub saved: i64,
     /// Apps without a baseline yet: they count neither way.
     pub unmeasured: usize,
@@ -72,13 +76,16 @@ pub struct LedgerRow {
     /// Kernel memory it is charged less than resident, where that is known.
     #[serde(default)]
     pub kernel: i64,
+    /// What it costs less than resident by its own doing, while it runs: not counted, as in [`Report::drift`].
+    #[serde(default)]
+    pub drift: i64,
     /// Its share of zram's real memory.
     #[serde(default)]
     pub zram: u64,
     /// How that is known; none while it is zero.
     #[serde(default)]
     pub zram_source: Option<ZramSource>,
-    /// `resident.pss - now.pss - cache + kernel - zram`, where both are known.
+    /// `resident.pss - now.pss - cache + kernel - zram - drift`, where both are known.
     pub saved: Option<i64>,
     /// MiB·h saved since the ledger's account began.
     #[serde(default)]

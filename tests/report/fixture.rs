@@ -155,6 +155,7 @@ pub(crate) fn report(profile: Profile) -> Report {
             zram_source: (last.zram > 0).then_some(ZramSource::Measured),
             saved: last.saved,
             cache: 0,
+            drift: 0,
             kernel: 0,
             saved_mib_hours: if profile == Profile::Observe {
                 0.0
@@ -207,6 +208,7 @@ pub(crate) fn report(profile: Profile) -> Report {
         now,
         saved: i64::try_from(resident).unwrap() - i64::try_from(now + zram + daemon + sockets).unwrap(),
         cache: 0,
+        drift: 0,
         kernel: 0,
         unmeasured: 1,
         account: Some(Account {

@@ -69,13 +69,13 @@ impl World {
             self.count("reports");
             let sum = |parts: &[u64]| parts.iter().map(|part| *part as i64).sum::<i64>();
             let spent = sum(&[report.now, report.zram, report.daemon.pss, report.sockets]);
-            let saved = report.resident as i64 - spent - report.cache + report.kernel;
+            let saved = report.resident as i64 - spent - report.cache + report.kernel - report.drift;
             assert_eq!(report.saved, saved, "{report:?}");
             assert!(report.zram <= MOST, "{report:?}");
             for row in &report.apps {
                 if let (Some(saved), Some(before), Some(after)) = (row.saved, row.resident, row.now) {
                     let pages = before.pss as i64 - after.pss as i64 - row.cache;
-                    assert_eq!(saved, pages + row.kernel - row.zram as i64, "{row:?}");
+                    assert_eq!(saved, pages + row.kernel - row.zram as i64 - row.drift, "{row:?}");
                 }
             }
             let account = report.account.expect("it is kept");

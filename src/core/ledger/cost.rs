@@ -41,6 +41,7 @@ pub(super) struct Claim {
     pub(super) now: u64,
     pub(super) cache: i64,
     pub(super) kernel: i64,
+    pub(super) drift: i64,
     pub(super) zram: u64,
 }
 
@@ -52,14 +53,22 @@ impl Claim {
             now: now.memory.pss,
             cache: less(resident.file, now.file),
             kernel: less(resident.kernel, now.kernel),
+            drift: 0,
             zram,
         }
+    }
+
+    /// Of an app that runs: all that is less because of us is what we keep in swap, `ours` KiB of it. The rest it would cost
+    /// less or more without us as well.
+    pub(super) fn of_running(resident: &Cost, now: &Cost, zram: u64, ours: u64) -> Self {
+        let claim = Self::new(resident, now, zram);
+        Self { drift: claim.saved().saturating_sub(difference(ours, zram).max(0)), ..claim }
     }
 
     pub(super) fn saved(&self) -> i64 {
         let of = |sum: i128| i64::try_from(sum).unwrap_or(if sum < 0 { -i64::MAX } else { i64::MAX });
         let pages = i128::from(self.resident) - i128::from(self.now) - i128::from(self.cache);
-        of(pages + i128::from(self.kernel) - i128::from(self.zram))
+        of(pages + i128::from(self.kernel) - i128::from(self.zram) - i128::from(self.drift))
     }
 }
 

@@ -18,6 +18,9 @@
 //! Each byte has one owner (invariant 10): an app's memory is in its row, its share of zram in `zram`, this process (with
 //! its file pages: they are nobody else's) in `daemon`, the kernel memory of its connections in `sockets`.
 //!
+//! An app that runs may shrink and grow by itself, which it would do without us as well: on it only what our page-outs
+//! still keep in swap is saved. [`LedgerRow::drift`] is the rest of the difference.
+//!
 //! # Baselines
 //!
 //! What an app costs resident is measured when it is in the background and idle, right before the first freeze of each
@@ -293,7 +296,10 @@ impl Ledger {
         let row = self.rows.get(app).unwrap_or(&unknown);
         let now = if is_running(state) { row.now } else { Some(Cost::NONE) };
         let (zram, source) = self.share(row, state);
-        let claim = row.resident.as_ref().zip(now).map(|(resident, now)| Claim::new(&resident.cost, &now, zram));
+        let claim = row.resident.as_ref().zip(now).map(|(resident, now)| match is_held(state) {
+            true => Claim::new(&resident.cost, &now, zram),
+            false => Claim::of_running(&resident.cost, &now, zram, row.our_swap(now.memory.swap)),
+        });
         let baseline = row.resident.as_ref();
         LedgerRow {
             name: app.to_string(),
@@ -307,6 +313,7 @@ impl Ledger {
             charged: now.and_then(|now| now.charged),
             cache: claim.map_or(0, |claim| claim.cache),
             kernel: claim.map_or(0, |claim| claim.kernel),
+            drift: claim.map_or(0, |claim| claim.drift),
             zram,
             zram_source: source,
             saved: claim.map(|claim| claim.saved()),
@@ -318,13 +325,10 @@ impl Ledger {
     }
 
     /// What can be said to be saved on an app from now on, until it is measured again: one that runs gets its memory back,
-    /// so nothing; less if it was found to have grown.
+    /// so nothing.
     pub fn rate(&self, app: &AppKey, state: &str) -> Option<i64> {
         let saved = self.row(app, state).saved;
-        match state {
-            "frozen" | "reclaimed" | "tombstone" | "gone" => saved,
-            _ => saved.map(|saved| saved.min(0)),
-        }
+        if is_held(state) { saved } else { saved.map(|saved| saved.min(0)) }
     }
 
     /// The report on the apps given with the lifecycle's words for what they are doing; `fill` adds to a row what is not
@@ -361,6 +365,7 @@ impl Ledger {
             sum.now = sum.now.saturating_add(after.pss);
             sum.cache = sum.cache.saturating_add(row.cache);
             sum.kernel = sum.kernel.saturating_add(row.kernel);
+            sum.drift = sum.drift.saturating_add(row.drift);
         }
         let daemon = self.daemon.unwrap_or_default();
         // As if the daemon were one more of what there is now.
@@ -377,6 +382,7 @@ impl Ledger {
             now: sum.now,
             cache: sum.cache,
             kernel: sum.kernel,
+            drift: sum.drift,
             saved: spent.saved(),
             unmeasured,
             account: None,
@@ -511,6 +517,11 @@ impl Row {
 /// Whether an app in this state takes memory.
 pub(super) fn is_running(state: &str) -> bool {
     !matches!(state, "tombstone" | "gone")
+}
+
+/// Whether it cannot do anything by itself in this state, and so costs less only through us.
+fn is_held(state: &str) -> bool {
+    matches!(state, "frozen" | "reclaimed" | "tombstone" | "gone")
 }
 
 fn whole(time: Duration) -> String {

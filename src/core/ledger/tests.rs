@@ -76,8 +76,8 @@ fn a_daemon_that_costs_more_than_it_saves_says_so() {
     ledger.sampled(&a, Phase::Now, &memory(1_200, 0).into(), "", NOW);
     ledger.daemon(SelfSample { memory: memory(3_000, 0), ..SelfSample::default() }, Zram { used: 0, stored: 0 });
     let report = report(&ledger, &[(&a, "foreground")]);
-    assert_eq!(report.saved, -3_200);
-    assert_eq!(report.apps[0].saved, Some(-200));
+    assert_eq!((report.saved, report.drift), (-3_000, -200), "that it has grown is its own doing");
+    assert_eq!((report.apps[0].saved, report.apps[0].drift), (Some(0), -200));
     assert_eq!(Ledger::default().report(NOW, Profile::Observe, std::iter::empty(), |_, _| {}).saved, 0);
 }
 
@@ -245,14 +245,12 @@ fn what_the_kernel_paged_out_by_itself_costs_as_well() {
     // 8 MiB were in swap before there was anything to claim.
     ledger.sampled(&a, Phase::Resident, &sample(50_000, 0, 8_000, 0), "", NOW);
     ledger.sampled(&a, Phase::Now, &sample(20_000, 0, 38_000, 0), "", NOW);
-    assert_eq!(
-        ledger.row(&a, "background").saved,
-        Some(30_000),
-        "zram was not looked at: perhaps the swap is a disk's"
-    );
+    assert_eq!(ledger.row(&a, "frozen").saved, Some(30_000), "zram was not looked at: perhaps the swap is a disk's");
     tell_zram(&mut ledger, 40_000, 120_000);
-    let row = ledger.row(&a, "background");
+    let row = ledger.row(&a, "frozen");
     assert_eq!((row.saved, row.zram, row.zram_source), (Some(20_000), 10_000, Some(ZramSource::Ratio)));
+    let row = ledger.row(&a, "background");
+    assert_eq!((row.saved, row.zram, row.drift), (Some(0), 10_000, 20_000), "while it runs that is no doing of ours");
     // Ours is known, what came on top of it is not.
     ledger.sampled(&b, Phase::Resident, &sample(50_000, 0, 0, 0), "", NOW);
     ledger.paged_out(&b, 40_000, 5_000, ZramSource::Measured);
@@ -262,7 +260,7 @@ fn what_the_kernel_paged_out_by_itself_costs_as_well() {
     assert_eq!((row.zram, row.zram_source), (6_000, Some(ZramSource::Ratio)));
     assert_eq!(report(&ledger, &[(&a, "background"), (&b, "frozen")]).zram_source, Some(ZramSource::Ratio));
     tell_zram(&mut ledger, 0, 0);
-    assert_eq!(ledger.row(&a, "background").saved, Some(30_000));
+    assert_eq!(ledger.row(&a, "frozen").saved, Some(30_000));
 }
 
 #[test]
@@ -359,8 +357,23 @@ fn an_app_that_runs_saves_nothing_until_it_is_held_again() {
     let rates = |ledger: &Ledger| ["foreground", "awake", "frozen", "tombstone"].map(|state| ledger.rate(&a, state));
     assert_eq!(rates(&ledger), [Some(0), Some(0), Some(30_000), Some(40_000)]);
     ledger.sampled(&a, Phase::Now, &sample(50_000, 0, 0, 0), "", NOW);
-    assert_eq!(rates(&ledger), [Some(-10_000), Some(-10_000), Some(-10_000), Some(40_000)]);
+    assert_eq!(rates(&ledger), [Some(0), Some(0), Some(-10_000), Some(40_000)]);
     assert_eq!(ledger.rate(&key("org.b"), "gone"), None);
+}
+
+#[test]
+fn of_one_that_runs_only_what_is_still_paged_out_is_saved() {
+    let a = key("org.a");
+    let mut ledger = Ledger::default();
+    ledger.sampled(&a, Phase::Resident, &sample(50_000, 0, 0, 0), "", NOW);
+    ledger.paged_out(&a, 40_000, 10_000, ZramSource::Measured);
+    ledger.sampled(&a, Phase::PagedOut, &sample(10_000, 0, 40_000, 0), "", NOW);
+    ledger.thawed(&a);
+    // Half of it is back, and 5 MB it has given back by itself.
+    ledger.sampled(&a, Phase::Now, &sample(25_000, 0, 20_000, 0), "", NOW);
+    let row = ledger.row(&a, "awake");
+    assert_eq!((row.zram, row.saved, row.drift), (5_000, Some(15_000), 5_000));
+    assert_eq!(ledger.rate(&a, "awake"), Some(0), "it will get the rest back, too");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use nightporter::view::{AppAt, History, LedgerRow, Report, TotalAt};
 
 use super::app_saved;
 
-const APPS: [&str; 20] = [
+const APPS: [&str; 21] = [
     "app",
     "state",
     "resident_kib",
@@ -25,6 +25,7 @@ const APPS: [&str; 20] = [
     "profile",
     "cache_kib",
     "kernel_kib",
+    "drift_kib",
 ];
 const HISTORY: [&str; 13] = [
     "at",
@@ -87,6 +88,7 @@ fn of_app(report: &Report, app: &LedgerRow) -> [String; APPS.len()] {
         crate::render::profile(report.profile).into(),
         app.cache.to_string(),
         app.kernel.to_string(),
+        app.drift.to_string(),
     ]
 }
 

@@ -45,6 +45,7 @@ fn totals(text: &mut Text, report: &Report) {
     for (name, help, kib) in [
         ("cache", "Pages of files among what the apps cost less now: not counted as saved.", report.cache),
         ("kernel", "Kernel memory the apps are charged less than resident.", report.kernel),
+        ("drift", "What apps that run cost less than resident by their own doing: not counted as saved.", report.drift),
     ] {
         text.family(name, "gauge", "bytes", help).sample(&[], signed_bytes(kib));
     }

@@ -125,6 +125,9 @@ fn summary(report: &Report, style: Style) -> String {
     if report.kernel != 0 {
         table.row(["Kernel memory".into(), mib_signed(report.kernel), String::new()]);
     }
+    if report.drift != 0 {
+        table.row(["By themselves".into(), mib_signed(report.drift), String::new()]);
+    }
     let share = match report.profile {
         Profile::Observe => None,
         Profile::Tombstone | Profile::Cached => percent(report.saved, report.resident),
@@ -135,6 +138,12 @@ fn summary(report: &Report, style: Style) -> String {
     if report.cache != 0 {
         let note = "Page cache is what of the difference is pages of files: the kernel keeps or drops them whoever runs, so \
                     they are not counted as saved.";
+        text.push('\n');
+        text.push_str(&wrapped(note, style.width, 0));
+    }
+    if report.drift != 0 {
+        let note = "By themselves is what apps that run cost less or more than resident with nothing of them paged out: not \
+                    counted either.";
         text.push('\n');
         text.push_str(&wrapped(note, style.width, 0));
     }
@@ -266,6 +275,7 @@ mod tests {
             daemon: Memory { pss: 3072, ..Memory::default() },
             sockets: 0,
             cache: 0,
+            drift: 0,
             kernel: 0,
             zram: 0,
             zram_source: None,

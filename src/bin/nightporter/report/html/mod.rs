@@ -191,15 +191,17 @@ fn foot(page: &mut Markup, report: &Report) {
         }
         if report.profile != Profile::Observe {
             let formula = format!(
-                "Saved = resident \u{2212} now \u{2212} zram \u{2212} Night Porter \u{2212} page cache + kernel memory = {} \u{2212} {} \
-                 \u{2212} {} \u{2212} {} \u{2212} {} + {} = {}. Page cache is what of the difference is pages of files: the \
-                 kernel keeps or drops them whoever runs, so they are not counted as saved.",
+                "Saved = resident \u{2212} now \u{2212} zram \u{2212} Night Porter \u{2212} page cache + kernel memory \
+                 \u{2212} by themselves = {} \u{2212} {} \u{2212} {} \u{2212} {} \u{2212} {} + {} \u{2212} {} = {}. Page cache is what of the difference is pages of files: the \
+                 kernel keeps or drops them whoever runs, so they are not counted as saved. By themselves is what apps that \
+                 run cost less or more than resident with nothing of them paged out: not counted either.",
                 size(report.resident),
                 size(report.now),
                 size(report.zram),
                 size(own_cost(report)),
                 signed(report.cache),
                 signed(report.kernel),
+                signed(report.drift),
                 signed(report.saved)
             );
             page.leaf("p", &[], formula);
