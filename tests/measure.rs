@@ -169,18 +169,22 @@ fn what_is_measured_is_what_the_kernel_says_and_nothing_is_left() {
         sample.pointer(at).and_then(Value::as_i64).unwrap_or_else(|| panic!("{at}: {sample}"))
     };
 
-    // The whole machine: what is used is what is not available, and the cost is the difference less the server's.
+    // The whole machine: what is used is what is neither free nor can be dropped, and the cost is the difference less the
+    // server's.
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
     let total: i64 = total.trim().strip_suffix(" kB").unwrap().parse().unwrap();
     for sample in samples {
         for at in ["/before", "/rest"] {
             assert_eq!(whole(sample, &format!("{at}/total")), total);
-            let available = whole(sample, &format!("{at}/available"));
-            assert_eq!(whole(sample, &format!("{at}/used")), total - available);
+            let spare = ["free", "at_hand", "droppable"].map(|part| whole(sample, &format!("{at}/{part}")));
+            assert!(spare.iter().all(|part| (0..total).contains(part)), "{sample}");
+            assert_eq!(whole(sample, &format!("{at}/used")), total - spare.iter().sum::<i64>());
         }
         let server = whole(sample, "/server_pss/1") - whole(sample, "/server_pss/0");
         assert_eq!(whole(sample, "/cost"), whole(sample, "/rest/used") - whole(sample, "/before/used") - server);
+        let gone = whole(sample, "/before/available") - whole(sample, "/rest/available");
+        assert_eq!(whole(sample, "/cost_unavailable"), gone - server);
         assert_eq!((whole(sample, "/messages/lost"), whole(sample, "/messages/duplicated")), (0, 0), "{sample}");
     }
 
