@@ -34,7 +34,7 @@ def memory(results, gib):
         bars = [(name, value, f"{value:.0f} MiB" if abs(value) >= 10 else f"{value:.1f} MiB") for name, value in bars if value is not None]
         title = "20 mixed" if run["experiment"] == plan.MIXED else f"{run['apps']} × {plan.KINDS[run['experiment']][1]}"
         rows.append((title, bars))
-    lead = f"growth of used memory (MemTotal − MemAvailable, zram included) in a machine of {gib} GiB"
+    lead = f"growth of used memory (zram included) in a machine of {gib} GiB"
     return _bars("What apps that can be reached cost", lead, rows)
 
 
