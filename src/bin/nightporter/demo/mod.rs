@@ -19,8 +19,9 @@ use crate::{
     exit::{Exit, Failure},
     lab::{
         pushes::Pushes,
+        scripts::{AppSpec, quoted, text},
         state::State,
-        world::{AppSpec, Setup, World, beside, quoted, text},
+        world::{Setup, World, beside},
     },
 };
 

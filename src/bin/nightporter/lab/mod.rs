@@ -5,6 +5,7 @@ pub(crate) mod cgroups;
 pub(crate) mod inbox;
 pub(crate) mod processes;
 pub(crate) mod pushes;
+pub(crate) mod scripts;
 pub(crate) mod sockets;
 pub(crate) mod state;
 pub(crate) mod world;

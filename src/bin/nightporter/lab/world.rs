@@ -21,7 +21,13 @@ use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tempfile::TempDir;
 
-use super::{cgroups, inbox::Inbox, processes, sockets};
+use super::{
+    cgroups,
+    inbox::Inbox,
+    processes,
+    scripts::{self, AppSpec, cannot_write, quoted, text},
+    sockets,
+};
 use crate::{
     client::{self, Daemon},
     exit::{Exit, Failure},
@@ -50,22 +56,6 @@ pub(crate) struct Setup {
     pub(crate) apps: Vec<AppSpec>,
 }
 
-/// One app.
-#[derive(Clone, Debug)]
-pub(crate) struct AppSpec {
-    pub(crate) name: String,
-    /// The shell's words that start it on its own.
-    pub(crate) resident: String,
-    /// The shell's words that start it behind the daemon.
-    pub(crate) shared: String,
-    /// Those that start it behind the daemon the first time, if they are others.
-    pub(crate) registering: Option<String>,
-    /// What it gets into its environment beside the contract.
-    pub(crate) env: Vec<(String, String)>,
-    /// The cgroup it is to live in.
-    pub(crate) cgroup: Option<PathBuf>,
-}
-
 /// How the daemon is to be.
 pub(crate) struct DaemonSetup<'a> {
     pub(crate) profile: &'a str,
@@ -83,9 +73,6 @@ const POLL: Duration = Duration::from_millis(5);
 /// sun_path has 108 bytes; our names below the directory take up to 20.
 const LONGEST_DIR: usize = 80;
 const LOG_LINES: usize = 15;
-/// Stands for a directory of the app's own in its command and its environment.
-pub(crate) const DIR_MARK: &str = "{dir}";
-
 /// For the panic hook: the release build aborts on a panic, so no `Drop` runs.
 static DIR: Mutex<Option<PathBuf>> = Mutex::new(None);
 static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
@@ -169,7 +156,7 @@ impl World {
         };
         let address = self.address()?;
         let more = [("NIGHTPORTER_SAMPLE_SERVER", self.server.as_str()), ("DBUS_SESSION_BUS_ADDRESS", &address)];
-        let script = self.write_start(spec, "resident", &spec.resident, &more)?;
+        let script = scripts::start(&self.place(), spec, "resident", &spec.resident, &more)?;
         self.spawn(app, Path::new("/bin/sh"), [script.as_os_str()], "apps.log", |_| {}).map(drop)
     }
 
@@ -180,10 +167,10 @@ impl World {
         fs::create_dir(&services).map_err(|error| cannot_write(&services, &error))?;
         for spec in &self.apps {
             let more = [("DBUS_SESSION_BUS_ADDRESS", address.as_str())];
-            let mut script = self.write_start(spec, "shared", &spec.shared, &more)?;
+            let mut script = scripts::start(&self.place(), spec, "shared", &spec.shared, &more)?;
             if let Some(registering) = &spec.registering {
-                let first = self.write_start(spec, "registering", registering, &more)?;
-                script = self.write_first(spec, &first, &script)?;
+                let first = scripts::start(&self.place(), spec, "registering", registering, &more)?;
+                script = scripts::first(&self.place(), spec, &first, &script)?;
             }
             // The bus splits the line itself; the directory is ours and has no spaces unless TMPDIR has.
             let service = format!("[D-BUS Service]\nName={}\nExec=/bin/sh {}\n", spec.name, quoted(&text(&script)?));
@@ -191,7 +178,7 @@ impl World {
             fs::write(&path, service).map_err(|error| cannot_write(&path, &error))?;
         }
         let config = self.dir.path().join("bus.conf");
-        let bus_config = bus_config(&xml(&address), &xml(&text(&services)?));
+        let bus_config = scripts::bus(&address, &text(&services)?);
         fs::write(&config, bus_config).map_err(|error| cannot_write(&config, &error))?;
         let log = self.log("bus.log")?;
         let mut child = Command::new("dbus-daemon")
@@ -352,6 +339,10 @@ impl World {
         }
     }
 
+    fn place(&self) -> scripts::Place<'_> {
+        scripts::Place { dir: self.dir.path(), report_socket: &self.report_socket }
+    }
+
     fn address(&self) -> Result<String, Failure> {
         // Escaped as the D-Bus specification has it for addresses.
         let path = text(&self.dir.path().join("bus"))?;
@@ -363,54 +354,6 @@ impl World {
             }
         }
         Ok(address)
-    }
-
-    /// Writes the script that does `first` once and `then` from then on.
-    fn write_first(&self, app: &AppSpec, first: &Path, then: &Path) -> Result<PathBuf, Failure> {
-        let mark = self.dir.path().join(format!("{}.registered", app.name));
-        let [mark, first, then] = [&mark, first, then].map(|path| text(path).map(|path| quoted(&path)));
-        let (mark, first, then) = (mark?, first?, then?);
-        let script = format!("[ -e {mark} ] && exec /bin/sh {then}\n: >{mark}\nexec /bin/sh {first}\n");
-        let path = self.dir.path().join(format!("{}.sh", app.name));
-        fs::write(&path, script).map_err(|error| cannot_write(&path, &error))?;
-        Ok(path)
-    }
-
-    /// Writes the script that starts an app: the same contract however it starts.
-    fn write_start(&self, app: &AppSpec, how: &str, command: &str, more: &[(&str, &str)]) -> Result<PathBuf, Failure> {
-        let mode = if how == "resident" { how } else { "shared" };
-        let mut script = String::new();
-        if let Some(cgroup) = &app.cgroup {
-            script.push_str(&format!("echo $$ >{} || exit\n", quoted(&text(&cgroup.join("cgroup.procs"))?)));
-            // Of all there is on the machine, an app of ours is to go first.
-            script.push_str("echo 200 2>/dev/null >/proc/self/oom_score_adj\n");
-        }
-        if let Ok(dir) = env::current_dir() {
-            script.push_str(&format!("cd {} || exit\n", quoted(&text(&dir)?)));
-        }
-        let home = self.dir.path().join(format!("home-{}", app.name));
-        let dir = text(&home)?;
-        if command.contains(DIR_MARK) || app.env.iter().any(|(_, value)| value.contains(DIR_MARK)) {
-            fs::create_dir_all(&home).map_err(|error| cannot_write(&home, &error))?;
-        }
-        let own = [
-            ("NIGHTPORTER_SAMPLE_NAME", app.name.as_str()),
-            ("NIGHTPORTER_SAMPLE_MODE", mode),
-            ("NIGHTPORTER_SAMPLE_REPORT", &self.report_socket),
-        ];
-        let env = app.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-        for (name, value) in env.chain(own).chain(more.iter().copied()) {
-            script.push_str(&format!("export {name}={}\n", quoted(&value.replace(DIR_MARK, &dir))));
-        }
-        // The log is given here because the bus starts apps with its own.
-        script.push_str(&format!(
-            "exec {} >>{1} 2>&1\n",
-            command.replace(DIR_MARK, &dir),
-            quoted(&text(&self.dir.path().join("apps.log"))?)
-        ));
-        let path = self.dir.path().join(format!("{}.{how}.sh", app.name));
-        fs::write(&path, script).map_err(|error| cannot_write(&path, &error))?;
-        Ok(path)
     }
 
     fn spawn<A: AsRef<OsStr>>(
@@ -533,56 +476,5 @@ pub(crate) fn beside(name: &str) -> Result<PathBuf, Failure> {
                 path.display()
             ),
         )),
-    }
-}
-
-fn bus_config(address: &str, services: &str) -> String {
-    format!(
-        r#"<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>session</type>
-  <listen>{address}</listen>
-  <auth>EXTERNAL</auth>
-  <servicedir>{services}</servicedir>
-  <policy context="default">
-    <allow send_destination="*" eavesdrop="true"/>
-    <allow eavesdrop="true"/>
-    <allow own="*"/>
-  </policy>
-  <limit name="max_connections_per_user">4096</limit>
-  <limit name="max_pending_service_starts">4096</limit>
-</busconfig>
-"#
-    )
-}
-
-fn cannot_write(path: &Path, error: &io::Error) -> Failure {
-    Failure::new(Exit::CannotCreate, format!("cannot write {}: {error}", path.display()))
-}
-
-pub(crate) fn text(path: &Path) -> Result<String, Failure> {
-    path.to_str()
-        .map(str::to_owned)
-        .ok_or_else(|| Failure::new(Exit::Data, format!("the path {} is not UTF-8", path.display())))
-}
-
-/// Quoted for sh, and for the bus, which splits `Exec=` the same way.
-pub(crate) fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
-fn xml(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_shell_gets_stays_one_word() {
-        assert_eq!(quoted("/tmp/it's here"), r"'/tmp/it'\''s here'");
-        assert_eq!(xml("a<b>&c"), "a&lt;b&gt;&amp;c");
     }
 }

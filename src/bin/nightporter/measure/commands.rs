@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::lab::world::{beside, quoted};
+use crate::lab::{scripts::quoted, world::beside};
 
 /// A shell's line that runs these words. A program of ours is the one beside this one.
 pub(super) fn line(words: &[String]) -> String {

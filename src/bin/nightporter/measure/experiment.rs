@@ -9,7 +9,7 @@ use super::{
     arm::Arm,
     values::{Problem, count, duration, percent, size, wrong},
 };
-use crate::lab::{state::State, world::AppSpec};
+use crate::lab::{scripts::AppSpec, state::State};
 
 /// Everything that is to be done. Sizes in KiB.
 #[derive(Clone, Debug, PartialEq)]

@@ -22,8 +22,9 @@ use crate::{
         cgroups::{self, Cgroups},
         processes::{self, Process, Tracker},
         pushes::Pushes,
+        scripts::AppSpec,
         state::State,
-        world::{AppSpec, DaemonSetup, Setup, World},
+        world::{DaemonSetup, Setup, World},
     },
 };
 
