@@ -22,6 +22,8 @@ use crate::{event::Outcome, sys::clock};
 
 /// Per call to the kernel: tens of milliseconds of work on a slow phone.
 const CHUNK: u64 = 16 * 1024 * 1024;
+/// As much anonymous memory may stay: each look at the end of it is work, too.
+const NEXT_TO_NOTHING: u64 = 256 * 1024;
 /// `UIO_MAXIOV`.
 const MAX_RANGES: usize = 1024;
 /// `CAP_SYS_NICE` of capabilities(7).
@@ -120,29 +122,36 @@ fn page_out(scope: &Scope, ticket: &Ticket, crowd: &Crowd) -> Result<Outcome, Ar
     })
 }
 
-/// `memory.reclaim` (Documentation/admin-guide/cgroup-v2.rst), until the anonymous memory there was has been asked for.
+/// `memory.reclaim` (Documentation/admin-guide/cgroup-v2.rst), until next to no anonymous memory is left. What the kernel
+/// says it has reclaimed may have been pages of files, so what is left is looked at after each piece.
 fn reclaim(cgroup: &Cgroup, ticket: &Ticket) -> Result<(), Arc<str>> {
-    let anonymous = cgroup.read("memory.stat").ok().and_then(|text| number(&text, "anon"));
-    let anonymous = anonymous.ok_or("memory.stat of its cgroup cannot be read")?;
-    let mut asked = 0;
-    let mut refused = 0;
+    let anonymous = || cgroup.read("memory.stat").ok().and_then(|text| number(&text, "anon"));
+    let mut left = anonymous().ok_or("memory.stat of its cgroup cannot be read")?;
+    // Each byte may be asked for twice, so that it ends whatever the kernel takes instead.
+    let mut most = left.saturating_mul(2);
+    let mut in_vain = 0;
     // Anonymous memory only (Linux 6.14 or so), mostly anonymous, or whatever an older kernel picks.
     let mut styles = [" swappiness=max", " swappiness=200", ""].into_iter();
     let mut style = styles.next().unwrap_or_default();
-    while asked < anonymous && refused < 2 {
+    while left > NEXT_TO_NOTHING && most > 0 && in_vain < 2 {
         ticket.go_on()?;
-        let chunk = CHUNK.min(anonymous - asked);
+        let chunk = CHUNK.min(left).min(most);
         match cgroup.write("memory.reclaim", &format!("{chunk}{style}")) {
-            Ok(()) => asked += chunk,
+            Ok(()) => {}
             // Less than asked for could be had.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => refused += 1,
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match styles.next() {
-                Some(next) => style = next,
-                None => return Err("the kernel refuses memory.reclaim".into()),
-            },
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                style = styles.next().ok_or("the kernel refuses memory.reclaim")?;
+                continue;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(format!("memory.reclaim: {error}").into()),
         }
+        most = most.saturating_sub(chunk);
+        let now = anonymous().unwrap_or(0);
+        // Locked memory stays, and memory that is written meanwhile.
+        in_vain = if left.saturating_sub(now) < chunk / 16 { in_vain + 1 } else { 0 };
+        left = now;
     }
     Ok(())
 }

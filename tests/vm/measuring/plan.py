@@ -49,6 +49,10 @@ class Task:
         """As `--only` has it, after the size."""
         return {MIXED: "20", REACH: "reach"}.get(self.experiment, str(self.count))
 
+    def with_runs(self, runs):
+        """The same with as many runs of each arm; a search has none."""
+        return self if self.experiment == REACH else dataclasses.replace(self, changes=(*self.changes, ("runs", runs)))
+
     def text(self):
         """The experiment's file, with what is different here."""
         text = (EXPERIMENTS / f"{self.experiment}.toml").read_text()
@@ -69,8 +73,8 @@ class Job:
     tasks: tuple
 
 
-def jobs(quick, only):
-    """Those to do; `only`: SIZE/COUNT each, such as 2/20 or 1/reach."""
+def jobs(quick, only, runs=None):
+    """Those to do; `only`: SIZE/COUNT each, such as 2/20 or 1/reach; `runs`: of each arm, in place of what the file says."""
     if quick:
         # As much of everything as a few minutes allow: whether it works, not what comes out.
         small = tuple(Task(kind, 1) for kind in ("mail", "sample"))
@@ -82,6 +86,8 @@ def jobs(quick, only):
         # The target is for 2 GiB.
         planned = [Job(2, (Task(REACH),)), Job(1, (Task(REACH, changes=(("first", 24), ("times-as-many-at-least", None))),))]
         planned += [Job(gib, (*each, Task(MIXED))) for gib in (2, 3)]
+    if runs:
+        planned = [dataclasses.replace(job, tasks=tuple(task.with_runs(runs) for task in job.tasks)) for job in planned]
     if not only:
         return planned
     known = {f"{job.gib}/{task.label}" for job in planned for task in job.tasks}
