@@ -126,6 +126,14 @@ fn page_out(scope: &Scope, ticket: &Ticket, crowd: &Crowd) -> Result<Outcome, Ar
 /// says it has reclaimed may have been pages of files, so what is left is looked at after each piece.
 fn reclaim(cgroup: &Cgroup, ticket: &Ticket) -> Result<(), Arc<str>> {
     let anonymous = || cgroup.read("memory.stat").ok().and_then(|text| number(&text, "anon"));
+    reclaim_all(anonymous, |text| cgroup.write("memory.reclaim", text), ticket)
+}
+
+fn reclaim_all(
+    anonymous: impl Fn() -> Option<u64>,
+    ask: impl Fn(&str) -> io::Result<()>,
+    ticket: &Ticket,
+) -> Result<(), Arc<str>> {
     let mut left = anonymous().ok_or("memory.stat of its cgroup cannot be read")?;
     // Each byte may be asked for twice, so that it ends whatever the kernel takes instead.
     let mut most = left.saturating_mul(2);
@@ -136,7 +144,7 @@ fn reclaim(cgroup: &Cgroup, ticket: &Ticket) -> Result<(), Arc<str>> {
     while left > NEXT_TO_NOTHING && most > 0 && in_vain < 2 {
         ticket.go_on()?;
         let chunk = CHUNK.min(left).min(most);
-        match cgroup.write("memory.reclaim", &format!("{chunk}{style}")) {
+        match ask(&format!("{chunk}{style}")) {
             Ok(()) => {}
             // Less than asked for could be had.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -272,6 +280,8 @@ fn parse_capability(status: &str, number: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::{Cell, RefCell};
+
     use super::*;
 
     #[test]
@@ -297,6 +307,53 @@ mod tests {
         assert_eq!((cut[0].0, cut[2].1), whole);
         assert!(cut.windows(2).all(|pair| pair[0].1 == pair[1].0));
         assert!(cut.iter().all(|(start, end)| end - start <= CHUNK));
+    }
+
+    const MIB: u64 = 1 << 20;
+
+    /// What is left, and what was asked for, of `anonymous` bytes: `take` says how many the kernel takes of a piece.
+    fn reclaimed(anonymous: u64, take: impl Fn(&str, u64) -> io::Result<u64>) -> (u64, Vec<String>) {
+        let (left, asked) = (Cell::new(anonymous), RefCell::new(Vec::new()));
+        let ask = |text: &str| {
+            asked.borrow_mut().push(text.to_owned());
+            let bytes = text.split(' ').next().unwrap().parse().unwrap();
+            left.set(left.get().saturating_sub(take(text, bytes)?));
+            Ok(())
+        };
+        reclaim_all(|| Some(left.get()), ask, &Ticket::default()).unwrap();
+        (left.get(), asked.into_inner())
+    }
+
+    #[test]
+    fn what_the_kernel_takes_of_files_instead_is_asked_for_again() {
+        let (left, asked) = reclaimed(40 * MIB, |_, bytes| Ok(bytes * 3 / 4));
+        assert!(left <= NEXT_TO_NOTHING, "{left}");
+        assert_eq!(asked[..2], [format!("{CHUNK} swappiness=max"), format!("{CHUNK} swappiness=max")]);
+        // As much as the kernel refuses to take, with or without a word.
+        assert_eq!(reclaimed(40 * MIB, |_, _| Ok(0)).1.len(), 2);
+        assert_eq!(reclaimed(40 * MIB, |_, _| Err(io::ErrorKind::WouldBlock.into())).1.len(), 2);
+        let (left, asked) = reclaimed(40 * MIB, |_, bytes| Ok(bytes / 15));
+        assert!(left > 30 * MIB && asked.len() <= 6, "twice as much at most: {left}, {asked:?}");
+        assert_eq!(reclaimed(NEXT_TO_NOTHING, |_, bytes| Ok(bytes)).1, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_kernel_is_asked_in_its_own_words() {
+        let older = |known: &'static str| {
+            move |text: &str, bytes| match text.split_once(' ').map_or("", |(_, style)| style) {
+                style if style == known => Ok(bytes),
+                _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            }
+        };
+        for known in ["swappiness=max", "swappiness=200", ""] {
+            assert_eq!(reclaimed(20 * MIB, older(known)).0, 0, "{known:?}");
+        }
+        let refuses = |_: &str| Err(io::Error::from_raw_os_error(libc::EINVAL));
+        assert!(reclaim_all(|| Some(MIB), refuses, &Ticket::default()).is_err());
+        assert!(reclaim_all(|| None, |_| Ok(()), &Ticket::default()).is_err());
+        let ticket = Ticket::default();
+        ticket.cancel();
+        assert!(reclaim_all(|| Some(MIB), |_| Ok(()), &ticket).is_err(), "called off");
     }
 
     #[test]
