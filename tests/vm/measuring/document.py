@@ -143,7 +143,7 @@ def _mixed(run):
     kinds = ", ".join(f"{count} × {plan.KINDS[name][1]}" for name, count in sorted(run["outcome"]["kinds"].items()))
     yield f"## {run['apps']} mixed apps, {run['gib']} GiB"
     yield ""
-    yield f"`tests/vm/measure --only {run['gib']}/{run['label']}`; {kinds}; {_runs([run])}."
+    yield f"`tests/vm/measure {' '.join(_only_of([run]))}`; {kinds}; {_runs([run])}."
     yield ""
     yield f"| | {' | '.join(picture.ARMS[arm] for arm in arms)} |"
     yield f"|---|{'--:|' * len(arms)}"
@@ -240,11 +240,17 @@ def _conditions(results, host):
 
 
 def _only(gib, runs):
-    return [f"--only {gib}/{label}" for label in sorted({run["label"] for run in runs}, key=int)]
+    return [f"--only {gib}/{label}" for label in sorted({run["label"] for run in runs}, key=int)] + _as_often(runs)
 
 
 def _only_of(runs):
-    return [f"--only {run['gib']}/{run['label']}" for run in runs]
+    return [f"--only {run['gib']}/{run['label']}" for run in runs] + _as_often(runs)
+
+
+def _as_often(runs):
+    """What makes as many runs, where that is not what the experiment says."""
+    done = {run["outcome"]["runs"] for run in runs if plan.runs_of(run["experiment"]) not in (None, run["outcome"]["runs"])}
+    return [f"--runs {number}" for number in sorted(done)]
 
 
 def _runs(runs):

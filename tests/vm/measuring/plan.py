@@ -35,6 +35,12 @@ REACH = "reach"
 ORDER = [*KINDS, MIXED, REACH]
 
 
+def runs_of(experiment):
+    """Runs of each arm, as the experiment's file says; none where it searches."""
+    found = re.search(r"(?m)^runs = (\d+)$", (EXPERIMENTS / f"{experiment}.toml").read_text())
+    return int(found[1]) if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One experiment in one machine. `count`: of each kind; None leaves what the file says. `changes`: keys of the file and their
