@@ -300,7 +300,7 @@ mod tests {
             cost_occupied: cost * 2,
             cost_unavailable: cost,
             apps: Vec::new(),
-            apps_pss: 0,
+            apps_pss: u64::try_from(cost).unwrap_or(0),
             daemon_pss: claim.map(|_| 1000),
             server_pss: None,
             connections: 1,
