@@ -214,6 +214,8 @@ def _conditions(results, host):
         f"- {host['qemu']} without KVM, {host['at_once']} machines at a time with {host['cpus_each']} processors each on {host['cpus']}. Everything takes "
         "many times as long as on hardware: memory is real, **times are not a phone's**."
     )
+    if built := host.get("built"):
+        yield f"- Night Porter as built by {built}."
     yield (
         f"- Debian 13, Linux {machine.get('kernel')}, zram of half the memory ({' '.join(machine.get('zram_algorithms', []))}), huge pages "
         f"{machine.get('transparent_hugepages')}, swappiness {machine.get('swappiness')}."
