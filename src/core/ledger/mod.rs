@@ -150,14 +150,7 @@ impl Ledger {
         let cost = Cost::of(sample);
         let memory = sample.memory;
         row.now = Some(cost);
-        let mut rebased = false;
         match phase {
-            Phase::Resident if row.is_worth(sample) => {
-                let ours = row.our_swap(memory.swap);
-                row.rebase(cost, ours, conditions, now);
-                rebased = true;
-            }
-            Phase::Resident => {}
             Phase::Frozen => row.frozen = Some(memory),
             Phase::PagedOut => {
                 row.paged_out = Some(memory);
@@ -165,12 +158,16 @@ impl Ledger {
                     row.zram_swap = Some(memory.swap);
                 }
             }
-            Phase::Now => {}
+            Phase::Resident | Phase::Now => {}
         }
         row.swap_is(memory.swap);
         match phase {
-            Phase::Resident => rebased,
-            Phase::Frozen => row.is_worth(sample) && row.refresh(cost, conditions, now),
+            Phase::Resident | Phase::Frozen if !row.is_worth(sample, &cost) => false,
+            Phase::Resident => {
+                row.rebase(cost, row.our_swap(memory.swap), conditions, now);
+                true
+            }
+            Phase::Frozen => row.refresh(cost, conditions, now),
             Phase::PagedOut | Phase::Now => false,
         }
     }
@@ -328,7 +325,7 @@ impl Ledger {
     /// so nothing.
     pub fn rate(&self, app: &AppKey, state: &str) -> Option<i64> {
         let saved = self.row(app, state).saved;
-        if is_held(state) { saved } else { saved.map(|saved| saved.min(0)) }
+        if is_held(state) { saved } else { saved.map(|_| 0) }
     }
 
     /// The report on the apps given with the lifecycle's words for what they are doing; `fill` adds to a row what is not
@@ -474,12 +471,12 @@ impl Row {
     }
 
     /// Whether this measurement may become the baseline.
-    fn is_worth(&self, sample: &Sample) -> bool {
+    fn is_worth(&self, sample: &Sample, cost: &Cost) -> bool {
         let starting = sample.age > Duration::ZERO
             && sample.age < STARTED_AFTER
             && sample.cpu.saturating_mul(STARTING_PART) > sample.age;
         let before = self.resident.as_ref().map(|baseline| baseline.cost.counted());
-        let after = Cost::of(sample).counted().saturating_add(self.our_swap(sample.memory.swap));
+        let after = cost.counted().saturating_add(self.our_swap(cost.memory.swap));
         !starting || before.is_none_or(|before| before < after)
     }
 
