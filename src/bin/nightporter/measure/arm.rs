@@ -214,7 +214,7 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
     let daemon_pss = stage.daemon.as_ref().and_then(|(_, pid)| processes::pss(*pid));
     let connections = trace::connections(stage);
     let (claim, report) = claim(stage)?;
-    let kills = look()?.oom_kills;
+    let kills = kernel::oom_kills();
     let ballast = match &stage.experiment.ballast {
         Some(_) if kernel::stalled().is_none() => {
             stage.note("NO BALLAST TEST: this kernel does not tell of memory pressure (PSI; boot with psi=1)".into());
@@ -227,8 +227,7 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
         None => None,
     };
     // The ballast itself is the first to go, and may well be ended.
-    let kills = kills.saturating_sub(before.oom_kills);
-    let kills_since = look()?.oom_kills;
+    let of_ballast = kernel::oom_kills().zip(kills).map_or(0, |(after, before)| after.saturating_sub(before));
     say("a message to each at rest");
     let reachable = reachable(stage, &mut latencies)?;
 
@@ -236,7 +235,7 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
     let daemon_cpu = stage.daemon.as_ref().and_then(|(_, pid)| processes::of(*pid));
     let server_growth = server_pss.map_or(0, |(before, after)| signed(after) - signed(before));
     let after = look()?;
-    if kills > 0 || after.oom_kills > kills_since {
+    if after.oom_kills > before.oom_kills + of_ballast {
         stage.note("THE KERNEL ENDED PROCESSES FOR WANT OF MEMORY during this run".into());
     }
     Ok(Sample {

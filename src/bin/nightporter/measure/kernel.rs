@@ -65,9 +65,7 @@ impl System {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
             line.trim().strip_suffix("kB")?.trim_end().parse().ok()
         };
-        let count = |key: &str| -> Option<u64> {
-            vmstat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
-        };
+        let count = |key: &str| parse_count(vmstat, key);
         let (total, free, available) = (kib("MemTotal")?, kib("MemFree")?, kib("MemAvailable")?);
         let cache = kib("Cached")? + kib("Buffers").unwrap_or(0);
         let at_hand = pages_at_hand(zones).saturating_mul(page_kib());
@@ -93,6 +91,12 @@ impl System {
             oom_kills: count("oom_kill").unwrap_or(0),
         })
     }
+}
+
+/// Processes the kernel has ended for want of memory since boot. Cheap enough to be asked all the time, as [`System::now`] is
+/// not; none where the kernel does not tell.
+pub(super) fn oom_kills() -> Option<u64> {
+    parse_count(&fs::read_to_string("/proc/vmstat").ok()?, "oom_kill")
 }
 
 /// Microseconds since boot that some task has waited for memory; none where the kernel does not tell (PSI).
@@ -150,6 +154,11 @@ pub(super) fn share(stalled_micros: u64, over: std::time::Duration) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "microseconds of an experiment are far below 2^53")]
     let stalled = stalled_micros as f64 / 1e6;
     if over.is_zero() { 0.0 } else { (stalled / over.as_secs_f64() * 100.0).min(100.0) }
+}
+
+/// A line of `/proc/vmstat`.
+fn parse_count(vmstat: &str, key: &str) -> Option<u64> {
+    vmstat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 fn page_kib() -> u64 {

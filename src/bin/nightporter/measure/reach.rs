@@ -233,7 +233,7 @@ impl Climb<'_> {
         if target < self.running {
             self.end(target);
         }
-        let kills = look()?.oom_kills;
+        let kills = kernel::oom_kills();
         let (began, before) = (Instant::now(), kernel::stalled());
         let new = names[self.running..target].to_vec();
         self.running = target;
@@ -260,7 +260,7 @@ impl Climb<'_> {
     }
 
     /// Watches for pressure while a few apps are sent a push, the oldest among them.
-    fn probe(&mut self, there: &[String], kills: u64, step: &mut Step) -> Result<Reason, Failure> {
+    fn probe(&mut self, there: &[String], kills: Option<u64>, step: &mut Step) -> Result<Reason, Failure> {
         let late = self.stage.experiment.late_after;
         let (began, before) = (Instant::now(), kernel::stalled());
         let mut asked = vec![0];
@@ -292,7 +292,7 @@ impl Climb<'_> {
                 return Ok(Some((Ended::Pressure, text)));
             }
         }
-        if look()?.oom_kills > kills {
+        if kernel::oom_kills() > kills {
             return Ok(Some((Ended::Died, "the kernel ended a process for want of memory".into())));
         }
         match self.stage.world.ended_by_itself() {

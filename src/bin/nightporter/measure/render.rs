@@ -160,7 +160,7 @@ fn rows() -> Vec<Row> {
         })
     }
     vec![
-        ("Memory used (MemTotal − MemAvailable)", size(|arm| arm.cost)),
+        ("Memory used", size(|arm| arm.cost)),
         ("Memory used, by MemAvailable as it is", size(|arm| arm.cost_unavailable)),
         ("Memory occupied (with mapped files)", size(|arm| arm.cost_occupied)),
         (

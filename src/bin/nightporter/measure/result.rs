@@ -35,7 +35,7 @@ pub(super) struct Outcome {
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct ArmFigures {
     pub(super) arm: Arm,
-    /// What it costs: growth of used memory (MemTotal - MemAvailable, zram in it).
+    /// What it costs: growth of used memory ([`super::kernel::System::used`], zram in it).
     pub(super) cost: Option<Summary>,
     /// The same without page cache that nobody maps.
     pub(super) cost_occupied: Option<Summary>,

@@ -112,7 +112,7 @@ impl<'a> Stage<'a> {
     /// Starts these apps, a few at once, and waits until each is ready.
     pub(super) fn start(&mut self, apps: &[String], mut tick: impl FnMut()) -> Result<Started, Failure> {
         let patience = self.experiment.ready_within();
-        let kills = kernel::System::now().map_or(0, |system| system.oom_kills);
+        let kills = kernel::oom_kills();
         for some in apps.chunks(self.experiment.start_at_once) {
             for app in some {
                 match &self.daemon {
@@ -127,7 +127,7 @@ impl<'a> Stage<'a> {
                     if let Some(text) = self.world.ended_by_itself() {
                         return Ok(Started::Ended(text));
                     }
-                    if kernel::System::now().is_ok_and(|now| now.oom_kills > kills) {
+                    if kernel::oom_kills() > kills {
                         return Ok(Started::Ended("the kernel ended a process for want of memory".into()));
                     }
                     if Instant::now() >= deadline {
