@@ -7,22 +7,11 @@ from machine import Failed
 from . import step
 from .apps import view
 from .sessions import users_log_in
-from .units import ACTIVATION, USER, Sample, systemctl, unit_of
+from .units import ACTIVATION, UNIT, USER, Sample, systemctl, unit_of
 
 # By size, in MiB. Nothing starts the last one again: it has no D-Bus service file.
 SIZES = {"org.example.Large": 48, "org.example.Middle": 24, "org.example.Small": 12, "org.example.Alone": 64}
 ALONE = "org.example.Alone"
-UNIT = """[Unit]
-Description={name}
-
-[Service]
-Type=dbus
-BusName={name}
-Slice=app.slice
-Environment=NIGHTPORTER_SAMPLE_NAME={name} NIGHTPORTER_SAMPLE_MODE=shared NIGHTPORTER_SAMPLE_BALLAST_KIB={kib}
-Environment=NIGHTPORTER_SAMPLE_REPORT=/run/sample-reports
-ExecStart=/usr/bin/nightporter-sample
-"""
 # The one takes memory until a third is available; the other, held to less than it uses, waits for its pages all the time.
 # Nothing is at the mercy of the kernel's own killer.
 HOG = """
@@ -63,7 +52,7 @@ def short_memory_pages_out_then_ends(vm):
     apps = {}
     before = list(vm.apps)
     for name, size in SIZES.items():
-        vm.write(f"/etc/systemd/user/{unit_of(name)}", UNIT.format(name=name, kib=size << 10))
+        vm.write(f"/etc/systemd/user/{unit_of(name)}", UNIT.format(name=name, more=f"Environment=NIGHTPORTER_SAMPLE_BALLAST_KIB={size << 10}"))
         if name != ALONE:
             vm.write(f"/usr/share/dbus-1/services/{name}.service", ACTIVATION.format(name=name))
     systemctl(vm, "daemon-reload")
