@@ -210,8 +210,9 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
     let (rest, settled_rest, _) = watch(stage)?;
     let server_after = stage.relay.and_then(processes::pss);
     let server_pss = server_before.zip(server_after);
-    let samples = app_samples(stage)?;
+    // Before it is asked anything: what an answer maps is gone again seconds after.
     let daemon_pss = stage.daemon.as_ref().and_then(|(_, pid)| processes::pss(*pid));
+    let samples = app_samples(stage)?;
     let connections = trace::connections(stage);
     let (claim, report) = claim(stage)?;
     let kills = kernel::oom_kills();
