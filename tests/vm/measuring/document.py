@@ -65,7 +65,6 @@ def glance(outcome):
 
 
 def _page(results):
-    host = results["host"]
     yield "# What is saved, with real programs"
     yield ""
     yield "<!-- Made by `tests/vm/measure`; do not edit. -->"
@@ -89,7 +88,7 @@ def _page(results):
         for run in figures.of(results, plan.MIXED, gib):
             yield from _mixed(run)
     yield from _reaches(results)
-    yield from _conditions(results, host)
+    yield from _conditions(results)
 
 
 def _targets(results):
@@ -200,7 +199,7 @@ def _reaches(results):
     yield ""
 
 
-def _conditions(results, host):
+def _conditions(results):
     machine = results["runs"][0]["outcome"]["machine"] if results["runs"] else {}
     packages = results["packages"]
     programs = ", ".join(
@@ -208,14 +207,13 @@ def _conditions(results, host):
     )
     yield "## Conditions"
     yield ""
-    made = ", ".join(sorted({f"{run['made']} from {run['commit']}" for run in results["runs"]}))
-    yield f"- Made {made}, by `tests/vm/measure` as root and nothing else. All raw figures: `measured.json`."
+    yield "- All of it by `tests/vm/measure` as root and nothing else, all raw figures: `measured.json`. Each of it:"
+    for told, whats in _made(results["runs"]).items():
+        yield f"  - {', '.join(whats)}: {told}."
+    qemus = ", ".join(sorted({run["host"]["qemu"] for run in results["runs"]}))
     yield (
-        f"- {host['qemu']} without KVM, {host['at_once']} machines at a time with {host['cpus_each']} processors each on {host['cpus']}. Everything takes "
-        "many times as long as on hardware: memory is real, **times are not a phone's**."
+        f"- {qemus} without KVM. Everything takes many times as long as on hardware: memory is real, **times are not a phone's**."
     )
-    if built := host.get("built"):
-        yield f"- Night Porter as built by {built}."
     yield (
         f"- Debian 13, Linux {machine.get('kernel')}, zram of half the memory ({' '.join(machine.get('zram_algorithms', []))}), huge pages "
         f"{machine.get('transparent_hugepages')}, swappiness {machine.get('swappiness')}."
@@ -239,6 +237,22 @@ def _conditions(results, host):
     )
     yield "- A push to a tombstone pays for the start of its program; that is what the memory is exchanged for."
     yield ""
+
+
+def _made(runs):
+    """When, from what and where the results were made, and which were made so."""
+    found = {}
+    for run in runs:
+        host = run["host"]
+        machines = "the only machine" if host["at_once"] == 1 else f"one of {host['at_once']} machines at a time"
+        told = (
+            f"{run['made']} from {run['commit']}, built by {host['built']}; in {machines}, with {host['cpus_each']} processors on "
+            f"{host['cpus']} of the host"
+        )
+        what = f"{run['gib']}/{run['label']}"
+        if what not in found.setdefault(told, []):
+            found[told].append(what)
+    return found
 
 
 def _only(gib, runs):
