@@ -747,6 +747,42 @@ fn the_owner_is_told_at_once_and_at_each_change_in_order() {
 }
 
 #[test]
+fn more_apps_than_a_connection_may_have_rules_come_and_go_as_well() {
+    // The system's bus, like this one, lets a connection have 512.
+    let daemon = Daemon::new();
+    let mut main = Loop::up(&daemon);
+    let keys: Vec<AppKey> = (0..1000).map(|n| AppKey::new(BUS, format!("org.example.Many{n}"))).collect();
+    let comes_and_goes = |main: &mut Loop, key: &AppKey| {
+        let app = App::start(&daemon.address(), &key.service, Behaviour::Accept);
+        assert_eq!(main.owner(key), Some(app.owner.clone()), "{key}");
+        app.quit();
+        assert_eq!(main.owner(key), None, "{key}");
+    };
+    for key in &keys {
+        main.perform(Action::Watch(key.clone()));
+        assert_eq!(main.owner(key), None);
+    }
+    for n in [0, 255, 256, 511, 512, 999] {
+        comes_and_goes(&mut main, &keys[n]);
+    }
+    // As many are watched as before, others than before; then few again.
+    for key in &keys[..500] {
+        main.perform(Action::Unwatch(key.clone()));
+    }
+    for key in &keys[..500] {
+        main.perform(Action::Watch(key.clone()));
+        assert_eq!(main.owner(key), None);
+    }
+    for n in [0, 255, 256, 499, 500, 999] {
+        comes_and_goes(&mut main, &keys[n]);
+    }
+    for key in &keys[10..] {
+        main.perform(Action::Unwatch(key.clone()));
+    }
+    comes_and_goes(&mut main, &keys[9]);
+}
+
+#[test]
 fn the_process_is_the_right_one() {
     let daemon = Daemon::new();
     let mut main = Loop::up(&daemon);

@@ -93,7 +93,8 @@ pub(crate) struct Limits {
     pub(crate) max_users: u32,
 
     /// Channels of one device; beyond it: register answers 500
-    #[arg(long, value_name = "N", default_value_t = 500)]
+    // As many as a daemon has registrations at most, unless it is told otherwise (limits.registrations).
+    #[arg(long, value_name = "N", default_value_t = 1000)]
     pub(crate) max_channels: u32,
 
     /// Messages waiting for one device; beyond it: 429

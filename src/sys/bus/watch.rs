@@ -1,10 +1,11 @@
 //! Who owns the apps' names. One match rule per name: a rule for all names would wake the daemon at every program start.
+//! Only beyond as many rules as a bus surely lets us have there is that one for all the rest.
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
     process::{self, Purpose},
-    wire::{BUS_NAME, Pending, Response, Wire},
+    wire::{Pending, Response, Wire},
 };
 use crate::{
     event::BusEvent,
@@ -12,17 +13,24 @@ use crate::{
     sys::inbox::{Incoming, Process},
 };
 
+/// Names with a rule of their own. dbus-daemon lets a connection have 512 rules (`max_match_rules_per_connection`), and has
+/// the others of this connection beside.
+const OWN_RULES: usize = 256;
+
 /// The watched names of one connection.
 #[derive(Default)]
 pub(super) struct Watches {
     // As many as the core has apps.
     names: HashMap<Arc<str>, Watch>,
     count: u64,
+    /// Names without a rule of their own: while there are any, there is the rule for all names.
+    without_rule: usize,
 }
 
 struct Watch {
     /// Which Watch this is: answers to earlier ones are not for it.
     number: u64,
+    own_rule: bool,
     /// What the loop was told; `None` before the first answer.
     told: Option<Option<Owner>>,
 }
@@ -32,9 +40,22 @@ impl Watches {
     pub(super) fn add(&mut self, wire: &mut Wire, app: &AppKey) {
         self.count += 1;
         let number = self.count;
-        let watch = Watch { number, told: None };
-        if self.names.insert(Arc::clone(&app.service), watch).is_none() {
-            wire.ask_bus("AddMatch", &rule(&app.service).as_str(), Pending::Match(app.clone()));
+        if let Some(watch) = self.names.get_mut(&app.service) {
+            (watch.number, watch.told) = (number, None);
+        } else {
+            let own_rule = self.names.len() - self.without_rule < OWN_RULES;
+            if own_rule {
+                wire.ask_bus("AddMatch", &rule(&app.service).as_str(), Pending::Match(app.clone()));
+            } else {
+                if self.without_rule == 0 {
+                    log::info!(
+                        "more than {OWN_RULES} apps on one bus: every program's start and end there is looked at"
+                    );
+                    wire.ask_bus("AddMatch", &RULE, Pending::Match(app.clone()));
+                }
+                self.without_rule += 1;
+            }
+            self.names.insert(Arc::clone(&app.service), Watch { number, own_rule, told: None });
         }
         // The bus handles these in order: a change after its answer is one that the rule lets through.
         wire.ask_bus("GetNameOwner", &&*app.service, Pending::Owner(app.clone(), number));
@@ -42,8 +63,15 @@ impl Watches {
 
     /// Stops watching a name.
     pub(super) fn remove(&mut self, wire: &mut Wire, app: &AppKey) {
-        if self.names.remove(&app.service).is_some() {
-            wire.tell_bus("RemoveMatch", &rule(&app.service).as_str());
+        match self.names.remove(&app.service) {
+            Some(Watch { own_rule: true, .. }) => wire.tell_bus("RemoveMatch", &rule(&app.service).as_str()),
+            Some(_) => {
+                self.without_rule -= 1;
+                if self.without_rule == 0 {
+                    wire.tell_bus("RemoveMatch", &RULE);
+                }
+            }
+            None => {}
         }
     }
 
@@ -103,8 +131,12 @@ impl Watches {
     }
 }
 
+/// The match rule for the owners of all names.
+const RULE: &str =
+    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged'";
+
 /// The match rule for the owner of `name`.
 pub(super) fn rule(name: &str) -> String {
     // Bus names contain neither quotes nor commas: they were checked when the app registered, and the bus checks again.
-    format!("type='signal',sender='{BUS_NAME}',interface='{BUS_NAME}',member='NameOwnerChanged',arg0='{name}'")
+    format!("{RULE},arg0='{name}'")
 }
