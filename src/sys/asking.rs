@@ -11,6 +11,9 @@ use zbus::{
 
 /// The bus itself, as destination and as sender.
 pub(super) const BUS_NAME: &str = "org.freedesktop.DBus";
+/// The match rule for the owners of all names; `,arg0='…'` makes it one for a single name.
+pub(super) const OWNERS_RULE: &str =
+    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged'";
 /// The standard interface of properties.
 pub(super) const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 

@@ -10,7 +10,10 @@ use super::{
 use crate::{
     event::BusEvent,
     model::{AppKey, Owner},
-    sys::inbox::{Incoming, Process},
+    sys::{
+        asking::OWNERS_RULE,
+        inbox::{Incoming, Process},
+    },
 };
 
 /// Names with a rule of their own. dbus-daemon lets a connection have 512 rules (`max_match_rules_per_connection`), and has
@@ -51,7 +54,7 @@ impl Watches {
                     log::info!(
                         "more than {OWN_RULES} apps on one bus: every program's start and end there is looked at"
                     );
-                    wire.ask_bus("AddMatch", &RULE, Pending::Match(app.clone()));
+                    wire.ask_bus("AddMatch", &OWNERS_RULE, Pending::Match(app.clone()));
                 }
                 self.without_rule += 1;
             }
@@ -68,7 +71,7 @@ impl Watches {
             Some(_) => {
                 self.without_rule -= 1;
                 if self.without_rule == 0 {
-                    wire.tell_bus("RemoveMatch", &RULE);
+                    wire.tell_bus("RemoveMatch", &OWNERS_RULE);
                 }
             }
             None => {}
@@ -131,12 +134,8 @@ impl Watches {
     }
 }
 
-/// The match rule for the owners of all names.
-const RULE: &str =
-    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',member='NameOwnerChanged'";
-
 /// The match rule for the owner of `name`.
 pub(super) fn rule(name: &str) -> String {
     // Bus names contain neither quotes nor commas: they were checked when the app registered, and the bus checks again.
-    format!("{RULE},arg0='{name}'")
+    format!("{OWNERS_RULE},arg0='{name}'")
 }

@@ -15,8 +15,7 @@ use crate::{
     sys::inbox::{Incoming, Process, Sender},
 };
 
-/// The bus itself, as destination and as sender.
-pub(super) const BUS_NAME: &str = "org.freedesktop.DBus";
+pub(super) use crate::sys::asking::BUS_NAME;
 
 /// The outgoing side of a connection.
 pub(super) struct Wire {

@@ -15,7 +15,7 @@ use zruntime::SharedRuntime;
 use super::teller::Teller;
 use crate::{
     sys::{
-        asking::{BUS_NAME, Calls, Response},
+        asking::{BUS_NAME, Calls, OWNERS_RULE, Response},
         clock,
     },
     time::{Instant, earliest},
@@ -165,7 +165,7 @@ fn poll_message(stream: &mut MessageStream, context: &mut Context<'_>) -> Poll<I
 /// The rule for the owner of `name`; one that ends with `.*` stands for all names below it as well.
 pub(super) fn owner_rule(name: &str) -> String {
     let (key, name) = name.strip_suffix(".*").map_or(("arg0", name), |space| ("arg0namespace", space));
-    format!("type='signal',sender='{BUS_NAME}',interface='{BUS_NAME}',member='NameOwnerChanged',{key}='{name}'")
+    format!("{OWNERS_RULE},{key}='{name}'")
 }
 
 /// Whether [`owner_rule`] of `pattern` is for `name`.

@@ -4,7 +4,7 @@ use super::{
     facts::{Object, Service},
     logind::Mode,
 };
-pub(super) use crate::sys::asking::{BUS_NAME, PROPERTIES, Response};
+pub(super) use crate::sys::asking::{BUS_NAME, OWNERS_RULE, PROPERTIES, Response};
 
 /// What a reply is for.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use zbus::{Connection, Message, MessageStream, ObjectPath, Variant, message::Typ
 
 use super::{
     Lasting, Turn,
-    calls::{BUS_NAME, Calls, PROPERTIES, Pending, Response},
+    calls::{BUS_NAME, Calls, OWNERS_RULE, PROPERTIES, Pending, Response},
     facts::{Facts, Known, Object, Service},
     logind::{self, Inhibitors},
     network_manager, upower,
@@ -392,10 +392,7 @@ fn poll_message(stream: &mut MessageStream, context: &mut Context<'_>) -> Poll<I
 }
 
 fn owner_rule(service: Service) -> String {
-    format!(
-        "type='signal',sender='{BUS_NAME}',interface='{BUS_NAME}',member='NameOwnerChanged',arg0='{}'",
-        service.name()
-    )
+    format!("{OWNERS_RULE},arg0='{}'", service.name())
 }
 
 fn logind_rule(member: &str) -> String {
