@@ -218,7 +218,8 @@ impl Climb<'_> {
             }
             if let Some((Ended::Died | Ended::NotReady, _)) = reason {
                 // Who is left is anybody's guess.
-                self.end(0);
+                self.stage.kill_apps();
+                self.forget(0);
             }
             search.tell(target, reason.is_none());
             last = reason.or(last).filter(|_| search.bad.is_some());
@@ -255,6 +256,12 @@ impl Climb<'_> {
     fn end(&mut self, left: usize) {
         let surplus = self.stage.world.apps()[left..self.running].to_vec();
         self.stage.end_apps(&surplus);
+        self.forget(left);
+    }
+
+    /// The newest apps have ended; this many are left.
+    fn forget(&mut self, left: usize) {
+        let surplus = self.stage.world.apps()[left..self.running].to_vec();
         self.stage.world.inbox().forget(&surplus);
         self.running = left;
     }

@@ -53,6 +53,8 @@ pub(super) enum Started {
 }
 
 const FREEZE: Duration = Duration::from_secs(30);
+/// What was swapped out is only let go of, but there may be a lot of it.
+const KILL: Duration = Duration::from_secs(120);
 /// A daemon that looks at an app before it touches it, or is asked to wait, may take this long beside.
 const MARGIN: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(20);
@@ -211,6 +213,17 @@ impl<'a> Stage<'a> {
         if stubborn > 0 {
             self.note("some apps did not end on SIGTERM and were killed".into());
         }
+    }
+
+    /// Ends all apps, with SIGKILL at once where that takes no look at a process: for a machine so short of memory that each
+    /// takes seconds, and no app could answer SIGTERM.
+    pub(super) fn kill_apps(&mut self) {
+        if let Some(Err(error)) = self.cgroups.as_ref().map(|cgroups| cgroups.kill(KILL)) {
+            self.note(format!("the apps' cgroups cannot be killed: {error}"));
+        }
+        // Where there are no cgroups, and what had not come into its own yet.
+        let all = self.world.apps().to_vec();
+        self.end_apps(&all);
     }
 
     /// Says something about the figures, once.
