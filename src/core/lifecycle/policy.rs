@@ -18,8 +18,9 @@ pub(super) const SAMPLE_ANSWER: Duration = Duration::from_secs(5);
 pub(super) const HOLD_ANSWER: Duration = Duration::from_secs(5);
 /// How long a kill may stay without an end: the grace between SIGTERM and SIGKILL, and time to die.
 pub(super) const KILL_ANSWER: Duration = Duration::from_secs(30);
-/// How long an inspection may stay without an answer; the executor promises 5 s.
-pub(super) const INSPECT_ANSWER: Duration = Duration::from_secs(6);
+/// How long an inspection may stay without an answer. The executor promises 5 s from when it has come to it; before that it may
+/// wait behind others, where many apps go to the background at a time.
+pub(super) const INSPECT_ANSWER: Duration = Duration::from_secs(30);
 /// An inspection that found nothing is good for a freeze this long.
 const CLEAR_FOR: Duration = Duration::from_secs(5);
 /// What was frozen is inspected once more after this: a lock may have become awaited (Android's deadlock watchdog, lifecycle.md §1.1).

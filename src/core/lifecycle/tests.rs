@@ -1114,8 +1114,11 @@ fn an_inspection_without_an_answer_does_not_freeze() {
     world.clear = false;
     world.pass(10);
     world.sampled(LARGE);
-    world.pass(6);
+    world.pass(29);
     assert_eq!(world.acts(), [RESIDENT, Output::Inspect(T1)]);
+    assert!(!world.why().contains("in time"), "it may wait behind others");
+    world.pass(1);
+    assert_eq!(world.acts(), []);
     assert_eq!(world.why(), "leave: it could not be inspected: it could not be inspected in time");
     world.life.inspected(T1, &Ok(Vec::new()), world.now);
     assert_eq!(world.acts(), [], "a late answer is of another moment");

@@ -14,8 +14,9 @@ use super::{
     cgroup::{Cgroup, parse_mountinfo},
     procfs::{Member, ProcDir, Processes, Stat, is_gone, parse_cgroup},
     role::{self, Role},
+    walks::Walks,
 };
-use crate::model::TargetId;
+use crate::{model::TargetId, sys::clock, time::Instant};
 
 const PREFIX: &str = "nightporter-";
 /// Looks for children born meanwhile before giving up on a tree that forks without end.
@@ -62,6 +63,16 @@ pub(super) struct World {
     mount: Option<PathBuf>,
     systemd: bool,
     me: Member,
+    walks: Arc<Walks>,
+}
+
+/// How `/proc` is walked through.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Walk {
+    /// For this alone.
+    Own,
+    /// On a worker: together with whoever else asks, not before this.
+    Shared(Instant),
 }
 
 impl World {
@@ -71,7 +82,7 @@ impl World {
         // sd_booted(3).
         let systemd = systemd.unwrap_or_else(|| Path::new("/run/systemd/system").is_dir());
         let me = Member::of(&ProcDir::open(std::process::id())?.stat()?);
-        Ok(Self { mount, systemd, me })
+        Ok(Self { mount, systemd, me, walks: Arc::default() })
     }
 
     /// Without cgroups.
@@ -79,15 +90,41 @@ impl World {
         Self { mount: None, ..self }
     }
 
+    /// The walks its looks share.
+    pub(super) fn walks(&self) -> &Arc<Walks> {
+        &self.walks
+    }
+
+    /// Every process there is.
+    pub(super) fn walk(&self, walk: Walk) -> io::Result<Arc<Processes>> {
+        match walk {
+            Walk::Own => Processes::now().map(Arc::new),
+            Walk::Shared(asked) => self.walks.since(asked, clock::boot, Processes::now),
+        }
+    }
+
     /// Looks at the app `service` whose process is `main`. `others`: the processes of all other apps.
     ///
     /// # Errors
     /// As a sentence part, when the process is gone or has too much below it.
-    pub(super) fn survey(&self, service: &str, main: Member, others: &[(u32, Arc<str>)]) -> Result<Survey, Arc<str>> {
+    pub(super) fn survey(
+        &self,
+        service: &str,
+        main: Member,
+        others: &[(u32, Arc<str>)],
+        walk: Walk,
+    ) -> Result<Survey, Arc<str>> {
         let dir = main.dir().map_err(|_| "its process has ended")?;
         // Before the processes are listed, so that everything in the cgroup is in the list or has ended.
         let cgroup = self.cgroup_of(&dir);
-        let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
+        let unreadable = |error: io::Error| format!("/proc cannot be read: {error}");
+        let mut processes = self.walk(walk).map_err(unreadable)?;
+        // A walk of others' may have been before that.
+        if let (Found::Cgroup { pids, .. }, Walk::Shared(_)) = (&cgroup, walk)
+            && pids.iter().any(|pid| *pid != 0 && processes.find(*pid).is_none())
+        {
+            processes = self.walk(Walk::Own).map_err(unreadable)?;
+        }
         let tree = processes.tree(main.pid).ok_or("it has more than 4096 processes")?;
         let protected = self.protected(service, main, &tree, &processes);
 

@@ -7,7 +7,7 @@ use std::{collections::HashSet, fs::File, sync::Arc, time::Duration};
 
 use super::{
     cgroup::{Cgroup, number},
-    home::{Home, Survey, World},
+    home::{Home, Survey, Walk, World},
     locks::{Awaited, Owner, parse_awaited},
     open_files::OpenFiles,
     procfs::{MAX_MEMBERS, Member, ProcDir, Processes, is_gone, parse_process, parse_tracer, read_text},
@@ -36,6 +36,7 @@ pub(super) struct Request {
     /// The processes of all other apps.
     pub(super) others: Vec<(u32, Arc<str>)>,
     pub(super) held: Option<Held>,
+    pub(super) asked: Instant,
 }
 
 /// How it is held at this time.
@@ -83,13 +84,14 @@ pub(super) enum Loose {
     /// Below the main process, outside the cgroup.
     Outside(Vec<Member>),
     /// Of a tree that is held by signals.
-    Awake(Processes),
+    Awake(Arc<Processes>),
 }
 
 /// Looks. Takes milliseconds; never call it on the loop.
 pub(super) fn inspect(request: Request) -> Inspection {
     let now = clock::boot();
-    let survey = match request.world.survey(&request.service, request.main, &request.others) {
+    let walk = Walk::Shared(request.asked);
+    let survey = match request.world.survey(&request.service, request.main, &request.others, walk) {
         Ok(survey) => survey,
         Err(reason) => return Inspection { vetoes: Err(reason), survey: None, loose: None },
     };
@@ -139,7 +141,7 @@ fn look(request: &Request, survey: &Survey, until: Instant, found: &mut Found) -
     }
     let loose = match &request.held {
         Some(Held::Cgroup { cgroup, usage }) => look_at_cgroup(request, cgroup, *usage, found)?,
-        Some(Held::Tree { stopped }) => look_at_tree(request.main, stopped)?,
+        Some(Held::Tree { stopped }) => look_at_tree(request, stopped)?,
         None => None,
     };
     let members: HashSet<u32> = survey.members.iter().map(|member| member.pid).collect();
@@ -234,7 +236,7 @@ fn look_at_cgroup(
         let (used, time) = (used.as_millis(), time.as_millis());
         found.add(VetoKind::NotHeld, &format!("it used the processor for {used} of the {time} ms it was held still"));
     }
-    let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
+    let processes = processes(request)?;
     let outside = request.world.outside(cgroup, request.main, &processes).map_err(|error| error.to_string())?;
     let Some(first) = outside.first() else { return Ok(None) };
     if request.world.is_own(cgroup) {
@@ -244,9 +246,13 @@ fn look_at_cgroup(
     Ok(None)
 }
 
-fn look_at_tree(main: Member, stopped: &[Member]) -> Result<Option<Loose>, Arc<str>> {
-    let processes = Processes::now().map_err(|error| format!("/proc cannot be read: {error}"))?;
-    let tree = processes.tree(main.pid).ok_or("it has more than 4096 processes")?;
+fn processes(request: &Request) -> Result<Arc<Processes>, Arc<str>> {
+    request.world.walk(Walk::Shared(request.asked)).map_err(|error| format!("/proc cannot be read: {error}").into())
+}
+
+fn look_at_tree(request: &Request, stopped: &[Member]) -> Result<Option<Loose>, Arc<str>> {
+    let processes = processes(request)?;
+    let tree = processes.tree(request.main.pid).ok_or("it has more than 4096 processes")?;
     let known: HashSet<Member> = stopped.iter().copied().collect();
     let mut living = tree.iter().filter(|stat| !stat.is_dead());
     let awake = living.any(|stat| !known.contains(&Member::of(stat)) || Member::of(stat).is_stopped() == Some(false));

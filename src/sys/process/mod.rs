@@ -23,6 +23,7 @@ mod record;
 mod role;
 mod target;
 mod targets;
+mod walks;
 mod whose;
 mod zram;
 

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     os::fd::{AsFd, AsRawFd, OwnedFd},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -17,9 +17,9 @@ use rustix::{
 use super::{
     cgroup::Cgroup,
     hold::{Hold, Progress, Wait, hanging, read_frozen},
-    home::{Home, Survey, World, move_to},
+    home::{Home, Survey, Walk, World, move_to},
     inspect::{Held, Inspection, Loose, Request, Usage, inspect, veto},
-    look::{Looker, Sight},
+    look::{Haste, Looker, Sight, Ticket as LookTicket},
     measure::Scope,
     oom::Oom,
     page_out::Ticket,
@@ -36,7 +36,7 @@ use crate::{
 
 /// A process that got SIGKILL and is there after this long hangs in the kernel.
 const DEATH: Duration = Duration::from_secs(2);
-/// An inspection that has not answered by then has failed.
+/// An inspection that has begun and not answered by then has failed.
 const INSPECTION: Duration = Duration::from_secs(5);
 /// What an inspection found out about the processes may be used for a freeze as long as this.
 const FRESH: Duration = Duration::from_secs(5);
@@ -80,9 +80,9 @@ pub(super) struct Look {
     /// The look a freeze waits for.
     asked: Option<u64>,
     /// What that look saw.
-    processes: Option<io::Result<Processes>>,
-    /// The inspection under way.
-    inspection: Option<(u64, Instant)>,
+    processes: Option<io::Result<Arc<Processes>>>,
+    /// The inspection under way, and when it has failed.
+    inspection: Option<(LookTicket, Instant)>,
     /// What the last inspection found out about the processes, and when.
     survey: Option<(Survey, Instant)>,
     /// When it came to rest.
@@ -125,7 +125,7 @@ impl Target {
         if has_ended(&self.pidfd) {
             return Err("its process has ended".into());
         }
-        let survey = world.survey(&self.app.service, self.main, others)?;
+        let survey = world.survey(&self.app.service, self.main, others, Walk::Own)?;
         match survey.refusal() {
             Some(reason) => Err(reason),
             None => Ok(survey),
@@ -147,7 +147,7 @@ impl Target {
             Phase::Looking(wait) | Phase::Freezing(_, wait) | Phase::Thawing(_, wait) => Some(wait.next),
             Phase::Running | Phase::Frozen(_) => None,
         };
-        let inspection = self.look.inspection.map(|(_, deadline)| deadline);
+        let inspection = self.look.inspection.as_ref().map(|(_, deadline)| *deadline);
         let kill = self.kill.as_ref().and_then(|kill| earliest(Some(kill.deadline), kill.answer_by));
         earliest(earliest(wait, kill), earliest(inspection, self.oom.due()))
     }
@@ -177,9 +177,9 @@ impl Target {
     /// Has the app looked at, and is frozen then.
     fn ask_survey(&mut self, mut wait: Wait, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
         let (world, service, main) = (Arc::clone(cx.world), Arc::clone(&self.app.service), self.main);
-        let others = others.to_vec();
-        let look = move || Sight::Survey(world.survey(&service, main, &others));
-        self.look.asked = cx.looker.ask(self.id, look);
+        let (others, walk) = (others.to_vec(), Walk::Shared(clock::boot()));
+        let look = move || Sight::Survey(world.survey(&service, main, &others, walk));
+        self.look.asked = cx.looker.ask(self.id, Haste::Now, look).map(|ticket| ticket.number);
         if self.look.asked.is_none() {
             return self.tell(cx, Outcome::FreezeFailed("too much other work is waiting".into()));
         }
@@ -190,7 +190,7 @@ impl Target {
     /// A look has ended.
     pub(super) fn seen(&mut self, ticket: u64, sight: Sight, others: &[(u32, Arc<str>)], cx: &mut Context<'_>) {
         if let Sight::Inspection(inspection) = sight {
-            if self.look.inspection.take_if(|(asked, _)| *asked == ticket).is_some() {
+            if self.look.inspection.take_if(|(asked, _)| asked.number == ticket).is_some() {
                 self.inspected(*inspection, cx);
             }
             return;
@@ -245,8 +245,9 @@ impl Target {
             main: self.main,
             others: others.to_vec(),
             held,
+            asked: clock::boot(),
         };
-        match cx.looker.ask(self.id, move || Sight::Inspection(Box::new(inspect(request)))) {
+        match cx.looker.ask(self.id, Haste::Whenever, move || Sight::Inspection(Box::new(inspect(request)))) {
             Some(ticket) => self.look.inspection = Some((ticket, clock::boot() + INSPECTION)),
             None => cx.out.push(Event::Inspected(self.id, Err("too much other work is waiting".into()))),
         }
@@ -296,8 +297,14 @@ impl Target {
 
     /// Does what is due apart from what it waits for.
     pub(super) fn work(&mut self, now: Instant, cx: &mut Context<'_>) {
-        if self.look.inspection.take_if(|(_, deadline)| *deadline <= now).is_some() {
-            cx.out.push(Event::Inspected(self.id, Err("looking at it took too long".into())));
+        if let Some((ticket, deadline)) = self.look.inspection.as_mut().filter(|(_, deadline)| *deadline <= now) {
+            if ticket.begun.load(Ordering::Relaxed) {
+                self.look.inspection = None;
+                cx.out.push(Event::Inspected(self.id, Err("looking at it took too long".into())));
+            } else {
+                // It waits behind others: many went to the background at a time. The core has a deadline for that.
+                *deadline = now + INSPECTION;
+            }
         }
         let (id, record) = (self.id, &mut *cx.record);
         let Some(to) = cx.oom_score_adj else { return };
@@ -338,7 +345,7 @@ impl Target {
             Home::Cgroup { cgroup, .. } => self.freeze_cgroup(cgroup, cx)?,
             _ => Hold::Tree { stopped: Vec::new() },
         };
-        self.look = Look { inspection: self.look.inspection, ..Look::default() };
+        self.look = Look { inspection: self.look.inspection.take(), ..Look::default() };
         self.phase = Phase::Freezing(hold, wait);
         self.step(clock::boot(), cx);
         Ok(())
@@ -451,7 +458,7 @@ impl Target {
         }
         let Some(processes) = self.look.processes.take() else {
             if self.look.asked.is_none() {
-                self.look.asked = cx.looker.ask(self.id, || Sight::Processes(Processes::now()));
+                self.ask_processes(cx);
             }
             return match self.look.asked {
                 Some(_) => Ok(Progress::Told),
@@ -464,11 +471,17 @@ impl Target {
             Hold::Tree { stopped } => match self.stop_more(stopped, &processes, cx)? {
                 Some(progress) => Ok(progress),
                 None => {
-                    self.look.asked = cx.looker.ask(self.id, || Sight::Processes(Processes::now()));
+                    self.ask_processes(cx);
                     Ok(Progress::Told)
                 }
             },
         }
+    }
+
+    fn ask_processes(&mut self, cx: &Context<'_>) {
+        let (world, walk) = (Arc::clone(cx.world), Walk::Shared(clock::boot()));
+        let look = move || Sight::Processes(world.walk(walk));
+        self.look.asked = cx.looker.ask(self.id, Haste::Now, look).map(|ticket| ticket.number);
     }
 
     fn is_cgroup_held(&self, cgroup: &Cgroup, processes: &Processes, cx: &Context<'_>) -> Result<Progress, String> {

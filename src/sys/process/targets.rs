@@ -16,7 +16,7 @@ use mio::{Interest, Registry, Token, unix::SourceFd};
 
 use super::{
     cgroup::Cgroup,
-    home::{Home, World, remove},
+    home::{Home, Walk, World, remove},
     look::{Looker, Seen},
     measure::{Batch, Scope},
     oom::Oom,
@@ -171,7 +171,8 @@ impl Targets {
         let record = Record::open(&runtime_dir).map_err(|error| ProcessError::Record { dir: runtime_dir, error })?;
         let made = world.sweep_dead();
         let world = if options.signals_only { world.signals_only() } else { world };
-        let looker = Looker::new(&registry, Token(first_token + 2 * MAX_TARGETS)).map_err(ProcessError::Eventfd)?;
+        let token = Token(first_token + 2 * MAX_TARGETS);
+        let looker = Looker::new(&registry, token, Arc::clone(world.walks())).map_err(ProcessError::Eventfd)?;
         Ok(Self {
             registry,
             first_token,
@@ -200,7 +201,7 @@ impl Targets {
     pub fn adopt(&mut self, app: &AppKey, process: Process) -> Result<(TargetId, ProcessFacts), Arc<str>> {
         let main = identify(app, &process)?;
         let id = TargetId(NEXT_TARGET.fetch_add(1, Ordering::Relaxed));
-        let survey = self.world.survey(&app.service, main, &[])?;
+        let survey = self.world.survey(&app.service, main, &[], Walk::Own)?;
         let slot = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         if slot >= MAX_TARGETS {
             return Err("there are 4096 apps already".into());
