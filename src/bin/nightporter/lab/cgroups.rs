@@ -82,11 +82,17 @@ impl Cgroups {
         number(&self.base.join("cpu.stat"), "usage_usec")
     }
 
-    /// Ends everything in them at once, frozen or not (`cgroup.kill`, Linux 5.14), without a look at any process, and waits until
-    /// it is gone, at most `patience`.
-    pub(crate) fn kill(&self, patience: Duration) -> io::Result<()> {
-        fs::write(self.base.join("cgroup.kill"), "1")?;
-        wait_for_event(&self.base, "populated", 0, patience)
+    /// Ends everything of these apps at once, frozen or not (`cgroup.kill`, Linux 5.14), without a look at any process, and waits
+    /// until it is gone, at most `patience`.
+    pub(crate) fn kill(&self, apps: &[String], patience: Duration) -> io::Result<()> {
+        for app in apps {
+            fs::write(self.path_of(app).join("cgroup.kill"), "1")?;
+        }
+        let deadline = Instant::now() + patience;
+        apps.iter().try_for_each(|app| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            wait_for_event(&self.path_of(app), "populated", 0, left)
+        })
     }
 
     /// Lets everything in them run.

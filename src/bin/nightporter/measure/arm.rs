@@ -191,9 +191,9 @@ fn measure(stage: &mut Stage<'_>, run: usize, say: &dyn Fn(&str), progress: &Pro
     stage.start_daemon()?;
     let apps = stage.world.apps().to_vec();
     say("apps start");
-    match stage.start(&apps, || progress.step())? {
+    match stage.start(&apps, || progress.step(), || None)? {
         Started::All => {}
-        Started::Late(text) | Started::Ended(text) => {
+        Started::Late(text) | Started::Ended(text) | Started::GivenUp(text) => {
             return Err(Failure::new(Exit::Failed, text + &stage.world.logs()));
         }
     }

@@ -177,7 +177,7 @@ struct Climb<'a> {
 
 type Reason = Option<(Ended, String)>;
 
-impl Climb<'_> {
+impl<'a> Climb<'a> {
     /// Tries one number after the other. Gives back what is known, and why the least of those that were too many was.
     fn climb(&mut self, mut search: Search, progress: &Progress) -> Result<(Search, Reason), Failure> {
         if kernel::stalled().is_none() {
@@ -218,8 +218,7 @@ impl Climb<'_> {
             }
             if let Some((Ended::Died | Ended::NotReady, _)) = reason {
                 // Who is left is anybody's guess.
-                self.stage.kill_apps();
-                self.forget(0);
+                self.end(0, Stage::kill_apps);
             }
             search.tell(target, reason.is_none());
             last = reason.or(last).filter(|_| search.bad.is_some());
@@ -232,36 +231,35 @@ impl Climb<'_> {
     fn attempt(&mut self, target: usize, step: &mut Step) -> Result<Reason, Failure> {
         let names = self.stage.world.apps().to_vec();
         if target < self.running {
-            self.end(target);
+            self.end(target, Stage::end_apps);
         }
         let kills = kernel::oom_kills();
         let (began, before) = (Instant::now(), kernel::stalled());
-        let new = names[self.running..target].to_vec();
+        let were = self.running;
         self.running = target;
-        match self.stage.start(&new, || {})? {
+        let pressure = || Some(kernel::share(kernel::stalled()?.saturating_sub(before?), began.elapsed()));
+        let mut strain = Strain::new(began, before);
+        match self.stage.start(&names[were..target], || {}, || strain.look(Instant::now(), kernel::stalled))? {
             Started::All => {}
+            Started::GivenUp(text) => {
+                step.pressure_adding = pressure();
+                self.end(were, Stage::kill_apps);
+                return Ok(Some((Ended::Pressure, text)));
+            }
             Started::Late(text) => return Ok(Some((Ended::NotReady, text))),
             Started::Ended(text) => return Ok(Some((Ended::Died, text))),
         }
-        let there = names[..target].to_vec();
-        self.stage.rest(&there)?;
+        let there = &names[..target];
+        self.stage.rest(there)?;
         self.stage.settle()?;
-        let stalled = kernel::stalled().zip(before);
-        step.pressure_adding =
-            stalled.map(|(after, before)| kernel::share(after.saturating_sub(before), began.elapsed()));
-        self.probe(&there, kills, step)
+        step.pressure_adding = pressure();
+        self.probe(there, kills, step)
     }
 
     /// Ends the newest apps, so that this many are left.
-    fn end(&mut self, left: usize) {
+    fn end(&mut self, left: usize, by: fn(&mut Stage<'a>, &[String])) {
         let surplus = self.stage.world.apps()[left..self.running].to_vec();
-        self.stage.end_apps(&surplus);
-        self.forget(left);
-    }
-
-    /// The newest apps have ended; this many are left.
-    fn forget(&mut self, left: usize) {
-        let surplus = self.stage.world.apps()[left..self.running].to_vec();
+        by(&mut self.stage, &surplus);
         self.stage.world.inbox().forget(&surplus);
         self.running = left;
     }
@@ -306,6 +304,41 @@ impl Climb<'_> {
             Some(text) => Ok(Some((Ended::Died, text))),
             None => Ok(None),
         }
+    }
+}
+
+/// Whether memory is so short while apps are added that there is no sense in adding more: far beyond what makes a number too
+/// many, and for long. The machine does little else by then, and would take most of an hour over the rest of them. Pure.
+struct Strain {
+    since: Instant,
+    stalled: Option<u64>,
+    windows: u32,
+}
+
+impl Strain {
+    const WINDOW: Duration = Duration::from_secs(10);
+    const WINDOWS: u32 = 3;
+    /// Percent.
+    const SHARE: f64 = 50.0;
+
+    const fn new(now: Instant, stalled: Option<u64>) -> Self {
+        Self { since: now, stalled, windows: 0 }
+    }
+
+    /// Says so, if it is so. Called as often as one likes.
+    fn look(&mut self, now: Instant, stalled: impl FnOnce() -> Option<u64>) -> Option<String> {
+        let over = now.saturating_duration_since(self.since);
+        if over < Self::WINDOW {
+            return None;
+        }
+        let (before, after) = (self.stalled?, stalled()?);
+        let share = kernel::share(after.saturating_sub(before), over);
+        self.windows = if share > Self::SHARE { self.windows + 1 } else { 0 };
+        (self.since, self.stalled) = (now, Some(after));
+        let long = Self::WINDOW * Self::WINDOWS;
+        (self.windows >= Self::WINDOWS).then(|| {
+            format!("tasks waited for memory more than {:.0} % of {long:?} while they were added", Self::SHARE)
+        })
     }
 }
 
@@ -359,6 +392,19 @@ mod tests {
         assert_eq!(Search::up_to(&plan, Some(0)), Search::new(4, 100));
         plan.times_enough = None;
         assert_eq!(Search::up_to(&plan, Some(10)), Search::new(4, 100));
+    }
+
+    #[test]
+    fn memory_that_is_short_for_long_ends_the_adding() {
+        let start = Instant::now();
+        let mut strain = Strain::new(start, Some(0));
+        // Seconds, and seconds waited by then.
+        let mut look =
+            |at: u64, waited: u64| strain.look(start + Duration::from_secs(at), || Some(waited * 1_000_000)).is_some();
+        assert!(!look(9, 9) && !look(10, 6) && !look(20, 12));
+        assert!(!look(30, 16), "once less, and it begins anew");
+        assert!(!look(40, 22) && !look(50, 28) && !look(55, 33) && look(60, 34));
+        assert_eq!(Strain::new(start, None).look(start + Duration::from_secs(60), || Some(60_000_000)), None);
     }
 
     proptest! {

@@ -50,6 +50,8 @@ pub(super) enum Started {
     Late(String),
     /// One ended by itself, or was ended by the kernel for want of memory.
     Ended(String),
+    /// It made no sense to go on.
+    GivenUp(String),
 }
 
 const FREEZE: Duration = Duration::from_secs(30);
@@ -111,8 +113,14 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Starts these apps, a few at once, and waits until each is ready.
-    pub(super) fn start(&mut self, apps: &[String], mut tick: impl FnMut()) -> Result<Started, Failure> {
+    /// Starts these apps, a few at once, and waits until each is ready; `tick` is called for each. `hopeless` says why there is no
+    /// sense in going on.
+    pub(super) fn start(
+        &mut self,
+        apps: &[String],
+        mut tick: impl FnMut(),
+        mut hopeless: impl FnMut() -> Option<String>,
+    ) -> Result<Started, Failure> {
         let patience = self.experiment.ready_within();
         let kills = kernel::oom_kills();
         for some in apps.chunks(self.experiment.start_at_once) {
@@ -131,6 +139,9 @@ impl<'a> Stage<'a> {
                     }
                     if kernel::oom_kills() > kills {
                         return Ok(Started::Ended("the kernel ended a process for want of memory".into()));
+                    }
+                    if let Some(text) = hopeless() {
+                        return Ok(Started::GivenUp(text));
                     }
                     if Instant::now() >= deadline {
                         let text = format!("{app} was not ready within {} s", patience.as_secs());
@@ -215,15 +226,14 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Ends all apps, with SIGKILL at once where that takes no look at a process: for a machine so short of memory that each
+    /// Ends these apps, with SIGKILL at once where that takes no look at a process: for a machine so short of memory that each
     /// takes seconds, and no app could answer SIGTERM.
-    pub(super) fn kill_apps(&mut self) {
-        if let Some(Err(error)) = self.cgroups.as_ref().map(|cgroups| cgroups.kill(KILL)) {
+    pub(super) fn kill_apps(&mut self, apps: &[String]) {
+        if let Some(Err(error)) = self.cgroups.as_ref().map(|cgroups| cgroups.kill(apps, KILL)) {
             self.note(format!("the apps' cgroups cannot be killed: {error}"));
         }
         // Where there are no cgroups, and what had not come into its own yet.
-        let all = self.world.apps().to_vec();
-        self.end_apps(&all);
+        self.end_apps(apps);
     }
 
     /// Says something about the figures, once.
