@@ -152,12 +152,11 @@ impl Core {
     pub(super) fn account_for(&mut self, app: &AppKey, outcome: &Outcome, now: Now) {
         match outcome {
             Outcome::PagedOut { freed, zram, source, .. } => self.ledger.paged_out(app, *freed, *zram, *source),
+            Outcome::PageOutFailed(_) => self.ledger.page_out_failed(app),
             Outcome::Thawed { .. } => self.ledger.thawed(app),
-            Outcome::Frozen { .. }
-            | Outcome::FreezeFailed(_)
-            | Outcome::ThawFailed(_)
-            | Outcome::PageOutFailed(_)
-            | Outcome::KillFailed(_) => return,
+            Outcome::Frozen { .. } | Outcome::FreezeFailed(_) | Outcome::ThawFailed(_) | Outcome::KillFailed(_) => {
+                return;
+            }
         }
         self.rate(app, now);
     }

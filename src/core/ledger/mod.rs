@@ -113,6 +113,8 @@ struct Row {
     /// Its swap when that was right, if known.
     zram_swap: Option<u64>,
     zram_source: Option<ZramSource>,
+    /// A page-out left part of it in swap, and nobody measured how much.
+    swap_unknown: bool,
 }
 
 impl Ledger {
@@ -155,12 +157,13 @@ impl Ledger {
             Phase::PagedOut => {
                 row.paged_out = Some(memory);
                 if row.zram_source.is_some() {
-                    row.zram_swap = Some(memory.swap);
+                    (row.zram_swap, row.swap_unknown) = (Some(memory.swap), false);
                 }
             }
             Phase::Resident | Phase::Now => {}
         }
         row.swap_is(memory.swap);
+        row.swap_unknown &= memory.swap > 0;
         match phase {
             Phase::Resident | Phase::Frozen if !row.is_worth(sample, &cost) => false,
             Phase::Resident => {
@@ -197,6 +200,11 @@ impl Ledger {
         }
     }
 
+    /// A page-out of the app came to no end: it was asked to run again, say. What was paged out until then stays in swap.
+    pub fn page_out_failed(&mut self, app: &AppKey) {
+        self.rows.entry(app.clone()).or_default().swap_unknown = true;
+    }
+
     /// The app runs again. Its pages come back as it touches them: what it costs is not known until it is measured, and its
     /// share of zram shrinks with the swap that is found then; where the page-out was not measured there is nothing to go
     /// by and the share ends here.
@@ -204,6 +212,7 @@ impl Ledger {
         if let Some(row) = self.rows.get_mut(app) {
             row.now = None;
             if row.zram_swap.is_none() {
+                row.swap_unknown |= row.zram_source.is_some();
                 row.no_zram();
             }
         }
@@ -214,6 +223,7 @@ impl Ledger {
         if let Some(row) = self.rows.get_mut(app) {
             row.now = None;
             row.no_zram();
+            row.swap_unknown = false;
         }
     }
 
@@ -470,6 +480,11 @@ impl Row {
         self.zram_swap.map_or(0, |ours| ours.min(swap))
     }
 
+    /// Whether part of this much swap may be there because of our page-outs, and nobody knows how much.
+    fn is_unknown(&self, swap: u64) -> bool {
+        swap > 0 && (self.swap_unknown || self.zram_source.is_some() && self.zram_swap.is_none())
+    }
+
     /// Whether this measurement may become the baseline.
     fn is_worth(&self, sample: &Sample, cost: &Cost) -> bool {
         let starting = sample.age > Duration::ZERO
@@ -477,7 +492,8 @@ impl Row {
             && sample.cpu.saturating_mul(STARTING_PART) > sample.age;
         let before = self.resident.as_ref().map(|baseline| baseline.cost.counted());
         let after = cost.counted().saturating_add(self.our_swap(cost.memory.swap));
-        !starting || before.is_none_or(|before| before < after)
+        let doubtful = starting || self.is_unknown(cost.memory.swap);
+        !doubtful || before.is_none_or(|before| before < after)
     }
 
     /// Makes the cost, and what we have put into swap, the baseline.
@@ -495,8 +511,7 @@ impl Row {
     /// What was just frozen is as it was: a better baseline than an old or a wrong one.
     fn refresh(&mut self, cost: Cost, conditions: &str, now: Now) -> bool {
         let Some(baseline) = &self.resident else { return false };
-        if cost.memory.swap > 0 && self.zram_source.is_some() && self.zram_swap.is_none() {
-            // What of it a page-out that was not measured left in swap is not known.
+        if self.is_unknown(cost.memory.swap) {
             return false;
         }
         let swapped = self.our_swap(cost.memory.swap);

@@ -308,6 +308,40 @@ fn a_baseline_is_taken_anew_at_a_freeze_when_it_is_old_or_wrong() {
 }
 
 #[test]
+fn what_a_page_out_without_an_end_left_in_swap_makes_no_baseline() {
+    let a = key("org.a");
+    let mut ledger = Ledger::default();
+    let resident = |ledger: &Ledger| ledger.record(&a).map(|(memory, ..)| memory.pss);
+    ledger.sampled(&a, Phase::Resident, &sample(30_000, 0, 0, 0), "", NOW);
+    // A message came before it was through.
+    ledger.page_out_failed(&a);
+    ledger.thawed(&a);
+    assert!(!ledger.sampled(&a, Phase::Frozen, &sample(4_000, 0, 26_000, 0), "", NOW));
+    assert!(!ledger.sampled(&a, Phase::Resident, &sample(4_000, 0, 26_000, 0), "", NOW));
+    assert_eq!(resident(&ledger), Some(30_000));
+    assert!(ledger.sampled(&a, Phase::Resident, &sample(35_000, 0, 1_000, 0), "", NOW), "it is at least that");
+    // The next one is measured: that much was ours.
+    ledger.paged_out(&a, 30_000, 0, ZramSource::Measured);
+    ledger.sampled(&a, Phase::PagedOut, &sample(4_000, 0, 31_000, 0), "", NOW);
+    ledger.thawed(&a);
+    assert!(ledger.sampled(&a, Phase::Frozen, &sample(20_000, 0, 20_000, 0), "", NOW));
+    assert_eq!(resident(&ledger), Some(40_000));
+    // One that ended well but nobody measured after.
+    ledger.paged_out(&a, 30_000, 0, ZramSource::Measured);
+    ledger.thawed(&a);
+    assert!(!ledger.sampled(&a, Phase::Frozen, &sample(4_000, 0, 36_000, 0), "", NOW));
+    // All of it is back, or it is another process.
+    assert!(ledger.sampled(&a, Phase::Frozen, &sample(25_000, 0, 0, 0), "", NOW));
+    ledger.page_out_failed(&a);
+    ledger.gone(&a);
+    assert!(
+        ledger.sampled(&a, Phase::Resident, &sample(9_000, 0, 100, 0), "", NOW),
+        "swapped by the kernel's own choice"
+    );
+    assert_eq!(resident(&ledger), Some(9_000));
+}
+
+#[test]
 fn conditions_are_said_as_far_as_they_are_known() {
     let mut ledger = Ledger::default();
     let at = |secs: u64| Instant::from_nanos(secs * 1_000_000_000);
