@@ -177,7 +177,8 @@ def _reaches(results):
     yield ""
     yield (
         f"`tests/vm/measure {' '.join(_only_of(runs))}`. The kinds in turn; a number is too many when tasks wait for memory more than "
-        "10 % of 10 s, a push takes over 10 s, or an app is ended for want of memory."
+        "10 % of 10 s once it has settled (or half of 30 s before), a push takes over 10 s, an app is not ready within 5 min, or one is ended "
+        "for want of memory."
     )
     yield ""
     yield "| memory | | kept reachable | too many | because | connections |"
