@@ -52,6 +52,8 @@ pub(in crate::sys) struct Door {
     watch: Option<AsyncIo<OwnedFd, Shared>>,
     closer: Closer,
     failed: u32,
+    /// Whether it is worth looking again without there being a new socket: not, where there was none and one would be told of.
+    again: bool,
     /// The connection ends when something is said on it that is not taken.
     strict: bool,
 }
@@ -70,7 +72,7 @@ impl Door {
 
     /// To another socket, by its file name.
     pub(in crate::sys) fn to(socket: &'static str, user: User, errands: Errands) -> Self {
-        Self { user, socket, errands, watch: None, closer: Closer::default(), failed: 0, strict: false }
+        Self { user, socket, errands, watch: None, closer: Closer::default(), failed: 0, again: true, strict: false }
     }
 
     /// To the session bus, for who must hear everything that is said: the connection ends with what is not taken.
@@ -117,11 +119,13 @@ impl Door {
 
     async fn enter(&mut self, runtime: &SharedRuntime) -> Result<UnixStream, String> {
         let (directory, uid, name) = (self.user.runtime_dir.clone(), self.user.uid, self.socket);
-        self.watch = None;
+        (self.watch, self.again) = (None, true);
         let looked = self.errands.run(&self.user, move || look(&directory, name, uid)).await;
         let looked = looked.map_err(|error| format!("cannot act as user {uid}: {error}"))?;
         // The directory may be another one than before: the user's own is mounted over the first.
         self.watch = looked.watch.and_then(|watch| AsyncIo::new(runtime, watch).ok());
+        let missing = looked.stream.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        self.again = !missing || self.watch.is_none();
         let at = self.user.runtime_dir.join(self.socket);
         looked.stream.map_err(|error| format!("{}: {error}", at.display()))
     }
@@ -131,14 +135,14 @@ impl Door {
         self.failed = 0;
     }
 
-    /// Until it is worth trying again: a new socket is there, or some time has passed, less often each time and in the
-    /// end not at all.
+    /// Until it is worth trying again: a new socket is there, or, where something was there or nothing tells of new ones,
+    /// some time has passed, less often each time and in the end not at all.
     pub(in crate::sys) async fn wait(&mut self) {
         let Ok(runtime) = SharedRuntime::current() else { return };
         // However much is made of new sockets.
         runtime.sleep(RETRY.0).await;
         let mut sleep = pin!(async {
-            match self.failed < ATTEMPTS {
+            match self.again && self.failed < ATTEMPTS {
                 true => runtime.sleep(delay(self.failed) - RETRY.0).await,
                 false => std::future::pending().await,
             }
@@ -282,11 +286,29 @@ mod tests {
         let mut door = Door::new(user, Errands::default());
         zbus::block_on(async {
             assert!(door.connect().await.is_err());
-            door.failed = ATTEMPTS;
             fs::write(dir.path().join("other"), "").unwrap();
             let runtime = SharedRuntime::current().unwrap();
-            assert!(runtime.timeout(RETRY.0 * 2, door.wait()).await.is_err());
+            assert!(runtime.timeout(RETRY.0 * 3, door.wait()).await.is_err());
             let _listener = UnixListener::bind(dir.path().join("bus")).unwrap();
+            assert!(runtime.timeout(LIMIT * 6, door.wait()).await.is_ok());
+        });
+    }
+
+    #[test]
+    fn a_socket_nobody_listens_at_is_tried_again_and_in_the_end_only_a_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bus");
+        drop(UnixListener::bind(&path).unwrap());
+        let user = User { uid: own_uid(), gid: 0, runtime_dir: dir.path().into() };
+        let mut door = Door::new(user, Errands::default());
+        zbus::block_on(async {
+            assert!(door.connect().await.is_err());
+            let runtime = SharedRuntime::current().unwrap();
+            assert!(runtime.timeout(LIMIT * 6, door.wait()).await.is_ok());
+            door.failed = ATTEMPTS;
+            assert!(runtime.timeout(RETRY.0 * 2, door.wait()).await.is_err());
+            fs::remove_file(&path).unwrap();
+            let _listener = UnixListener::bind(&path).unwrap();
             assert!(runtime.timeout(LIMIT * 6, door.wait()).await.is_ok());
         });
     }
