@@ -175,7 +175,8 @@ impl World {
             &config,
             format!(
                 "profile = \"tombstone\"\n[[upstream]]\nname = \"ntfy\"\nkind = \"ntfy\"\nurl = \"{}\"\n[lifecycle]\n\
-                 grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"2h\"\nawake-window = \"50ms\"\n",
+                 grace = \"100ms\"\npage-out-after = \"1h\"\ntombstone-after = \"2h\"\nawake-window = \"50ms\"\n\
+                 [limits]\nwakes-per-hour = 3600\n",
                 ntfy.url()
             ),
         )?;

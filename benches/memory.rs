@@ -119,6 +119,8 @@ fn run(options: &Options) -> Result<bool> {
             .env("DBUS_SESSION_BUS_ADDRESS", &bus.address)
             // Nobody is there to tell of power, network and sleep, but the connection counts.
             .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
+            // As a user has it; PipeWire and a compositor may come.
+            .env("XDG_RUNTIME_DIR", dir.path())
             .env("NIGHTPORTER_LOG", env::var_os("NIGHTPORTER_LOG").unwrap_or_else(|| "warn".into())),
         false,
     )?;
