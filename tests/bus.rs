@@ -717,7 +717,7 @@ fn the_owner_is_told_at_once_and_at_each_change_in_order() {
             connection.release_name("org.example.App").await.unwrap();
         }
     });
-    for _ in 0..50 {
+    for round in 0..50 {
         main.perform(Action::Watch(key.clone()));
         let mut last = main.owner(&key);
         for _ in 0..5 {
@@ -726,9 +726,12 @@ fn the_owner_is_told_at_once_and_at_each_change_in_order() {
             last = next;
         }
         main.perform(Action::Unwatch(key.clone()));
-        // What was on its way.
-        while let Some(next) = main.expect_within(Duration::from_millis(30), |incoming| match incoming {
-            Incoming::Event(Event::Bus(BusEvent::OwnerChanged(_, owner))) => Some(owner.clone()),
+        // What was on its way: all of it comes before this is answered.
+        let nobody = AppKey::new(BUS, format!("org.example.Nobody{round}"));
+        main.perform(Action::Watch(nobody.clone()));
+        assert_eq!(main.owner(&nobody), None);
+        while let Some(next) = main.expect_within(Duration::ZERO, |incoming| match incoming {
+            Incoming::Event(Event::Bus(BusEvent::OwnerChanged(about, owner))) if *about == key => Some(owner.clone()),
             _ => None,
         }) {
             assert_ne!(last.is_some(), next.is_some());

@@ -31,6 +31,7 @@ fn the_name_and_the_object_are_there_when_the_configuration_says_so() {
     assert_eq!(client.owner(KDE), client.owner(bus::DISTRIBUTOR));
     assert!(client.introspect("/").contains("<node name=\"Management\"/>"));
     drop(main);
+    assert!(gone_soon(&client, bus::DISTRIBUTOR));
 
     let _main = Loop::up(&daemon);
     assert!(owned_soon(&client, bus::DISTRIBUTOR));
@@ -426,7 +427,7 @@ fn secrets_are_not_in_what_is_logged() {
 fn the_daemon_serves_the_panel_its_configuration_asks_for() {
     let daemon = Daemon::new();
     for (config, expected) in [("[kde]\npanel = true\n", true), ("", false)] {
-        let _process = nightporterd(&daemon, config);
+        let process = nightporterd(&daemon, config);
         let client = Client::new(&daemon);
         assert!(owned_soon(&client, bus::DISTRIBUTOR));
         if expected {
@@ -437,5 +438,7 @@ fn the_daemon_serves_the_panel_its_configuration_asks_for() {
             assert_eq!(error_of(missing).0, "org.freedesktop.DBus.Error.UnknownObject");
             assert_eq!(client.owner(KDE), None);
         }
+        drop(process);
+        assert!(gone_soon(&client, bus::DISTRIBUTOR));
     }
 }

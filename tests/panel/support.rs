@@ -1,5 +1,9 @@
 //! What KDE's settings panel does, in the order it does it, and the upstreams it can show.
 
+#[path = "../support/patience.rs"]
+#[expect(dead_code, reason = "shared; only one way of waiting is needed here")]
+mod patience;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
@@ -287,14 +291,16 @@ pub(crate) struct Heard {
 
 /// Whether somebody comes to own the name.
 pub(crate) fn owned_soon(client: &Client, name: &str) -> bool {
-    let until = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < until {
-        if client.owner(name).is_some() {
-            return true;
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    false
+    soon(|| client.owner(name).is_some())
+}
+
+/// Whoever had the name is gone: the bus notices an end a moment after it.
+pub(crate) fn gone_soon(client: &Client, name: &str) -> bool {
+    soon(|| client.owner(name).is_none())
+}
+
+fn soon(done: impl Fn() -> bool) -> bool {
+    patience::wait_for(Duration::from_secs(20), || done().then_some(())).is_some()
 }
 
 /// The daemon as a process of its own on this bus, with this configuration.
