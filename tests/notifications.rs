@@ -3,6 +3,9 @@
 
 #[path = "support/desk.rs"]
 mod desk;
+#[path = "support/patience.rs"]
+#[expect(dead_code, reason = "shared; here less patience is enough")]
+mod patience;
 #[path = "bus/support.rs"]
 #[expect(dead_code, reason = "made for the tests of the buses; shared")]
 mod support;
@@ -47,25 +50,21 @@ fn order(main: &Loop, order: NotifyOrder) {
 }
 
 fn news(main: &mut Loop) -> (Arc<str>, u64, NotifyNews) {
-    main.expect_within(PATIENCE, |incoming| match incoming {
+    news_within(main, PATIENCE).expect("it is told")
+}
+
+fn news_within(main: &mut Loop, limit: Duration) -> Option<(Arc<str>, u64, NotifyNews)> {
+    main.expect_within(limit, |incoming| match incoming {
         Incoming::Event(Event::Bus(BusEvent::Notified { app, tag, number, news })) => {
             assert_eq!(*app, chat());
             Some((Arc::clone(tag), *number, news.clone()))
         }
         _ => None,
     })
-    .expect("it is told")
 }
 
-fn wait<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(Instant::now() < until, "waited for {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
+fn wait<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    patience::wait_for(PATIENCE, look).unwrap_or_else(|| panic!("waited for {what}"))
 }
 
 fn nth(desk: &Desk, n: usize) -> Shown {
@@ -142,20 +141,21 @@ fn what_the_user_does_is_told_once() {
     let stranger = zbus::block_on(support::connect(&daemon.address()));
     let (path, interface) = ("/org/freedesktop/Notifications", "org.freedesktop.Notifications");
     zbus::block_on(stranger.emit_signal(None::<&str>, path, interface, "ActionInvoked", &(1_u32, "default"))).unwrap();
-    desk.click(1, Some("token-1"));
-    assert_eq!(news(&mut main), (GENERIC.into(), 1, NotifyNews::Clicked(Some("token-1".into()))));
+    // The answer to the call may be taken in only now.
+    let told = wait("the click", || {
+        desk.click(1, Some("token-1"));
+        news_within(&mut main, Duration::from_millis(50))
+    });
+    assert_eq!(told, (GENERIC.into(), 1, NotifyNews::Clicked(Some("token-1".into()))));
     wait("it to be closed", || (desk.closed() == [1]).then_some(()));
     desk.dismiss(1);
     order(&main, generic(2, 1));
     let id = nth(&desk, 1).id;
-    // The answer to the call may be taken in only now.
-    wait("the dismissal", || {
+    let told = wait("the dismissal", || {
         desk.dismiss(id);
-        main.expect_within(Duration::from_millis(50), |incoming| {
-            let gone = BusEvent::Notified { app: chat(), tag: GENERIC.into(), number: 2, news: NotifyNews::Gone };
-            matches!(incoming, Incoming::Event(Event::Bus(event)) if *event == gone).then_some(())
-        })
+        news_within(&mut main, Duration::from_millis(50))
     });
+    assert_eq!(told, (GENERIC.into(), 2, NotifyNews::Gone));
 }
 
 #[test]
