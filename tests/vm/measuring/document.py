@@ -36,14 +36,13 @@ ROWS = [
 STATES = ["running", "frozen", "paged out", "tombstone"]
 
 
-def write(results, out):
-    """Writes measured.md and its pictures."""
-    pictures = {f"measured-{gib}gib.svg": picture.memory(results, gib) for gib in figures.machines(results)}
+def files(results):
+    """measured.md and its pictures: text by name."""
+    found = {f"measured-{gib}gib.svg": picture.memory(results, gib) for gib in figures.machines(results)}
     if figures.of(results, plan.REACH):
-        pictures["measured-reach.svg"] = picture.reach(results)
-    for name, text in pictures.items():
-        (out / name).write_text(text)
-    (out / "measured.md").write_text("\n".join(_page(results)) + "\n")
+        found["measured-reach.svg"] = picture.reach(results)
+    found["measured.md"] = "\n".join(_page(results)) + "\n"
+    return found
 
 
 def missed(results):
@@ -117,7 +116,7 @@ def _kinds(results, gib):
         return
     yield f"## One kind at a time, {gib} GiB"
     yield ""
-    yield f"`tests/vm/measure {' '.join(_only(gib, runs))}`; {_runs(runs)}."
+    yield f"`tests/vm/measure {' '.join(_only(gib, runs))}`; {runs_said(runs)}."
     yield ""
     if gib != figures.machines(results)[0]:
         yield f"![Memory of apps, resident and through Night Porter, {gib} GiB](measured-{gib}gib.svg)"
@@ -125,11 +124,11 @@ def _kinds(results, gib):
     yield "| app | number | resident | through Night Porter | saved | returned | connections | push to a tombstone, median / most |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for run in runs:
-        connections = " → ".join(_figure(figures.median(run, arm, "connections"), "") for arm in ("resident", "tombstone"))
+        connections = " → ".join(figure(figures.median(run, arm, "connections"), "") for arm in ("resident", "tombstone"))
         yield (
-            f"| {plan.KINDS[run['experiment']][1]} | {run['apps']} | {_figure(figures.mib(run, 'resident'), 'MiB')} "
-            f"| {_figure(figures.mib(run, 'tombstone'), 'MiB')} | {_figure(figures.mib(run, 'tombstone', 'saved'), 'MiB')} "
-            f"| {_figure(figures.median(run, 'tombstone', 'returned_percent'), '%')} | {connections} "
+            f"| {plan.KINDS[run['experiment']][1]} | {run['apps']} | {figure(figures.mib(run, 'resident'), 'MiB')} "
+            f"| {figure(figures.mib(run, 'tombstone'), 'MiB')} | {figure(figures.mib(run, 'tombstone', 'saved'), 'MiB')} "
+            f"| {figure(figures.median(run, 'tombstone', 'returned_percent'), '%')} | {connections} "
             f"| {_wake(figures.wake(run, 'tombstone', 'tombstone'))} |"
         )
     yield ""
@@ -139,15 +138,14 @@ def _kinds(results, gib):
 
 def _mixed(run):
     arms = [one["arm"] for one in run["outcome"]["arms"]]
-    kinds = ", ".join(f"{count} × {plan.KINDS[name][1]}" for name, count in sorted(run["outcome"]["kinds"].items()))
     yield f"## {run['apps']} mixed apps, {run['gib']} GiB"
     yield ""
-    yield f"`tests/vm/measure {' '.join(_only_of([run]))}`; {kinds}; {_runs([run])}."
+    yield f"`tests/vm/measure {' '.join(only_of([run]))}`; {kinds_said(run)}; {runs_said([run])}."
     yield ""
     yield f"| | {' | '.join(picture.ARMS[arm] for arm in arms)} |"
     yield f"|---|{'--:|' * len(arms)}"
     for said, key, scale, unit in ROWS:
-        cells = [_spread(run, arm, key, scale, unit) for arm in arms]
+        cells = [spread(run, arm, key, scale, unit) for arm in arms]
         if any(cell != "–" for cell in cells):
             yield f"| {said} | {' | '.join(cells)} |"
     for state in STATES:
@@ -176,7 +174,7 @@ def _reaches(results):
     yield "## How many apps one phone keeps reachable"
     yield ""
     yield (
-        f"`tests/vm/measure {' '.join(_only_of(runs))}`. The kinds in turn; a number is too many when tasks wait for memory more than "
+        f"`tests/vm/measure {' '.join(only_of(runs))}`. The kinds in turn; a number is too many when tasks wait for memory more than "
         "10 % of 10 s once it has settled (or half of 30 s before), a push takes over 10 s, an app is not ready within 5 min, or one is ended "
         "for want of memory."
     )
@@ -189,9 +187,8 @@ def _reaches(results):
             yield f"| {run['gib']} GiB | {picture.ARMS[name]} | {one['apps']} | {too_many} | {one['because']} | {one['connections']} |"
     yield ""
     for run in runs:
-        if (times := figures.times(run)) is not None:
-            least = "At least " if figures.reach(run)["tombstone"]["too_many"] is None else ""
-            yield f"- {run['gib']} GiB: {least}{times:.1f} times as many."
+        if (times := figures.times_said(run)) is not None:
+            yield f"- {run['gib']} GiB: {times} times as many."
     yield ""
     for run in runs:
         for name, one in figures.reach(run).items():
@@ -260,7 +257,13 @@ def _only(gib, runs):
     return [f"--only {gib}/{label}" for label in sorted({run["label"] for run in runs}, key=int)] + _as_often(runs)
 
 
-def _only_of(runs):
+def kinds_said(run):
+    """How many of which programs."""
+    return ", ".join(f"{count} × {plan.KINDS[name][1]}" for name, count in sorted(run["outcome"]["kinds"].items()))
+
+
+def only_of(runs):
+    """What of `tests/vm/measure` makes these."""
     return [f"--only {run['gib']}/{run['label']}" for run in runs] + _as_often(runs)
 
 
@@ -270,27 +273,34 @@ def _as_often(runs):
     return [f"--runs {number}" for number in sorted(done)]
 
 
-def _runs(runs):
+def runs_said(runs):
+    """How many runs, as a sentence part."""
     numbers = sorted({run["outcome"]["runs"] for run in runs})
     several = numbers[-1] > 1
     return f"{'/'.join(map(str, numbers))} run{'s' if several else ''} of each{', median (least to most)' if several else ''}"
 
 
-def _figure(value, unit):
+def figure(value, unit):
+    """As a reader has it."""
     if value is None:
         return "–"
+    return f"{_number(value, unit)} {unit}".rstrip()
+
+
+def _number(value, unit):
     digits = 0 if abs(value) >= 100 or unit == "" else 1
-    return f"{value:.{digits}f} {unit}".rstrip()
+    return f"{value:.{digits}f}"
 
 
-def _spread(run, arm, key, scale, unit):
+def spread(run, arm, key, scale, unit):
+    """The median of a figure, with least and most where there were several runs."""
     value = figures.median(run, arm, key, scale)
     if value is None:
         return "–"
     least, most = figures.spread(run, arm, key, scale)
     if run["outcome"]["runs"] == 1 or least == most:
-        return _figure(value, unit)
-    return f"{_figure(value, unit)} ({_figure(least, '')} to {_figure(most, '')})"
+        return figure(value, unit)
+    return f"{figure(value, unit)} ({_number(least, unit)} to {_number(most, unit)})"
 
 
 def _wake(latency):
