@@ -96,6 +96,8 @@ struct Slot {
     id: Option<u32>,
     /// It is to be sent: it is new, or not the same any more, or the server is another.
     due: bool,
+    /// It was sent, and the server has not answered.
+    underway: bool,
     told: bool,
     token: Option<Arc<str>>,
 }
@@ -160,8 +162,10 @@ impl Desk {
         let mut owners = MessageStream::for_match_rule(rule, &self.connection, Some(SIGNALS)).await?;
         let mut orders = Box::pin(orders);
         let mut sending: Option<Sending> = None;
+        // A signal that has come, and waits for an answer that may have come before it.
+        let mut heard: Option<Message> = None;
         loop {
-            if sending.is_none() {
+            if sending.is_none() && heard.is_none() {
                 sending = self.next_to_send().await;
             }
             if sending.is_none() && self.slots.is_empty() && orders.is_empty() {
@@ -169,16 +173,21 @@ impl Desk {
             }
             let input = poll_fn(|context| {
                 for stream in [&mut owners, &mut signals] {
-                    match Pin::new(stream).poll_next(context) {
-                        Poll::Ready(Some(Ok(message))) => return Poll::Ready(Input::Signal(message)),
-                        Poll::Ready(_) => return Poll::Ready(Input::Broken),
-                        Poll::Pending => {}
+                    if heard.is_none() {
+                        match Pin::new(stream).poll_next(context) {
+                            Poll::Ready(Some(Ok(message))) => heard = Some(message),
+                            Poll::Ready(_) => return Poll::Ready(Input::Broken),
+                            Poll::Pending => {}
+                        }
                     }
                 }
                 if let Some(call) = &mut sending
                     && let Poll::Ready((key, sent)) = call.as_mut().poll(context)
                 {
                     return Poll::Ready(Input::Sent(key, sent));
+                }
+                if let Some(message) = heard.take() {
+                    return Poll::Ready(Input::Signal(message));
                 }
                 let order = orders.as_mut().poll_next(context);
                 order.map(|order| order.map_or(Input::Stop, |(app, order)| Input::Order(app, order)))
@@ -218,7 +227,7 @@ impl Desk {
         match self.slots.get_mut(&key) {
             Some(slot) => (slot.notification, slot.due, slot.told) = (notification, true, false),
             None => {
-                let slot = Slot { notification, id: None, due: true, told: false, token: None };
+                let slot = Slot { notification, id: None, due: true, underway: false, told: false, token: None };
                 self.slots.insert(key, slot);
             }
         }
@@ -262,7 +271,7 @@ impl Desk {
         }
         let file = self.files.get(&key.0).cloned().flatten();
         let slot = self.slots.get_mut(&key)?;
-        slot.due = false;
+        (slot.due, slot.underway) = (false, true);
         let (connection, server, replaces) = (self.connection.clone(), self.server.clone(), slot.id.unwrap_or(0));
         let (notification, app) = (slot.notification.clone(), key.0.clone());
         Some(Box::pin(async move {
@@ -281,6 +290,9 @@ impl Desk {
     }
 
     async fn sent(&mut self, key: Key, sent: Sent) {
+        if let Some(slot) = self.slots.get_mut(&key) {
+            slot.underway = false;
+        }
         match sent {
             Ok((server, id)) => {
                 let same = self.server.owner == server.owner;
@@ -353,6 +365,11 @@ impl Desk {
                 if let Ok((id, _)) = body.deserialize::<(u32, u32)>()
                     && let Some((key, slot)) = self.by_id(id)
                 {
+                    // What the server has not shown yet is not what the user dismissed.
+                    if slot.due || slot.underway {
+                        (slot.id, slot.token) = (None, None);
+                        return None;
+                    }
                     let number = slot.notification.number;
                     self.slots.remove(&key);
                     self.tell(key, number, NotifyNews::Gone);
