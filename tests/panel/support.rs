@@ -12,7 +12,7 @@ use std::{
     process::{Command, Stdio},
     sync::mpsc::{self, Receiver},
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use futures_core::Stream;
