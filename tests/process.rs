@@ -2,6 +2,9 @@
 #![cfg(feature = "daemon")]
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, reason = "a test fails by panicking")]
 
+#[path = "support/patience.rs"]
+mod patience;
+
 use std::{
     fs,
     io::{self, Read},
@@ -1412,7 +1415,7 @@ impl Porter {
             if let Some(at) = self.seen.iter().position(&wanted) {
                 return self.seen.drain(..=at).next_back().unwrap();
             }
-            assert!(started.elapsed() < Duration::from_secs(10), "waited in vain for {what}; saw {:?}", self.seen);
+            assert!(started.elapsed() < patience::PATIENCE, "waited in vain for {what}; saw {:?}", self.seen);
             self.turn();
         }
     }
@@ -1657,9 +1660,5 @@ fn rollup(pid: u32) -> Memory {
 }
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Clock::now();
-    while !done() {
-        assert!(started.elapsed() < Duration::from_secs(10), "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
+    patience::wait(what, || done().then_some(()));
 }
