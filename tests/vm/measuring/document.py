@@ -94,13 +94,12 @@ def _targets(results):
     rows = []
     for run in results["runs"]:
         for one in run["outcome"]["expectations"]:
-            wanted = ASIDE.get(one["key"], one["wanted"])
             verdict = "met" if one["met"] else "**missed**"
             if one["key"] == "claim-within" and one["met"]:
                 error = figures.median(run, "tombstone", "claim_error_percent")
                 verdict = "met" if abs(error) <= figures.CLAIM_TARGET else "**missed**, by less than fails"
             said = SAID.get(one["key"], one["key"])
-            rows.append(f"| {said}, {run['gib']} GiB | {wanted} | {one['measured'] or '–'} | {verdict} |")
+            rows.append(f"| {said}, {run['gib']} GiB | {wanted(one)} | {one['measured'] or '–'} | {verdict} |")
     if rows:
         yield "## Targets"
         yield ""
@@ -108,6 +107,19 @@ def _targets(results):
         yield "|---|---|---|---|"
         yield from sorted(rows)
         yield ""
+
+
+def wanted(expectation):
+    """What the project wants there."""
+    return ASIDE.get(expectation["key"], expectation["wanted"])
+
+
+def times_said(run):
+    """How many times as many are reachable; None where that was not measured."""
+    if (found := figures.times(run)) is None:
+        return None
+    # Where none were too many, more were not tried.
+    return f"{'at least ' if figures.reach(run)['tombstone']['too_many'] is None else ''}{found:.1f}"
 
 
 def _kinds(results, gib):
@@ -124,11 +136,11 @@ def _kinds(results, gib):
     yield "| app | number | resident | through Night Porter | saved | returned | connections | push to a tombstone, median / most |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for run in runs:
-        connections = " → ".join(figure(figures.median(run, arm, "connections"), "") for arm in ("resident", "tombstone"))
+        connections = " → ".join(_figure(figures.median(run, arm, "connections"), "") for arm in ("resident", "tombstone"))
         yield (
-            f"| {plan.KINDS[run['experiment']][1]} | {run['apps']} | {figure(figures.mib(run, 'resident'), 'MiB')} "
-            f"| {figure(figures.mib(run, 'tombstone'), 'MiB')} | {figure(figures.mib(run, 'tombstone', 'saved'), 'MiB')} "
-            f"| {figure(figures.median(run, 'tombstone', 'returned_percent'), '%')} | {connections} "
+            f"| {plan.KINDS[run['experiment']][1]} | {run['apps']} | {_figure(figures.mib(run, 'resident'), 'MiB')} "
+            f"| {_figure(figures.mib(run, 'tombstone'), 'MiB')} | {_figure(figures.mib(run, 'tombstone', 'saved'), 'MiB')} "
+            f"| {_figure(figures.median(run, 'tombstone', 'returned_percent'), '%')} | {connections} "
             f"| {_wake(figures.wake(run, 'tombstone', 'tombstone'))} |"
         )
     yield ""
@@ -187,7 +199,7 @@ def _reaches(results):
             yield f"| {run['gib']} GiB | {picture.ARMS[name]} | {one['apps']} | {too_many} | {one['because']} | {one['connections']} |"
     yield ""
     for run in runs:
-        if (times := figures.times_said(run)) is not None:
+        if (times := times_said(run)) is not None:
             yield f"- {run['gib']} GiB: {times} times as many."
     yield ""
     for run in runs:
@@ -280,7 +292,7 @@ def runs_said(runs):
     return f"{'/'.join(map(str, numbers))} run{'s' if several else ''} of each{', median (least to most)' if several else ''}"
 
 
-def figure(value, unit):
+def _figure(value, unit):
     """As a reader has it."""
     if value is None:
         return "–"
@@ -299,8 +311,8 @@ def spread(run, arm, key, scale, unit):
         return "–"
     least, most = figures.spread(run, arm, key, scale)
     if run["outcome"]["runs"] == 1 or least == most:
-        return figure(value, unit)
-    return f"{figure(value, unit)} ({_number(least, unit)} to {_number(most, unit)})"
+        return _figure(value, unit)
+    return f"{_figure(value, unit)} ({_number(least, unit)} to {_number(most, unit)})"
 
 
 def _wake(latency):

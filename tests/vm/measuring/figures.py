@@ -58,14 +58,6 @@ def times(run):
     return counts["tombstone"] / counts["resident"] if counts.get("resident") and "tombstone" in counts else None
 
 
-def times_said(run):
-    """The same for a reader; None where there is none."""
-    if (found := times(run)) is None:
-        return None
-    # Where none were too many, more were not tried.
-    return f"{'at least ' if reach(run)['tombstone']['too_many'] is None else ''}{found:.1f}"
-
-
 def expectation(run, key):
     """What was expected of one run by that key: wanted, measured, met. None where nothing was."""
     return next((one for one in run["outcome"]["expectations"] if one["key"] == key), None)

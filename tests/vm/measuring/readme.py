@@ -34,7 +34,7 @@ def _mixed(run):
     yield "|---|--:|--:|--:|---|"
 
     def row(said, cells, *expected):
-        wanted = [one["wanted"] for key in expected if (one := figures.expectation(run, key))]
+        wanted = [document.wanted(one) for key in expected if (one := figures.expectation(run, key))]
         return f"| {said} | {' | '.join(cells)} | {', '.join(wanted)} |"
 
     def of(key, unit, *arms, scale=1.0):
@@ -44,9 +44,7 @@ def _mixed(run):
     yield row("memory used", of("cost", "MiB", *three, scale=1024.0))
     yield row("returned", of("returned_percent", "%", None, *three[1:]), "frozen-returned-at-least", "returned-at-least")
     yield row("the ledger's claim", of("claim", "MiB", None, None, "tombstone", scale=1024.0))
-    # The project wants more than what fails.
-    error = ["", "", *of("claim_error_percent", "%", "tombstone")]
-    yield f"| its error | {' | '.join(error)} | {document.ASIDE['claim-within']} |"
+    yield row("its error", of("claim_error_percent", "%", None, None, "tombstone"), "claim-within")
     daemon = figures.expectation(run, "daemon-at-most")
     yield row("the daemon's PSS, of what it saves", ["", "", daemon["measured"] if daemon else "–"], "daemon-at-most")
     yield row("connections", of("connections", "", *three))
@@ -65,7 +63,7 @@ def _reached(runs):
     yield "| | each on its own | through Night Porter | times as many |"
     yield "|---|--:|--:|--:|"
     for run in runs:
-        if (times := figures.times_said(run)) is not None:
+        if (times := document.times_said(run)) is not None:
             found = figures.reach(run)
             yield f"| {run['gib']} GiB | {found['resident']['apps']} | {found['tombstone']['apps']} | {times} |"
     yield ""
